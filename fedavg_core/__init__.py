@@ -1,0 +1,27 @@
+"""Federated averaging on NumPy arrays, with an exact mean."""
+
+from fedavg_core.errors import (
+    CheckpointError,
+    FedAvgError,
+    OutOfRange,
+    Reason,
+    RefusedUpdate,
+    UsageError,
+)
+from fedavg_core.model import ModelSpec, Params, compare, same_bits
+from fedavg_core.update import TransferType, Update
+
+__all__ = [
+    "CheckpointError",
+    "FedAvgError",
+    "ModelSpec",
+    "OutOfRange",
+    "Params",
+    "Reason",
+    "RefusedUpdate",
+    "TransferType",
+    "Update",
+    "UsageError",
+    "compare",
+    "same_bits",
+]

@@ -1,0 +1,182 @@
+"""What can go wrong, in three families.
+
+* `UsageError`: the program that calls us made a mistake, and should be changed.
+* `RefusedUpdate`: a contribution is not fit to be averaged. It carries a `Reason` and the place
+  (contributor, round, key), what was expected and what came. Refusing one is ordinary: a round
+  records the refusal and goes on.
+* `CheckpointError`: a file is damaged, or is not what it claims to be.
+
+`OutOfRange` stands apart: every input was fine, but the exact result is larger than the largest
+number of the model's dtype, so that no model can be given back.
+
+Every message is one line. Names that came from outside are passed through `quoted`, so that a name
+made of control characters, or ten megabytes long, cannot break a log.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "CheckpointError",
+    "FedAvgError",
+    "OutOfRange",
+    "Reason",
+    "RefusedUpdate",
+    "UsageError",
+    "quoted",
+]
+
+_NAME_LIMIT = 80
+
+
+class Reason(str, Enum):
+    """Why an update was refused."""
+
+    BAD_NAME = "BAD_NAME"
+    BAD_WEIGHT = "BAD_WEIGHT"
+    DTYPE = "DTYPE"
+    DUPLICATE = "DUPLICATE"
+    FUTURE_ROUND = "FUTURE_ROUND"
+    MISSING_KEYS = "MISSING_KEYS"
+    NON_FINITE = "NON_FINITE"
+    NORM = "NORM"
+    ROUND_CLOSED = "ROUND_CLOSED"
+    SHAPE = "SHAPE"
+    STALE_ROUND = "STALE_ROUND"
+    TRANSFER = "TRANSFER"
+    UNEXPECTED_KEYS = "UNEXPECTED_KEYS"
+    UNKNOWN_CONTRIBUTOR = "UNKNOWN_CONTRIBUTOR"
+
+    def __str__(self) -> str:
+        """The bare name, the same on every Python version."""
+        return self.value
+
+
+def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
+    """Make a value that came from outside fit to stand in one line of text.
+
+    Args:
+        value: Anything; a string is shown in quotes, with control characters escaped.
+        limit: The most characters of it to show.
+
+    Returns:
+        Printable ASCII of bounded length, with ``...`` where it was cut.
+    """
+    if isinstance(value, str):
+        shown = ascii(value[: limit + 1])
+    else:
+        try:
+            shown = ascii(value)
+        except Exception:  # a foreign object's __repr__ may do anything
+            shown = f"<{type(value).__name__}>"
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+class FedAvgError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+
+class UsageError(FedAvgError, ValueError):
+    """The calling program asked for something that has no meaning."""
+
+
+class OutOfRange(FedAvgError, OverflowError):
+    """The exact result lies beyond the largest finite number of the model's dtype."""
+
+
+class RefusedUpdate(FedAvgError):
+    """A contribution that is not fit to be averaged.
+
+    Args:
+        reason: Why.
+        expected: What would have been accepted, in words.
+        got: What came, in words.
+        contributor: Who sent it, where that is known.
+        round: The round it was offered to, where that is known.
+        key: The parameter at fault, if it is one.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        *,
+        expected: str,
+        got: str,
+        contributor: str | None = None,
+        round: int | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.reason = reason
+        self.expected = expected
+        self.got = got
+        self.contributor = contributor
+        self.round = round
+        self.key = key
+        place = []
+        if contributor is not None:
+            place.append(f"contributor {quoted(contributor)}")
+        if round is not None:
+            place.append(f"round {round}")
+        if key is not None:
+            place.append(f"key {quoted(key)}")
+        where = f" ({', '.join(place)})" if place else ""
+        super().__init__(f"{reason}{where}: expected {expected}, got {got}")
+
+    def placed(self, *, contributor: str, round: int) -> RefusedUpdate:
+        """The same refusal, with who and when filled in.
+
+        Args:
+            contributor: Who sent the update.
+            round: The round it was offered to.
+
+        Returns:
+            A new error; this one is unchanged.
+        """
+        return RefusedUpdate(
+            self.reason,
+            expected=self.expected,
+            got=self.got,
+            contributor=contributor,
+            round=round,
+            key=self.key,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.reason, self.expected, self.got, self.contributor, self.round, self.key)
+        return _rebuild_refusal, fields
+
+
+def _rebuild_refusal(
+    reason: Reason,
+    expected: str,
+    got: str,
+    contributor: str | None,
+    round: int | None,
+    key: str | None,
+) -> RefusedUpdate:
+    return RefusedUpdate(
+        reason, expected=expected, got=got, contributor=contributor, round=round, key=key
+    )
+
+
+class CheckpointError(FedAvgError):
+    """A file cannot be trusted, or cannot be written.
+
+    Args:
+        path: The file.
+        problem: What is wrong with it, in words.
+        newest_good: The newest checkpoint beside it that is whole, if there is one.
+    """
+
+    def __init__(self, path: Path | str, problem: str, newest_good: Path | None = None) -> None:
+        self.path = Path(path)
+        self.problem = problem
+        self.newest_good = newest_good
+        hint = f"; the newest good checkpoint is {newest_good}" if newest_good is not None else ""
+        super().__init__(f"{path}: {problem}{hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckpointError, (self.path, self.problem, self.newest_good)

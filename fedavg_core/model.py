@@ -1,0 +1,290 @@
+"""Models: flat mappings from a name to a NumPy array, and what may be in them.
+
+A model is a `Mapping[str, numpy.ndarray]`. This module knows which dtypes hold numbers that can be
+averaged, and how precise each is (`number_format`); what a model looks like without its values
+(`ModelSpec`); and how far apart two models are (`compare`).
+
+Averaged are the signed and unsigned integers, float16, float32 and float64, and from the package
+`ml_dtypes` bfloat16 and the signed float8 kinds. The latter are recognised by name, so that the
+package need not be there. Not averaged: bool, complex, object, strings, dates, records, and the
+platform's extended float (its format differs from machine to machine).
+
+A floating-point format is described as IEEE 754 (2019) does: precision p (bits of the significand,
+the hidden one included), the exponent of the smallest normal number, and the largest finite number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+
+__all__ = [
+    "ArraySpec",
+    "KeyDifference",
+    "ModelSpec",
+    "NumberFormat",
+    "Params",
+    "check_array",
+    "compare",
+    "copy_params",
+    "number_format",
+    "same_bits",
+]
+
+Array: TypeAlias = npt.NDArray[Any]
+Params: TypeAlias = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How a dtype holds numbers.
+
+    Attributes:
+        kind: ``"float"`` or ``"integer"``.
+        precision: Significant bits: p for a float, the width without the sign for an integer.
+        least_exponent: For a float, e such that 2**e is the smallest normal number; 0 for integers.
+        largest: The largest finite number, exactly.
+    """
+
+    kind: str
+    precision: int
+    least_exponent: int
+    largest: int | float
+
+
+def _ieee(precision: int, least_exponent: int) -> NumberFormat:
+    greatest_exponent = 1 - least_exponent
+    largest = float((2**precision - 1) << (greatest_exponent - precision + 1))
+    return NumberFormat("float", precision, least_exponent, largest)
+
+
+_FLOATS = {
+    "float16": _ieee(11, -14),
+    "float32": _ieee(24, -126),
+    "float64": _ieee(53, -1022),
+}
+# Formats of ml_dtypes, by dtype name. The float8 kinds spend their codes differently from IEEE 754
+# ("fn": no infinity, "uz": no negative zero), which shows in the largest number only.
+_EXTENSION_FLOATS = {
+    "bfloat16": _ieee(8, -126),
+    "float8_e3m4": NumberFormat("float", 5, -2, 15.5),
+    "float8_e4m3": NumberFormat("float", 4, -6, 240.0),
+    "float8_e4m3b11fnuz": NumberFormat("float", 4, -10, 30.0),
+    "float8_e4m3fn": NumberFormat("float", 4, -6, 448.0),
+    "float8_e4m3fnuz": NumberFormat("float", 4, -7, 240.0),
+    "float8_e5m2": NumberFormat("float", 3, -14, 57344.0),
+    "float8_e5m2fnuz": NumberFormat("float", 3, -15, 57344.0),
+}
+
+
+def number_format(dtype: np.dtype[Any]) -> NumberFormat | None:
+    """How a dtype holds numbers, or None if its values cannot be averaged.
+
+    Args:
+        dtype: Any NumPy dtype, in any byte order.
+
+    Returns:
+        Its format; None for bool, complex, object, strings, dates, records and extended floats.
+    """
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        return NumberFormat("integer", int(info.max).bit_length(), 0, int(info.max))
+    if dtype.type.__module__ == "ml_dtypes":
+        return _EXTENSION_FLOATS.get(dtype.name)
+    return _FLOATS.get(dtype.name) if dtype.kind == "f" else None
+
+
+def check_array(key: object, value: object) -> npt.NDArray[Any]:
+    """See that one entry of a model is a named array of numbers.
+
+    Args:
+        key: The entry's name.
+        value: The entry's value.
+
+    Returns:
+        ``value`` itself, borrowed.
+
+    Raises:
+        RefusedUpdate: The name is no string (BAD_NAME), or the value is no plain NumPy array of a
+            dtype that can be averaged (DTYPE).
+    """
+    if not isinstance(key, str):
+        raise RefusedUpdate(
+            Reason.BAD_NAME, expected="parameter names that are strings", got=quoted(key)
+        )
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        kind = type(value).__name__
+        raise RefusedUpdate(Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {kind}")
+    if number_format(value.dtype) is None:
+        raise RefusedUpdate(
+            Reason.DTYPE,
+            key=key,
+            expected="an array of real numbers (float16, bfloat16, float8, float32, float64, ints)",
+            got=f"dtype {quoted(str(value.dtype))}",
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """What one parameter looks like.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype, in the machine's own byte order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class ModelSpec(Mapping[str, ArraySpec]):
+    """What a model looks like: for each parameter a shape and a dtype, and no values.
+
+    Args:
+        arrays: From name to `ArraySpec`; copied.
+    """
+
+    __slots__ = ("_arrays",)
+
+    def __init__(self, arrays: Mapping[str, ArraySpec]) -> None:
+        self._arrays = dict(arrays)
+
+    @classmethod
+    def of(cls, params: Params) -> ModelSpec:
+        """The spec of a model that is at hand.
+
+        Args:
+            params: The model; only looked at.
+
+        Returns:
+            Its spec, keys in the same order.
+
+        Raises:
+            RefusedUpdate: An entry is not an array of numbers (see `check_array`).
+        """
+        if not isinstance(params, Mapping):
+            raise UsageError(
+                f"expected a model as a mapping from names to arrays, got {type(params).__name__}"
+            )
+        return cls(
+            {
+                key: ArraySpec(value.shape, value.dtype.newbyteorder("="))
+                for key, value in params.items()
+                if check_array(key, value) is not None
+            }
+        )
+
+    def __getitem__(self, key: str) -> ArraySpec:
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{k}: {s.dtype}{list(s.shape)}" for k, s in self._arrays.items())
+        return f"ModelSpec({inside})"
+
+
+def copy_params(params: Params) -> dict[str, npt.NDArray[Any]]:
+    """A model that shares no memory with the given one.
+
+    Args:
+        params: The model; only read.
+
+    Returns:
+        The same keys in the same order; C-contiguous, writeable arrays in native byte order.
+    """
+    return {
+        key: np.array(value, dtype=value.dtype.newbyteorder("="), order="C", subok=False)
+        for key, value in params.items()
+    }
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """How far apart one parameter is in two models.
+
+    Attributes:
+        differing: How many elements have other bits.
+        largest_ulps: The largest distance, in steps from one representable number to the next;
+            for integers the largest difference. NaN counts as the number beyond infinity.
+    """
+
+    differing: int
+    largest_ulps: int
+
+
+def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
+    """Compare two models element by element.
+
+    Args:
+        a: One model; only read.
+        b: The other, with the same keys, shapes and dtypes.
+
+    Returns:
+        For each key how far apart the two are, in the order of ``a``.
+
+    Raises:
+        UsageError: The two do not have the same keys, shapes and dtypes.
+    """
+    spec_a, spec_b = ModelSpec.of(a), ModelSpec.of(b)
+    if spec_a.keys() != spec_b.keys():
+        odd = sorted(spec_a.keys() ^ spec_b.keys())
+        raise UsageError(f"only one of the two models has the keys {quoted(odd)}")
+    result = {}
+    for key, spec in spec_a.items():
+        if spec != spec_b[key]:
+            raise UsageError(
+                f"key {quoted(key)}: one model has {spec.dtype}{list(spec.shape)}, "
+                f"the other {spec_b[key].dtype}{list(spec_b[key].shape)}"
+            )
+        steps_a, steps_b = _steps(a[key]), _steps(b[key])
+        apart = np.where(steps_a > steps_b, steps_a - steps_b, steps_b - steps_a)
+        bits_a, bits_b = _bits(a[key]), _bits(b[key])
+        result[key] = KeyDifference(
+            differing=int(np.count_nonzero(bits_a != bits_b)),
+            largest_ulps=int(apart.max(initial=0)),
+        )
+    return result
+
+
+def same_bits(a: Params, b: Params) -> bool:
+    """Whether two models are the same to the bit: keys, shapes, dtypes and every byte.
+
+    Args:
+        a: One model; only read.
+        b: The other.
+
+    Returns:
+        True if nothing tells them apart (the order of the keys does not count).
+    """
+    if ModelSpec.of(a) != ModelSpec.of(b):
+        return False
+    return all(bool(np.array_equal(_bits(a[key]), _bits(b[key]))) for key in a)
+
+
+def _bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return native.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _steps(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The elements as unsigned integers, in order, one apart for neighbouring numbers."""
+    bits = _bits(array)
+    top = bits.dtype.type(1 << (8 * bits.dtype.itemsize - 1))
+    if array.dtype.kind == "u":
+        return bits
+    if array.dtype.kind == "i":
+        return bits ^ top
+    negative = bits >= top
+    return np.where(negative, top - (bits ^ top), bits + top)

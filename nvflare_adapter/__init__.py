@@ -1,0 +1,1 @@
+"""Deploys `fedavg_core` through NVIDIA FLARE."""
