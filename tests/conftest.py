@@ -1,0 +1,26 @@
+"""Hypothesis profiles for the whole suite.
+
+The environment variable HYPOTHESIS_PROFILE chooses one. Without it, `ci` is taken where the
+variable CI is set, and `default` elsewhere.
+
+* `default`: 100 examples a test, drawn anew each time.
+* `ci`: 1,000 examples, the same in every run, so that a red build can be repeated.
+* `nightly`: 10,000 examples, drawn anew.
+
+No profile has a deadline: how long an example takes says something about the machine only.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_BASE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+settings.register_profile("default", parent=_BASE, max_examples=100)
+settings.register_profile("ci", parent=_BASE, max_examples=1_000, derandomize=True)
+settings.register_profile("nightly", parent=_BASE, max_examples=10_000)
+
+_IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if _IN_CI else "default"))
