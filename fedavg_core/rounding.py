@@ -1,0 +1,210 @@
+"""The one rounding: an exact sum over an exact weight, to the nearest number of a dtype.
+
+For each element the quotient is first computed as a double-double, with a bound on its error
+(Dekker, 1971: the product of two float64 as an exact sum of two). Its two ends, the value less and
+plus the bound, are both rounded to the dtype, half to even. Rounding is monotone, so if the two
+agree, that is the correctly rounded quotient. If they do not, they are neighbours and the midpoint
+between them lies within the bound; then which side of it the quotient is on is settled exactly:
+the sign of
+
+    2 · sum - weight · (lower + upper)
+
+is that of one more exact sum. A tie, sign zero, goes to the even one.
+
+A double-double is brought to fewer bits in two steps without rounding twice by *rounding to odd*
+(Boldo and Melquiond, 2008): if it is not itself a float64, the neighbouring float64 with an odd
+last bit stands for it, and that one is on no boundary of a narrower format.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.exact import ExactSum, Scratch
+from fedavg_core.model import NumberFormat
+
+__all__ = ["quotient"]
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Array: TypeAlias = npt.NDArray[Any]
+
+_RELATIVE_ERROR = 2.0**-68
+_SPLITTER = 2.0**27 + 1
+
+
+def quotient(
+    total: ExactSum, weight: int | Fraction, dtype: np.dtype[Any], number: NumberFormat
+) -> tuple[Array, int]:
+    """Divide exact sums by a weight and round once, to nearest, half to even.
+
+    Args:
+        total: The sums; their value does not change.
+        weight: Above zero; its denominator is a power of two.
+        dtype: The dtype of the result.
+        number: Its format.
+
+    Returns:
+        The quotients, new memory, with an exact zero as +0.0; and the position of the first one
+        that rounds to beyond the largest number of the dtype (it holds 0 there), or -1.
+    """
+    result = np.zeros(total.size, dtype)
+    beyond: list[int] = []
+    for where, high, low, exponent, exact in total.leading():
+        first, second, error, scale = _divide(high, low, exponent, exact, weight)
+        if number.kind == "integer":
+            base, lower, upper, unit = _integer_bracket(first, second, error, scale)
+        else:
+            base = np.zeros(first.size)
+            lower, upper, unit = _float_bracket(first, second, error, scale, number)
+        doubt = np.flatnonzero(lower != upper)
+        if doubt.size:
+            part = total.take(where).take(doubt)
+            side = _side(part, weight * Fraction(2) ** unit, base, lower, upper, doubt)
+            even = _is_even(lower[doubt], number)
+            up = (side > 0.0) | ((side == 0.0) & ~even)
+            lower[doubt] = np.where(up, upper[doubt], lower[doubt])
+        if number.kind == "integer":
+            values, out = _to_integers(base, lower, dtype, number)
+        else:
+            with np.errstate(over="ignore"):
+                values = np.ldexp(lower, unit)
+            out = np.abs(values) > number.largest
+            values[out] = 0.0
+        if out.any():
+            beyond.append(int(np.arange(total.size)[where][np.argmax(out)]))
+        result[where] = values.astype(dtype)
+    return result, min(beyond, default=-1)
+
+
+def _divide(
+    high: Floats, low: Floats, exponent: int, exact: bool, weight: int | Fraction
+) -> tuple[Floats, Floats, Floats, int]:
+    """The quotient as ``(first + second) · 2**scale``, and a bound on the error of second."""
+    numerator, denominator = weight.numerator, weight.denominator
+    bits = numerator.bit_length()
+    divisor = numerator / (1 << bits)  # in [1/2, 1], correctly rounded
+    left = float(Fraction(numerator, 1 << bits) - Fraction(divisor))
+    quotient = high / divisor
+    product, product_error = _two_product(quotient, divisor)
+    rest = ((high - product) - product_error) + (low - quotient * left)
+    correction = rest / divisor
+    first = quotient + correction
+    second = correction - (first - quotient)
+    # Of one float64 over another the remainder is exact, and with it the correction's sign.
+    sure = (low == 0.0) & (exact and left == 0.0)
+    error = np.where(sure, 0.0, np.abs(first) * _RELATIVE_ERROR)
+    return first, second, error, exponent - bits + denominator.bit_length() - 1
+
+
+def _two_product(a: Floats, b: float) -> tuple[Floats, Floats]:
+    """The product a · b as an exact sum of two float64 (Dekker, 1971)."""
+    product = a * b
+    carry = a * _SPLITTER
+    a_high = carry - (carry - a)
+    a_low = a - a_high
+    b_carry = b * _SPLITTER
+    b_high = b_carry - (b_carry - b)
+    b_low = b - b_high
+    error = a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+    return product, error
+
+
+def _to_odd(a: Floats, b: Floats) -> Floats:
+    """A float64 that every format of at most 51 bits rounds as it would round a + b."""
+    total = a + b
+    shift = total - a
+    error = (a - (total - shift)) + (b - shift)  # a + b = total + error (Knuth, 1969)
+    aside = np.nextafter(total, np.where(error > 0.0, np.inf, -np.inf))
+    even = (total.view(np.int64) & 1) == 0
+    return np.where((error != 0.0) & even, aside, total)
+
+
+def _float_bracket(
+    first: Floats, second: Floats, error: Floats, scale: int, number: NumberFormat
+) -> tuple[Floats, Floats, int]:
+    """Neighbouring numbers, or twice the same, one of which is the rounded quotient.
+
+    They are ``lower · 2**unit`` and ``upper · 2**unit``, and not held to the format's largest.
+    """
+    doubtful = bool(error.any())
+    with np.errstate(over="ignore", under="ignore"):
+        if number.precision < 53:
+            lower = _nearest(np.ldexp(_to_odd(first, second - error), scale), number)
+            if not doubtful:
+                return lower, lower, 0
+            return lower, _nearest(np.ldexp(_to_odd(first, second + error), scale), number), 0
+        if scale > 0:
+            return first + (second - error), first + (second + error), scale
+        lower = np.ldexp(first + (second - error), scale)
+        upper = np.ldexp(first + (second + error), scale)
+        # Below the normal numbers ldexp has rounded a second time.
+        tiny = np.abs(upper) < 2.0**-1020
+        if tiny.any():
+            lower[tiny] = np.ldexp(np.nextafter(first[tiny], -np.inf), scale)
+            upper[tiny] = np.ldexp(np.nextafter(first[tiny], np.inf), scale)
+        return lower, upper, 0
+
+
+def _integer_bracket(
+    first: Floats, second: Floats, error: Floats, scale: int
+) -> tuple[Floats, Floats, Floats, int]:
+    """The same among the integers: ``base + lower`` and ``base + upper``, with an even base."""
+    with np.errstate(over="ignore", under="ignore"):
+        # What vanishes here is far below one half, what overflows is far beyond any integer.
+        limit = 2.0**80
+        first = np.clip(np.ldexp(first, scale), -limit, limit)
+        second = np.clip(np.ldexp(second, scale), -limit, limit)
+        error = np.clip(np.ldexp(error, scale), -limit, limit)
+    base = 2.0 * np.rint(first * 0.5)
+    rest = first - base
+    return base, np.rint(_to_odd(rest, second - error)), np.rint(_to_odd(rest, second + error)), 0
+
+
+def _to_integers(
+    base: Floats, rest: Floats, dtype: np.dtype[Any], number: NumberFormat
+) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """The integers ``base + rest``, and which of them the dtype cannot hold (those are 0)."""
+    end = float(number.largest + 1)
+    start = -end if dtype.kind == "i" else 0.0
+    out = ((base - end) + rest >= 0.0) | ((base - start) + rest < 0.0)
+    base, rest = np.where(out, 0.0, base), np.where(out, 0.0, rest)
+    upper = np.floor(base * 2.0**-32)
+    lower = (base - upper * 2.0**32) + rest
+    whole = (upper.astype(np.int64) << 32) + lower.astype(np.int64)
+    return whole.view(np.uint64) if dtype.kind == "u" else whole, out
+
+
+def _unit(values: Floats, number: NumberFormat) -> npt.NDArray[np.int32]:
+    """The exponents of the last places of the values in a floating-point format."""
+    exponents: npt.NDArray[np.int32] = np.frexp(values)[1]
+    return np.maximum(exponents - 1, number.least_exponent) - (number.precision - 1)
+
+
+def _nearest(values: Floats, number: NumberFormat) -> Floats:
+    """Float64 values rounded to a narrower format, half to even, without its upper limit."""
+    unit = _unit(values, number)
+    rounded: Floats = np.ldexp(np.rint(np.ldexp(values, -unit)), unit)
+    return rounded
+
+
+def _is_even(values: Floats, number: NumberFormat) -> npt.NDArray[np.bool_]:
+    """Whether the last bit of each value's significand (of an integer, its last bit) is zero."""
+    if number.kind == "float":
+        values = np.ldexp(values, -_unit(values, number))
+    even: npt.NDArray[np.bool_] = np.remainder(values, 2.0) == 0.0
+    return even
+
+
+def _side(
+    part: ExactSum, weight: Fraction, base: Floats, lower: Floats, upper: Floats, at: Array
+) -> Floats:
+    """The sign of the quotient less the midpoint of its bracket, for some elements; exact."""
+    scratch = Scratch(part.size)
+    part.add(base[at], -weight, scratch)
+    part.add(lower[at], -weight / 2, scratch)
+    part.add(upper[at], -weight / 2, scratch)
+    return part.sign()
