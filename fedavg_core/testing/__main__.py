@@ -1,0 +1,86 @@
+"""Print where aggregators stand: ``python -m fedavg_core.testing ours nvflare flower``.
+
+Each name is a column: ``ours``, ``float64`` and ``float32`` are this package's three accumulators,
+the names of other systems need these installed, and ``some.module:function`` is an aggregator of
+your own, by the function that makes one. Exit codes: 0, the table was printed; 1, it was, and with
+``--strict`` some property does not hold; 2, a name is unknown or its system is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from fedavg_core.accumulator import WeightedMean
+from fedavg_core.testing.conformance import check_aggregator, compare_tables
+from fedavg_core.testing.peers import PEERS
+
+__all__ = ["main"]
+
+_OWN = {"ours": "exact", "float64": "float64", "float32": "float32"}
+
+
+def _maker(name: str) -> Callable[[], Any]:
+    if name in _OWN:
+        return partial(WeightedMean, accumulator=_OWN[name])
+    if name in PEERS:
+        return PEERS[name]()
+    module, _, function = name.partition(":")
+    if not function:
+        known = ", ".join([*_OWN, *PEERS])
+        raise ValueError(f"expected one of {known}, or module:function, got {name!r}")
+    maker: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    return maker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the aggregators named on the command line and print one table.
+
+    Args:
+        arguments: The command line without the program's name; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fedavg_core.testing",
+        description="Check which properties aggregators have, and print a table.",
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join([*_OWN, *PEERS])}, or module:function (default: {' '.join(_OWN)})",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 if a property does not hold"
+    )
+    options = parser.parse_args(arguments)
+    names = options.names or list(_OWN)
+    tables = []
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # other systems log each update that they refuse
+    try:
+        for name in names:
+            try:
+                make = _maker(name)
+            except ModuleNotFoundError as error:
+                print(f"{name}: not installed ({error})", file=sys.stderr)
+                return 2
+            except (AttributeError, ValueError) as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+            tables.append(check_aggregator(make, name))
+    finally:
+        logging.disable(before)
+    print(compare_tables(tables))
+    return 1 if options.strict and not all(table.conforms for table in tables) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
