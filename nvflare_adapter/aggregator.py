@@ -1,0 +1,271 @@
+# mypy: disable-error-code="misc"
+"""NVFlare's aggregators over the core's round, for its ScatterAndGather controller.
+
+`FedAvgAggregator` opens a `fedavg_core.Round` when a round starts, offers it each client's result,
+and hands the controller the whole new model when the round is closed. It judges nothing itself.
+
+`CustomAggregator` stands in for an aggregator of the user's, an ``Aggregator`` or a
+``ModelAggregator``, which is a component of its own and is found by its id. It adds what that
+controller withholds from one: a contributor's name, and shelter for the round.
+
+What NVFlare makes of an answer decides what may be answered here:
+
+* An exception out of ``accept`` ends the round at once, without the clients still to come, and the
+  job is counted as a success. So ``accept`` never raises: it answers False and logs one line.
+* An exception out of ``aggregate`` ends the job. It is let through where the user's own code fails;
+  a round with too few updates is no failure, but keeps the model and says so.
+* ``accept`` runs on NVFlare's callback threads, ``aggregate`` and ``reset`` on another, and a late
+  result can arrive between two rounds or in a later one. So each holds a lock, and each result
+  names the round that it answers.
+
+Constructor arguments travel to the server as JSON under the names of the attributes that hold them.
+They are therefore kept as they were given, and made use of when the run starts.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.aggregator import Aggregator
+from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+import fedavg_core as fc
+from fedavg_core.errors import quoted
+from nvflare_adapter import convert
+
+__all__ = ["CustomAggregator", "FedAvgAggregator", "report"]
+
+
+def report(outcome: fc.Outcome) -> dict[str, Any]:
+    """What happened in a round, without the model, in what JSON can hold.
+
+    Args:
+        outcome: The closed round's outcome.
+
+    Returns:
+        ``round``, ``accepted`` (name to weight), ``refused`` (one line each), ``total_weight``,
+        ``metrics`` and ``problem``.
+    """
+    return {
+        "round": outcome.round,
+        "accepted": {receipt.contributor: receipt.weight for receipt in outcome.accepted},
+        "refused": [receipt.detail for receipt in outcome.refused],
+        "total_weight": outcome.total_weight,
+        "metrics": dict(outcome.metrics),
+        "problem": outcome.problem,
+    }
+
+
+class FedAvgAggregator(Aggregator):
+    """The exact weighted mean of what the clients send.
+
+    Args:
+        transfer: ``"FULL"`` or ``"DIFF"``: what clients are to send; results of the other kind
+            are refused.
+        min_updates: How many accepted updates it takes to change the model.
+        accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
+    """
+
+    def __init__(
+        self, transfer: str = "FULL", min_updates: int = 1, accumulator: str = "exact"
+    ) -> None:
+        super().__init__()
+        self.transfer = transfer
+        self.min_updates = min_updates
+        self.accumulator = accumulator
+        self._lock = threading.Lock()
+        self._round: fc.Round | None = None
+        self._mean: fc.WeightedMean | None = None
+        self._spec: fc.ModelSpec | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Open a round when NVFlare starts one.
+
+        Args:
+            event_type: NVFlare's name of the event.
+            fl_ctx: Its context.
+        """
+        if event_type == AppEventType.ROUND_STARTED:
+            with self._lock:
+                self._round = self._open(fl_ctx)
+
+    def _open(self, fl_ctx: FLContext) -> fc.Round:
+        model = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        spec = fc.ModelSpec.of(model)
+        if self._mean is None or spec != self._spec:
+            self._mean = fc.WeightedMean(spec if model else None, accumulator=self.accumulator)
+            self._spec = spec
+        return fc.Round(
+            model,
+            fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
+            min_updates=self.min_updates,
+            transfer=fc.TransferType(self.transfer),
+            accumulator=self._mean if model else self.accumulator,
+        )
+
+    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
+        """Offer a client's result to the round.
+
+        Args:
+            shareable: The result; its arrays are read and not kept.
+            fl_ctx: The context, which names the client.
+
+        Returns:
+            Whether it is in the mean. If not, one line of the log says why, and the sums are as
+            they were, to the bit.
+        """
+        contributor = "?"
+        try:
+            contributor = convert.contributor_of(shareable, fl_ctx) or "?"
+            update = convert.update_from_message(shareable, contributor)
+            with self._lock:
+                if self._round is None:
+                    self.log_warning(fl_ctx, f"refused {quoted(contributor)}: no round is open")
+                    return False
+                receipt = self._round.offer(update)
+        except fc.RefusedUpdate as refusal:
+            self.log_warning(fl_ctx, f"refused {quoted(contributor)}: {refusal}")
+            return False
+        except Exception as error:  # an exception here would end the round for everyone
+            self.log_error(fl_ctx, f"refused {quoted(contributor)}: {_one_line(error)}")
+            return False
+        if not receipt.accepted:
+            self.log_warning(fl_ctx, f"refused {quoted(contributor)}: {receipt.detail}")
+        return bool(receipt.accepted)
+
+    def aggregate(self, fl_ctx: FLContext) -> Shareable:
+        """Close the round.
+
+        Args:
+            fl_ctx: The context.
+
+        Returns:
+            The whole new model and the report of the round; the model of before where there were
+            too few updates.
+
+        Raises:
+            UsageError: No round is open.
+        """
+        with self._lock:
+            if self._round is None:
+                raise fc.UsageError("aggregate: no round is open")
+            outcome = self._round.close()
+        if outcome.problem is not None:
+            self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
+        return convert.result_from_model(outcome.model, report(outcome))
+
+    def reset(self, fl_ctx: FLContext) -> None:
+        """Forget the round; the memory of its sums is kept for the next.
+
+        Args:
+            fl_ctx: The context.
+        """
+        with self._lock:
+            self._round = None
+
+
+class CustomAggregator(Aggregator):
+    """A user's own aggregator, sheltered.
+
+    Args:
+        aggregator_id: The id of the component that it is.
+    """
+
+    def __init__(self, aggregator_id: str = "custom_aggregator") -> None:
+        super().__init__()
+        self.aggregator_id = aggregator_id
+        self._lock = threading.Lock()
+        self._inner: Any = None
+        self._number: int | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Find the user's aggregator when the run starts, and note which round is on.
+
+        Args:
+            event_type: NVFlare's name of the event.
+            fl_ctx: Its context.
+
+        Raises:
+            UsageError: There is no such component.
+        """
+        if event_type == EventType.START_RUN:
+            inner = fl_ctx.get_engine().get_component(self.aggregator_id)
+            if not isinstance(inner, (Aggregator, ModelAggregator)):
+                raise fc.UsageError(
+                    f"component {quoted(self.aggregator_id)}: expected an Aggregator or a "
+                    f"ModelAggregator, got {type(inner).__name__}"
+                )
+            self._inner = inner
+        elif event_type == AppEventType.ROUND_STARTED:
+            with self._lock:
+                self._number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+
+    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
+        """Pass a client's result on.
+
+        Args:
+            shareable: The result.
+            fl_ctx: The context, which names the client.
+
+        Returns:
+            What the user's aggregator answers; False if it raised, or if the result is for
+            another round. A ``ModelAggregator`` refuses by raising.
+        """
+        contributor = "?"
+        try:
+            contributor = convert.contributor_of(shareable, fl_ctx) or "?"
+            with self._lock:
+                number = convert.round_of(shareable)
+                if number != self._number:
+                    self.log_warning(
+                        fl_ctx,
+                        f"refused {quoted(contributor)}: expected an update for round "
+                        f"{self._number}, got one for {number}",
+                    )
+                    return False
+                if not isinstance(self._inner, ModelAggregator):
+                    return bool(self._inner.accept(shareable, fl_ctx))
+                self._inner.fl_ctx = fl_ctx
+                self._inner.accept_model(convert.named_fl_model(shareable, contributor, fl_ctx))
+        except Exception as error:  # an exception here would end the round for everyone
+            self.log_error(fl_ctx, f"refused {quoted(contributor)}: {_one_line(error)}")
+            return False
+        return True
+
+    def aggregate(self, fl_ctx: FLContext) -> Shareable:
+        """Ask the user's aggregator for its mean.
+
+        Args:
+            fl_ctx: The context.
+
+        Returns:
+            Its result.
+        """
+        with self._lock:
+            self._number = None
+            if not isinstance(self._inner, ModelAggregator):
+                return self._inner.aggregate(fl_ctx)
+            self._inner.fl_ctx = fl_ctx
+            return convert.result_from_fl_model(self._inner.aggregate_model())
+
+    def reset(self, fl_ctx: FLContext) -> None:
+        """Let the user's aggregator forget the round.
+
+        Args:
+            fl_ctx: The context.
+        """
+        with self._lock:
+            if isinstance(self._inner, ModelAggregator):
+                self._inner.reset_stats()
+            else:
+                self._inner.reset(fl_ctx)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {quoted(str(error), 300)}"

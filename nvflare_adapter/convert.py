@@ -1,0 +1,415 @@
+"""NVFlare's data classes, and what they are here: the only module that knows both.
+
+Four things cross the border.
+
+* The global model, server to client. It travels as a DXO of weights; beside it, in the DXO's meta, travels an
+  `Assignment`: the roster, the round, the number of rounds, the seed and the transfer type, from which each client
+  makes the `fedavg_core.Context` that a federation in process would have made.
+* A client's update, client to server: a DXO of weights or of a difference, its weight under NVFlare's own meta key for
+  the number of steps, its metrics under NVFlare's for initial metrics. So updates of client scripts that know nothing
+  of this package are read as well, and NVFlare's own aggregators read ours.
+* The aggregator's result, within the server: always a whole model, never a difference to be added again.
+* The model learnable, NVFlare's name for the global model that its controller holds.
+
+NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`. Such an array travels as
+unsigned integers of its size, and its dtype as a name in the meta; everything else travels as it is.
+
+Nothing here judges an update. What cannot even be read as one is refused in the words of the core's gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.abstract.model import (
+    ModelLearnable,
+    ModelLearnableKey,
+    make_model_learnable,
+)
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+import fedavg_core as fc
+from fedavg_core.errors import quoted
+
+__all__ = [
+    "Assignment",
+    "assignment_of",
+    "contributor_of",
+    "learnable",
+    "message_from_model",
+    "model_from_message",
+    "model_from_result",
+    "model_of",
+    "named_fl_model",
+    "report_of",
+    "result_from_fl_model",
+    "result_from_model",
+    "round_of",
+    "update_from_message",
+    "update_to_fl_model",
+]
+
+_ASSIGNMENT = "fedavg.assignment"
+_DTYPES = "fedavg.dtypes"
+_REPORT = "fedavg.report"
+_TRANSFER_TYPES = {"WEIGHTS": fc.TransferType.FULL, "WEIGHT_DIFF": fc.TransferType.DIFF}
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the server tells every client along with the model.
+
+    Attributes:
+        roster: The names of all contributors of the job.
+        round: The number of the round.
+        num_rounds: How many rounds the job has, from round 0 on.
+        seed: The seed of the job.
+        transfer: What the clients are to send back.
+    """
+
+    roster: list[str]
+    round: int
+    num_rounds: int
+    seed: int
+    transfer: str
+
+    def context(self, contributor: str) -> fc.Context:
+        """What one contributor's training is told.
+
+        Args:
+            contributor: Its name.
+
+        Returns:
+            The same context as a federation in process with this roster gives.
+
+        Raises:
+            UsageError: The contributor is not on the roster.
+        """
+        order = fc.contributor_order(self.roster)
+        if contributor not in order:
+            raise fc.UsageError(
+                f"{quoted(contributor)} is not among the job's contributors {quoted(order, 300)}"
+            )
+        return fc.Context(
+            contributor=contributor,
+            index=order.index(contributor),
+            num_contributors=len(order),
+            round=self.round,
+            num_rounds=self.num_rounds,
+            seed=fc.contributor_seed(self.seed, self.round, contributor),
+        )
+
+
+def _pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arrays in dtypes that NVFlare can send, and the true dtypes of those that were changed."""
+    dtypes = {
+        key: value.dtype.name
+        for key, value in params.items()
+        if isinstance(value, np.ndarray) and value.dtype.type.__module__ == "ml_dtypes"
+    }
+    sent = {
+        key: value.view(f"u{value.dtype.itemsize}") if key in dtypes else value
+        for key, value in params.items()
+    }
+    return sent, dtypes
+
+
+def _unpack(params: Mapping[str, Any], dtypes: object) -> dict[str, Any]:
+    """The arrays in the dtypes that they had before they were sent; borrowed."""
+    if not dtypes:
+        return dict(params)
+    if not isinstance(dtypes, dict):
+        raise fc.RefusedUpdate(
+            fc.Reason.DTYPE, expected="names of dtypes by parameter", got=quoted(dtypes)
+        )
+    import ml_dtypes
+
+    restored = dict(params)
+    for key, name in dtypes.items():
+        dtype = getattr(ml_dtypes, name, None) if isinstance(name, str) else None
+        value = restored.get(key)
+        try:
+            restored[key] = value.view(dtype)  # type: ignore[union-attr, arg-type]
+            if dtype is None or np.dtype(dtype).itemsize != value.dtype.itemsize:  # type: ignore[union-attr]
+                raise TypeError
+        except (AttributeError, TypeError, ValueError):
+            raise fc.RefusedUpdate(
+                fc.Reason.DTYPE,
+                key=key if isinstance(key, str) else None,
+                expected="an array of unsigned integers that stands for a dtype of ml_dtypes",
+                got=f"{quoted(type(value).__name__)} for {quoted(name)}",
+            ) from None
+    return restored
+
+
+def message_from_model(model: fc.Params, assignment: Assignment) -> Shareable:
+    """The global model as the server sends it out.
+
+    Args:
+        model: The model; borrowed until it is sent. May be empty.
+        assignment: What the clients are told along with it.
+
+    Returns:
+        NVFlare's message.
+    """
+    params, dtypes = _pack(model)
+    meta = {_ASSIGNMENT: asdict(assignment), _DTYPES: dtypes}
+    return DXO(DataKind.WEIGHTS, data=params, meta=meta).to_shareable()
+
+
+def model_from_message(message: FLModel) -> Arrays:
+    """The global model as it reached a client.
+
+    Args:
+        message: What NVFlare's client API received.
+
+    Returns:
+        The model, its memory shared with the message; empty if clients start from their own.
+    """
+    return _unpack(message.params or {}, message.meta.get(_DTYPES))
+
+
+def assignment_of(message: FLModel) -> Assignment:
+    """What the server told a client along with the model.
+
+    Args:
+        message: What NVFlare's client API received.
+
+    Returns:
+        The assignment.
+
+    Raises:
+        UsageError: The server does not run this package's shareable generator.
+    """
+    told = message.meta.get(_ASSIGNMENT)
+    if told is None:
+        raise fc.UsageError(
+            "the model came without the job's roster, rounds and seed: "
+            "serve() works under this package's NumpyFedAvgRecipe"
+        )
+    return Assignment(**told)
+
+
+def _plain(value: object) -> object:
+    """A metric as something that NVFlare can send; what is no number does not count anyway."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, (bool, int, float, str)) else quoted(value)
+
+
+def update_to_fl_model(result: fc.TrainResult, transfer: fc.TransferType) -> FLModel:
+    """What a client sends back.
+
+    Args:
+        result: Parameters, weight and metrics; the parameters are borrowed until they are sent.
+        transfer: What the parameters are. NVFlare takes no difference from what is marked as one.
+
+    Returns:
+        The argument for NVFlare's client API.
+    """
+    params, dtypes = _pack(result.params)
+    return FLModel(
+        params_type=ParamsType(transfer.value),
+        params=params,
+        metrics={str(name): _plain(value) for name, value in result.metrics.items()},
+        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: _plain(result.weight), _DTYPES: dtypes},
+    )
+
+
+def contributor_of(message: Shareable, fl_ctx: FLContext) -> str | None:
+    """Who sent a message, as NVFlare authenticated it.
+
+    Args:
+        message: A client's result.
+        fl_ctx: The context in which it is offered.
+
+    Returns:
+        The name; None if NVFlare did not say.
+    """
+    name = message.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
+    if name is None:
+        peer = fl_ctx.get_peer_context()
+        name = peer.get_identity_name() if peer is not None else None
+    return name if isinstance(name, str) else None
+
+
+def round_of(message: Shareable) -> int:
+    """The round that a client's result answers.
+
+    Args:
+        message: A client's result.
+
+    Returns:
+        The number that the server had put into the cookie of the task.
+
+    Raises:
+        RefusedUpdate: There is none.
+    """
+    number = message.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise fc.RefusedUpdate(
+            fc.Reason.STALE_ROUND, expected="the number of a round", got=quoted(number)
+        )
+    return number
+
+
+def update_from_message(message: Shareable, contributor: str) -> fc.Update:
+    """A client's result as the core's update, not yet judged.
+
+    Args:
+        message: A client's result.
+        contributor: Who sent it.
+
+    Returns:
+        The update; its arrays are the message's.
+
+    Raises:
+        RefusedUpdate: The message does not hold parameters.
+    """
+    try:
+        dxo = from_shareable(message)
+    except Exception as error:  # a foreign message may be anything
+        raise fc.RefusedUpdate(
+            fc.Reason.DTYPE, expected="a DXO of parameters", got=quoted(str(error), 200)
+        ) from error
+    transfer = _transfer_type(dxo.data_kind)
+    meta = dxo.meta or {}
+    return fc.Update(
+        contributor=contributor,
+        round=round_of(message),
+        params=_unpack(dxo.data, meta.get(_DTYPES)),
+        weight=meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1.0),
+        transfer=transfer,
+        metrics=meta.get(MetaKey.INITIAL_METRICS) or {},
+    )
+
+
+def _transfer_type(kind: object) -> fc.TransferType:
+    name = getattr(kind, "value", kind)
+    transfer = _TRANSFER_TYPES.get(name) if isinstance(name, str) else None
+    if transfer is None:
+        raise fc.RefusedUpdate(
+            fc.Reason.TRANSFER, expected="data kind WEIGHTS or WEIGHT_DIFF", got=quoted(name)
+        )
+    return transfer
+
+
+def named_fl_model(message: Shareable, contributor: str, fl_ctx: FLContext) -> FLModel:
+    """A client's result for a ``ModelAggregator``, which is to know whose it is.
+
+    Args:
+        message: A client's result.
+        contributor: Who sent it.
+        fl_ctx: The context in which it is offered.
+
+    Returns:
+        NVFlare's own form of it, with the name under ``meta["client_name"]`` and the round under
+        ``meta["current_round"]``, where NVFlare's FedAvg controller puts them.
+    """
+    model = FLModelUtils.from_shareable(message, fl_ctx)
+    if isinstance(model.params, dict):
+        model.params = _unpack(model.params, model.meta.pop(_DTYPES, None))
+    model.meta["client_name"] = contributor
+    model.meta["current_round"] = round_of(message)
+    return model
+
+
+def result_from_model(model: fc.Params, report: Mapping[str, Any]) -> Shareable:
+    """A round's outcome as the aggregator hands it to the controller.
+
+    Args:
+        model: The whole new global model; borrowed.
+        report: What happened in the round, as JSON holds it.
+
+    Returns:
+        The result, for `model_from_result`.
+    """
+    dxo = DXO(DataKind.WEIGHTS, data=dict(model), meta={_REPORT: dict(report)})
+    return dxo.to_shareable()
+
+
+def result_from_fl_model(model: FLModel | None) -> Shareable:
+    """What a ``ModelAggregator`` made, as the controller takes it.
+
+    Args:
+        model: Its mean, a whole model or a difference; None if it made none.
+
+    Returns:
+        The result; without parameters if there were none.
+    """
+    if model is None or not model.params:
+        return DXO(DataKind.WEIGHTS, data={}, meta={}).to_shareable()
+    return FLModelUtils.to_shareable(model)
+
+
+def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[str, Any]]:
+    """The new global model out of any aggregator's result.
+
+    Args:
+        result: Parameters: a whole model, some of its keys, or a difference from the base.
+        base: The global model of the round; only read.
+
+    Returns:
+        The new model, in which keys that the result lacks have the base's values (borrowed), and the
+        report of the round, empty if the aggregator gave none.
+
+    Raises:
+        RefusedUpdate: The result is of another kind.
+        OutOfRange: Base and difference add up to more than the dtype can hold.
+    """
+    dxo = from_shareable(result)
+    if _transfer_type(dxo.data_kind) is fc.TransferType.DIFF:
+        model = {**base, **fc.apply({key: base[key] for key in dxo.data if key in base}, dxo.data)}
+    else:
+        model = {**base, **dxo.data}
+    return model, (dxo.meta or {}).get(_REPORT, {})
+
+
+def learnable(model: fc.Params, report: Mapping[str, Any] | None = None) -> ModelLearnable:
+    """The global model as NVFlare's controller holds it.
+
+    Args:
+        model: The model; borrowed. Empty if clients start from their own.
+        report: What happened in the round that it came out of.
+
+    Returns:
+        NVFlare's form of it.
+    """
+    return make_model_learnable(dict(model), {_REPORT: dict(report or {})})
+
+
+def model_of(held: ModelLearnable | None) -> Arrays:
+    """The global model out of what NVFlare's controller holds.
+
+    Args:
+        held: The model learnable; None before there is one.
+
+    Returns:
+        The model, borrowed; empty if there is none.
+    """
+    return {} if not held else (held.get(ModelLearnableKey.WEIGHTS) or {})
+
+
+def report_of(held: ModelLearnable) -> dict[str, Any]:
+    """What happened in the round that a model learnable came out of.
+
+    Args:
+        held: The model learnable.
+
+    Returns:
+        The aggregator's report; empty if it gave none.
+    """
+    report: dict[str, Any] = (held.get(ModelLearnableKey.META) or {}).get(_REPORT, {})
+    return report

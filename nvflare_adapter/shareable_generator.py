@@ -1,0 +1,75 @@
+# mypy: disable-error-code="misc"
+"""What ScatterAndGather sends out, and what it makes of the aggregator's result.
+
+NVFlare's own generator replaces the whole model by a result of weights, so that keys which nobody
+sent vanish from it, and adds a difference key by key into the model that the round began with, so
+that an error half-way leaves it half changed. This one makes a new model, in which such keys keep
+their values. It also tells the clients what a training function is told in process: the roster,
+the round, the number of rounds and the seed.
+"""
+
+from __future__ import annotations
+
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.model import ModelLearnable
+from nvflare.app_common.abstract.shareable_generator import ShareableGenerator
+from nvflare.app_common.app_constant import AppConstants
+
+from nvflare_adapter import convert
+
+__all__ = ["FedAvgShareableGenerator"]
+
+
+class FedAvgShareableGenerator(ShareableGenerator):
+    """Converts between the model that the controller holds and what is sent.
+
+    Args:
+        transfer: ``"FULL"`` or ``"DIFF"``: what clients are to send back.
+        seed: The seed of the job.
+    """
+
+    def __init__(self, transfer: str = "FULL", seed: int = 0) -> None:
+        super().__init__()
+        self.transfer = transfer
+        self.seed = seed
+        self._roster: list[str] = []
+
+    def learnable_to_shareable(self, model_learnable: ModelLearnable, fl_ctx: FLContext) -> Shareable:
+        """The model of a round, with what the clients are told along with it.
+
+        The roster is read once, in the first round: who leaves later keeps its place, so that
+        nobody else's changes.
+
+        Args:
+            model_learnable: What the controller holds; borrowed until it is sent.
+            fl_ctx: The context of the round.
+
+        Returns:
+            The message.
+        """
+        if not self._roster:
+            self._roster = [client.name for client in fl_ctx.get_engine().get_clients()]
+        start = fl_ctx.get_prop(AppConstants.START_ROUND, 0)
+        assignment = convert.Assignment(
+            roster=self._roster,
+            round=fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
+            num_rounds=start + fl_ctx.get_prop(AppConstants.NUM_ROUNDS),
+            seed=self.seed,
+            transfer=self.transfer,
+        )
+        return convert.message_from_model(convert.model_of(model_learnable), assignment)
+
+    def shareable_to_learnable(self, shareable: Shareable, fl_ctx: FLContext) -> ModelLearnable:
+        """The new global model out of the aggregator's result.
+
+        Args:
+            shareable: The result: a whole model, some of its keys, or a difference.
+            fl_ctx: The context, which has the model that the round began with.
+
+        Returns:
+            What the controller is to hold; the former is unchanged.
+        """
+        base = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        model, report = convert.model_from_result(shareable, base)
+        return convert.learnable(model, report)
