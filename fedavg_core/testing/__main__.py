@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from fedavg_core.accumulator import WeightedMean
+from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.testing.conformance import check_aggregator, compare_tables
 from fedavg_core.testing.peers import PEERS
 
 __all__ = ["main"]
 
-_OWN = {"ours": "exact", "float64": "float64", "float32": "float32"}
+_OWN: dict[str, Accumulator] = {"ours": "exact", "float64": "float64", "float32": "float32"}
 
 
 def _maker(name: str) -> Callable[[], Any]:

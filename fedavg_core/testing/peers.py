@@ -3,12 +3,13 @@
 This is the one place in the package that names other federated systems. Each is imported when its
 aggregator is asked for, and not before; none of them is needed for anything else.
 
-A system is judged by what its own code does. These classes only carry arguments in and results out:
-they check nothing, and copy nothing that the system itself would not have unpacked from a message.
+A system is judged by what its own code does. These classes only carry arguments in and results out,
+and check nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,8 @@ def _flower() -> Callable[[], Any]:
 
         def add(self, params: Any, weight: Any) -> None:
             self.names = self.names or list(params)
-            self.replies.append((list(params.values()), weight))
+            # Flower unpacks each reply from its message into arrays of its own.
+            self.replies.append((copy.deepcopy(list(params.values())), weight))
 
         def mean(self) -> Any:
             return dict(zip(self.names, average(self.replies), strict=True))

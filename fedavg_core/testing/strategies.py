@@ -91,12 +91,12 @@ def arrays(dtype: npt.DTypeLike, shape: tuple[int, ...] = (3,)) -> SearchStrateg
         shape: Their shape.
 
     Returns:
-        A strategy for new, writeable arrays.
+        A strategy for new, writeable arrays in the machine's own byte order.
 
     Raises:
         UsageError: The dtype cannot be averaged, or Hypothesis is missing.
     """
-    return _arrays(np.dtype(dtype), shape)
+    return _arrays(np.dtype(dtype).newbyteorder("="), shape)
 
 
 @functools.lru_cache(maxsize=1024)  # to make a strategy takes longer than to draw from it
