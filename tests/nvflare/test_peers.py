@@ -48,10 +48,9 @@ def test_the_command_shows_where_a_peer_stands(
     assert cells["merge invariance"] == ["yes", "n/a"]
 
 
-def test_what_nvflare_does_not_accept_counts_as_refused() -> None:
+def test_a_late_update_that_nvflare_does_not_accept_counts_as_refused() -> None:
     pytest.importorskip("nvflare")
     aggregator = PEERS["nvflare"]()()
-    aggregator.aggregator.expected_data_kind = {"": "no such kind"}
-    aggregator.aggregator.dxo_aggregators[""].expected_data_kind = "no such kind"
+    aggregator.context.set_prop("current_round", 5, private=True, sticky=False)
     with pytest.raises(ValueError, match="not accepted"):
         aggregator.add({"a": np.ones(1)}, 1)
