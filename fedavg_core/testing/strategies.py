@@ -2,9 +2,9 @@
 
 Random decimal numbers seldom find an error in arithmetic. So the arrays here are drawn as bits, and
 the bits are then forced into one of several mixtures: any code whatever, numbers of ordinary size,
-subnormals, numbers next to the largest, zeros of both signs, significands of all ones, powers of
-two over the whole range of exponents, and numbers that differ in their last bit, whose means lie
-half-way between two numbers. Several models are drawn together, so that they can be related: equal,
+subnormals and the seam between them and the normal numbers, numbers next to the largest, zeros of
+both signs, significands of all ones, powers of two over the whole range of exponents, and numbers
+that differ in their last bit, whose means lie half-way between two numbers. Several models are drawn together, so that they can be related: equal,
 opposite in sign (the sum cancels), or neighbours in the last bits.
 
 One array costs one draw, whatever its size, so that an example takes a fraction of a millisecond.
@@ -52,7 +52,7 @@ _EXTENSION_DTYPES = (
 )
 _FLOAT_MIXTURES = (
     *("ordinary", "any", "subnormal", "near largest", "zeros"),
-    *("last bits", "all ones", "powers of two"),
+    *("last bits", "all ones", "powers of two", "seam"),
 )
 _INTEGER_MIXTURES = ("small", "any", "extremes", "zeros")
 _RELATIONS = ("unrelated", "neighbours", "opposite", "equal")
@@ -148,6 +148,7 @@ def _forced(bits: npt.NDArray[Any], dtype: np.dtype[Any], mixture: str) -> npt.N
         "last bits": ordinary | (size & unsigned(1)),
         "all ones": size | fraction_mask,
         "powers of two": size & ~fraction_mask,
+        "seam": size & ((fraction_mask << unsigned(2)) | unsigned(3)),
     }.get(mixture, size)
     finite = np.minimum(changed, largest)
     if dtype.name.endswith("fnuz"):
@@ -256,7 +257,8 @@ def weighted_models(
         min_models: The fewest models.
         max_models: The most.
         weight: A strategy for one weight; `weights` if not given.
-        partial: Whether some models may lack some parameters. Each parameter is in one at least.
+        partial: Whether some models may lack some parameters. Each parameter is in one model at
+            least, and each model has one parameter at least.
 
     Returns:
         A strategy for pairs: models, weights. Some models are equal, opposite or neighbours.
@@ -291,7 +293,7 @@ def weighted_models(
             for key in list(inside):
                 absent = draw(st.integers(0, 2**count - 2))  # one bit a model, never all
                 for i, model in enumerate(drawn):
-                    if absent >> i & 1:
+                    if absent >> i & 1 and len(model) > 1:
                         del model[key]
         return drawn, chosen
 
@@ -303,7 +305,7 @@ def _opposite(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The numbers with the other sign; for integers the mirror image of their range, -1 - n."""
     bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
     if array.dtype.kind in "iu":
-        return (~bits).view(array.dtype)
+        return np.asarray(~bits, dtype=bits.dtype).view(array.dtype)
     turned = bits ^ bits.dtype.type(1 << (8 * array.dtype.itemsize - 1))
     if array.dtype.name.endswith("fnuz"):
         turned = np.where(bits == 0, bits, turned)
@@ -318,7 +320,7 @@ def _neighbour(array: npt.NDArray[Any], step: int) -> npt.NDArray[Any]:
         return near
     with np.errstate(invalid="ignore"):
         keep = np.isfinite(near.astype(np.float64))
-    return np.where(keep, near, array).astype(array.dtype)
+    return np.asarray(np.where(keep, near, array), dtype=array.dtype)
 
 
 def updates(
