@@ -1,5 +1,6 @@
 """Federated averaging on NumPy arrays, with an exact mean."""
 
+from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.errors import (
     CheckpointError,
     FedAvgError,
@@ -9,6 +10,7 @@ from fedavg_core.errors import (
     UsageError,
 )
 from fedavg_core.model import ModelSpec, Params, compare, same_bits
+from fedavg_core.transfer import apply, diff
 from fedavg_core.update import TransferType, Update
 
 __all__ = [
@@ -22,6 +24,10 @@ __all__ = [
     "TransferType",
     "Update",
     "UsageError",
+    "WeightedMean",
+    "apply",
     "compare",
+    "diff",
     "same_bits",
+    "weighted_mean",
 ]

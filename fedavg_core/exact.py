@@ -120,24 +120,25 @@ class ExactSum:
                 raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
         self._add_general(None, values, odd, shift)
 
-    def add_sum(self, other: ExactSum) -> None:
+    def add_sum(self, other: ExactSum, sign: int = 1, at: slice | None = None) -> None:
         """Add another sum, exactly.
 
         Args:
-            other: A sum of as many elements; only read.
+            other: Another sum; only read.
+            sign: 1, or -1 to subtract it.
+            at: Which of the elements to add it to: as many as the other has. All of them if None.
         """
         if other.origin is None:
             return
         if self.origin is None:
             self.origin = other.origin
-        for k, limb in other._limbs.items():
-            bound = other._bounds[k]
-            if not bound:
-                continue
+        where = None if at is None else np.arange(self.size)[at]
+        for k in other._used():
+            limb, bound = other._limbs[k], other._bounds[k]
             if self.origin == other.origin and bound < _CAPACITY >> 1:
-                self._deposit(k, None, limb, bound)
+                self._deposit(k, where, limb * sign, bound)
             else:
-                self._add_slices(None, limb, 1, other.origin + STEP * k)
+                self._add_slices(where, limb, sign, other.origin + STEP * k)
 
     def take(self, where: Indices | slice) -> ExactSum:
         """The sums of some of the elements.
@@ -401,7 +402,7 @@ class ExactSum:
     def _settle(self, top: bool) -> None:
         """Carry until each limb holds at most half a unit of the next; the top one if asked."""
         k = min(self._used(), default=0)
-        while k < (last := max(self._used(), default=k)) or (top and k == last):
+        while k < (last := max(self._used(), default=k - 1)) or (top and k == last):
             if self._bounds.get(k, 0) > _SETTLED:
                 self._carry(k)
             k += 1

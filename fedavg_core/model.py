@@ -15,6 +15,7 @@ the hidden one included), the exponent of the smallest normal number, and the la
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,6 +34,7 @@ __all__ = [
     "check_array",
     "compare",
     "copy_params",
+    "dtype_named",
     "number_format",
     "same_bits",
 ]
@@ -100,6 +102,33 @@ def number_format(dtype: np.dtype[Any]) -> NumberFormat | None:
     return _FLOATS.get(dtype.name) if dtype.kind == "f" else None
 
 
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype that has a given name; the inverse of ``dtype.name`` for dtypes of models.
+
+    Args:
+        name: Such as ``"float32"`` or ``"bfloat16"``.
+
+    Returns:
+        The dtype, in native byte order.
+
+    Raises:
+        UsageError: No dtype of that name can be averaged, or it needs the package `ml_dtypes`,
+            which is not installed.
+    """
+    if name in _EXTENSION_FLOATS:
+        try:
+            extension: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+        except (ImportError, AttributeError):
+            raise UsageError(
+                f"an array of {name} needs the package ml_dtypes, as new as that dtype"
+            ) from None
+        return extension
+    integers = (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+    if name in _FLOATS or name in integers:
+        return np.dtype(name)
+    raise UsageError(f"expected the name of a dtype of real numbers, got {quoted(name)}")
+
+
 def check_array(key: object, value: object) -> npt.NDArray[Any]:
     """See that one entry of a model is a named array of numbers.
 
@@ -143,18 +172,29 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def number(self) -> NumberFormat:
+        """How the dtype holds numbers; UsageError if its values cannot be averaged."""
+        number = number_format(self.dtype)
+        if number is None:
+            raise UsageError(f"expected a dtype of real numbers, got {quoted(str(self.dtype))}")
+        return number
+
 
 class ModelSpec(Mapping[str, ArraySpec]):
     """What a model looks like: for each parameter a shape and a dtype, and no values.
 
     Args:
         arrays: From name to `ArraySpec`; copied.
+
+    Raises:
+        UsageError: A dtype's values cannot be averaged.
     """
 
     __slots__ = ("_arrays",)
 
     def __init__(self, arrays: Mapping[str, ArraySpec]) -> None:
-        self._arrays = dict(arrays)
+        self._arrays = {key: array for key, array in arrays.items() if array.number}
 
     @classmethod
     def of(cls, params: Params) -> ModelSpec:
@@ -285,6 +325,8 @@ def _steps(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if array.dtype.kind == "u":
         return bits
     if array.dtype.kind == "i":
-        return bits ^ top
+        flipped: Array = bits ^ top
+        return flipped
     negative = bits >= top
-    return np.where(negative, top - (bits ^ top), bits + top)
+    steps: Array = np.where(negative, top - (bits ^ top), bits + top)
+    return steps

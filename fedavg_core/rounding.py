@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.exact import ExactSum, Scratch
-from fedavg_core.model import NumberFormat
+from fedavg_core.model import ArraySpec, NumberFormat
 
 __all__ = ["quotient"]
 
@@ -36,21 +36,19 @@ _RELATIVE_ERROR = 2.0**-68
 _SPLITTER = 2.0**27 + 1
 
 
-def quotient(
-    total: ExactSum, weight: int | Fraction, dtype: np.dtype[Any], number: NumberFormat
-) -> tuple[Array, int]:
+def quotient(total: ExactSum, weight: int | Fraction, spec: ArraySpec) -> tuple[Array, int]:
     """Divide exact sums by a weight and round once, to nearest, half to even.
 
     Args:
         total: The sums; their value does not change.
         weight: Above zero; its denominator is a power of two.
-        dtype: The dtype of the result.
-        number: Its format.
+        spec: The dtype of the result; its shape does not count.
 
     Returns:
         The quotients, new memory, with an exact zero as +0.0; and the position of the first one
         that rounds to beyond the largest number of the dtype (it holds 0 there), or -1.
     """
+    dtype, number = spec.dtype, spec.number
     result = np.zeros(total.size, dtype)
     beyond: list[int] = []
     for where, high, low, exponent, exact in total.leading():
@@ -142,7 +140,7 @@ def _float_bracket(
         lower = np.ldexp(first + (second - error), scale)
         upper = np.ldexp(first + (second + error), scale)
         # Below the normal numbers ldexp has rounded a second time.
-        tiny = np.abs(upper) < 2.0**-1020
+        tiny = (np.abs(upper) <= 2.0**-1022) & (first != 0.0)
         if tiny.any():
             lower[tiny] = np.ldexp(np.nextafter(first[tiny], -np.inf), scale)
             upper[tiny] = np.ldexp(np.nextafter(first[tiny], np.inf), scale)

@@ -1,0 +1,466 @@
+"""The weighted mean of models, one update at a time.
+
+A `WeightedMean` takes any number of updates and keeps, for each parameter, the weighted sum of what
+was sent and the sum of the weights of those that sent it. The mean is their quotient (McMahan,
+Moore, Ramage, Hampson and Agüera y Arcas, 2017, algorithm 1). Memory is that of a few models,
+however many updates there are.
+
+Two kinds of arithmetic:
+
+* ``"exact"``, the default. The sum is exact (see `exact`), and the quotient is rounded once (see
+  `rounding`). So the bits of the mean depend on nothing but the set of updates: not on their order,
+  nor on how they were spread over accumulators that were merged, nor on the size of the blocks.
+* ``"float64"`` and ``"float32"``. The sum is rounded at each addition, as other systems do it; the
+  last bits depend on the order.
+
+An update is added whole or not at all. The exact sums find a NaN in the pass that adds, and undo
+what they had added before it by adding the same with the opposite weight; that is exact, so nothing
+remains. The plain sums look first.
+
+Parameters may be missing from an update; each has its own denominator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import isfinite
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.model import (
+    ArraySpec,
+    ModelSpec,
+    Params,
+    check_array,
+    copy_params,
+    dtype_named,
+)
+from fedavg_core.sums import ExactSums, PlainSums, Sums, Weight
+
+__all__ = ["Accumulator", "WeightedMean", "exact_weight", "weighted_mean"]
+
+Array: TypeAlias = npt.NDArray[Any]
+Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
+State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
+
+_BLOCK = 1 << 17
+_STATE_FORMAT = 1
+
+
+def exact_weight(weight: object) -> Weight:
+    """A weight at its exact value.
+
+    Args:
+        weight: A whole number of any size or a float, of Python or NumPy.
+
+    Returns:
+        The same number as an int, or as a fraction whose denominator is a power of two.
+
+    Raises:
+        RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
+    """
+    if isinstance(weight, (int, np.integer)) and not isinstance(weight, bool) and weight > 0:
+        return int(weight)
+    if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
+        exact = Fraction(*weight.as_integer_ratio())
+        return exact.numerator if exact.denominator == 1 else exact
+    raise RefusedUpdate(
+        Reason.BAD_WEIGHT, expected="a finite number above zero as weight", got=quoted(weight)
+    )
+
+
+class WeightedMean:
+    """Accumulates weighted updates; see the module's text for what it guarantees.
+
+    Not safe for use from several threads at once: the caller has the lock.
+
+    Args:
+        spec: The parameters, their shapes and the dtypes that the mean shall have. If None, the
+            first update that brings a parameter decides.
+        accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
+        block: The number of elements handled in one go. It never changes the mean's bits.
+
+    Raises:
+        UsageError: There is no such accumulator, or the block is empty.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec | None = None,
+        *,
+        accumulator: Accumulator = "exact",
+        block: int = _BLOCK,
+    ) -> None:
+        if accumulator not in get_args(Accumulator):
+            raise UsageError(
+                f"expected accumulator 'exact', 'float64' or 'float32', got {quoted(accumulator)}"
+            )
+        if not isinstance(block, int) or block < 1:
+            raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
+        self._accumulator: Accumulator = accumulator
+        self._fixed = spec is not None
+        self._spec: dict[str, ArraySpec] = {}
+        self._weights: dict[str, Weight] = {}
+        self._count = 0
+        self._total: Weight = 0
+        self._sums: Sums = (
+            ExactSums(block) if accumulator == "exact" else PlainSums(np.dtype(accumulator), block)
+        )
+        if spec is not None:
+            self._spec.update(spec)
+            self._sums.grow(spec)
+
+    @property
+    def accumulator(self) -> Accumulator:
+        """The kind of arithmetic."""
+        return self._accumulator
+
+    @property
+    def determinism(self) -> str:
+        """``"order-independent"`` or ``"order-dependent"``: what the mean's last bits depend on."""
+        return "order-independent" if self._accumulator == "exact" else "order-dependent"
+
+    @property
+    def count(self) -> int:
+        """How many updates are in the sum."""
+        return self._count
+
+    @property
+    def total_weight(self) -> Fraction:
+        """The exact sum of the weights of all updates."""
+        return Fraction(self._total)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The parameters that some update has brought."""
+        return tuple(key for key in self._spec if self._weights.get(key))
+
+    def weight_of(self, key: str) -> Fraction:
+        """The exact sum of the weights of those updates that brought a parameter.
+
+        Args:
+            key: The parameter.
+
+        Returns:
+            Its denominator; 0 if no update brought it.
+        """
+        return Fraction(self._weights.get(key, 0))
+
+    def add(self, params: Params, weight: float) -> None:
+        """Add one update, whole or not at all.
+
+        Args:
+            params: The parameters, or some of them; only read, and not kept. Any dtype of real
+                numbers will do: the mean has the dtype of the spec.
+            weight: How much it counts: a finite number above zero, taken at its exact value.
+
+        Raises:
+            RefusedUpdate: The update is not fit to be added (BAD_NAME, BAD_WEIGHT, DTYPE,
+                MISSING_KEYS, NON_FINITE, SHAPE, UNEXPECTED_KEYS); the state is unchanged.
+        """
+        exact = exact_weight(weight)
+        self._check(params)
+        self._apply(params, exact)
+
+    def remove(self, params: Params, weight: float) -> None:
+        """Undo one `add` exactly: the state is then as if it had never been.
+
+        Args:
+            params: What was added; only read.
+            weight: The weight it was added with.
+
+        Raises:
+            RefusedUpdate: This cannot have been added; the state is unchanged.
+            UsageError: The sums are not exact, or do not contain this update; the state is
+                unchanged.
+        """
+        self._require_exact("remove")
+        exact = exact_weight(weight)
+        self._check(params)
+        for key in params:
+            left = self._weights.get(key, 0) - exact
+            if left < 0 or self._count == 0:
+                raise UsageError(
+                    f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
+                    f"the {float(self.weight_of(key)):g} that was added"
+                )
+        self._apply(params, -exact)
+        for key in params:
+            if not self._weights[key] and not self._sums.is_zero(key):
+                self._apply(params, exact)
+                raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
+
+    def merge(self, other: WeightedMean) -> None:
+        """Add all that another accumulator holds. For exact sums, in any order and grouping.
+
+        Args:
+            other: An accumulator of the same kind; only read.
+
+        Raises:
+            UsageError: It is of another kind, or holds a parameter of another shape or dtype, or
+                one that this one's spec does not name; the state is unchanged.
+        """
+        if self._accumulator != other._accumulator:
+            raise UsageError(
+                f"expected an accumulator of kind {self._accumulator!r} to merge, "
+                f"got one of kind {other._accumulator!r}"
+            )
+        brought = {key: other._spec[key] for key in other.keys}
+        for key, spec in brought.items():
+            known = self._spec.get(key)
+            if known is None and self._fixed:
+                raise UsageError(f"key {quoted(key)}: the spec does not name it")
+            if known is not None and known != spec:
+                raise UsageError(
+                    f"key {quoted(key)}: expected {_shown(known)} to merge, got {_shown(spec)}"
+                )
+        new = {key: spec for key, spec in brought.items() if key not in self._spec}
+        mark = self._sums.grow(new)
+        try:
+            self._sums.merge(other._sums, brought)
+        except BaseException:
+            self._sums.shrink(mark)
+            raise
+        self._spec.update(new)
+        for key in brought:
+            self._weights[key] = self._weights.get(key, 0) + other._weights[key]
+        self._count += other._count
+        self._total += other._total
+
+    def mean(self, base: Params | None = None) -> dict[str, Array]:
+        """The weighted mean; the state is unchanged.
+
+        Args:
+            base: If given, what was added were differences from it, and the result is
+                ``base + mean``, rounded once. Only read.
+
+        Returns:
+            New arrays: with a base its keys, in its order and dtypes, those that no update brought
+            copied; without one the keys that some update brought. Correctly rounded, to nearest
+            even, from exact sums. An exact zero is +0.0.
+
+        Raises:
+            OutOfRange: A result is beyond the largest number of its dtype.
+            UsageError: Nothing was added and there is no base, or the base lacks a parameter, or
+                has it in another shape, or is not finite.
+        """
+        if base is None:
+            if not self.keys:
+                raise UsageError("expected at least one update before the mean, got none")
+            targets = {key: self._spec[key] for key in self.keys}
+            return self._sums.means(targets, self._weights, None)
+        targets = dict(ModelSpec.of(base))
+        for key in self.keys:
+            if key not in targets:
+                raise UsageError(f"key {quoted(key)}: the base does not have it")
+            if targets[key].shape != self._spec[key].shape:
+                raise UsageError(
+                    f"key {quoted(key)}: expected a base of shape {self._spec[key].shape}, "
+                    f"got {targets[key].shape}"
+                )
+        brought = {key: targets[key] for key in targets if self._weights.get(key)}
+        means = self._sums.means(brought, self._weights, base)
+        kept = copy_params({key: base[key] for key in targets if key not in means})
+        return {key: means[key] if key in means else kept[key] for key in targets}
+
+    def reset(self) -> None:
+        """Forget every update; the memory is kept, and with it the parameters' names and shapes."""
+        self._sums.reset()
+        self._weights.clear()
+        self._count = 0
+        self._total = 0
+
+    def digest(self) -> str:
+        """A fingerprint of the exact value: the sums and their weights.
+
+        Returns:
+            64 hexadecimal digits. Equal for equal values, however they came about: order, merges,
+            removals, block size and platform do not show.
+
+        Raises:
+            UsageError: The sums are not exact.
+        """
+        self._require_exact("digest")
+        sha = hashlib.sha256(b"fedavg_core sums, format 1")
+        for key in sorted(self.keys):
+            spec = self._spec[key]
+            head = [key, list(spec.shape), spec.dtype.name, _hex(self._weights[key])]
+            sha.update(repr(head).encode("utf-8", "surrogatepass"))
+            for k, digits in self._sums.parts(key):
+                sha.update(f"[{k}]".encode())
+                sha.update(digits.tobytes())
+        return sha.hexdigest()
+
+    def state(self) -> State:
+        """All that this holds, fit to be stored or sent to another accumulator.
+
+        Returns:
+            A dictionary that JSON can hold, and arrays of float32, float64, int8 or int32; new
+            memory. For exact sums equal values give equal states.
+        """
+        keys = []
+        arrays: dict[str, Array] = {}
+        for number, key in enumerate(self.keys):
+            spec = self._spec[key]
+            stored = []
+            for k, part in self._sums.parts(key):
+                arrays[f"{number}.{k}"] = part
+                stored.append(k)
+            keys.append(
+                {
+                    "name": key,
+                    "shape": list(spec.shape),
+                    "dtype": spec.dtype.name,
+                    "weight": _hex(self._weights[key]),
+                    "arrays": stored,
+                }
+            )
+        meta = {
+            "format": _STATE_FORMAT,
+            "accumulator": self._accumulator,
+            "count": self._count,
+            "total_weight": _hex(self._total),
+            "keys": keys,
+        }
+        return meta, arrays
+
+    @classmethod
+    def from_state(
+        cls, meta: Mapping[str, Any], arrays: Mapping[str, Array], spec: ModelSpec | None = None
+    ) -> WeightedMean:
+        """An accumulator that goes on from a state.
+
+        Args:
+            meta: The dictionary that `state` gave.
+            arrays: The arrays that it gave; copied.
+            spec: As for a new accumulator.
+
+        Returns:
+            A new accumulator, which holds the same value.
+
+        Raises:
+            UsageError: This is no such state, or one of a format that is not known.
+        """
+        try:
+            if meta["format"] != _STATE_FORMAT:
+                raise UsageError(
+                    f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
+                )
+            result = cls(spec, accumulator=meta["accumulator"])
+            for number, entry in enumerate(meta["keys"]):
+                key = entry["name"]
+                array = ArraySpec(tuple(entry["shape"]), dtype_named(entry["dtype"]))
+                if result._spec.setdefault(key, array) != array:
+                    raise UsageError(f"key {quoted(key)}: the state has it as {_shown(array)}")
+                if spec is None:
+                    result._sums.grow({key: array})
+                parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
+                result._sums.restore(key, parts)
+                result._weights[key] = _unhex(entry["weight"])
+            result._count = int(meta["count"])
+            result._total = _unhex(meta["total_weight"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
+        return result
+
+    def _require_exact(self, what: str) -> None:
+        if self._accumulator != "exact":
+            raise UsageError(
+                f"{what} needs exact sums, and this accumulator has {self._accumulator}"
+            )
+
+    def _check(self, params: Params) -> None:
+        """Refuse what can be refused without reading the values."""
+        if not isinstance(params, Mapping):
+            raise RefusedUpdate(
+                Reason.DTYPE,
+                expected="a mapping from names to arrays",
+                got=f"a {type(params).__name__}",
+            )
+        if not params:
+            raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
+        for key, value in params.items():
+            array = check_array(key, value)
+            known = self._spec.get(key)
+            if known is None and self._fixed:
+                raise RefusedUpdate(
+                    Reason.UNEXPECTED_KEYS,
+                    key=key,
+                    expected="parameters of the model",
+                    got="another",
+                )
+            if known is not None and array.shape != known.shape:
+                raise RefusedUpdate(
+                    Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
+                )
+
+    def _apply(self, params: Params, weight: Weight) -> None:
+        """Add checked params with a weight of either sign."""
+        new = ModelSpec.of({key: params[key] for key in params if key not in self._spec})
+        mark = self._sums.grow(new)
+        try:
+            self._sums.add(params, weight)
+        except BaseException:
+            self._sums.shrink(mark)
+            raise
+        self._spec.update(new)
+        for key in params:
+            self._weights[key] = self._weights.get(key, 0) + weight
+        self._count += 1 if weight > 0 else -1
+        self._total += weight
+
+
+def weighted_mean(
+    models: Iterable[Params],
+    weights: Sequence[float],
+    *,
+    base: Params | None = None,
+    accumulator: Accumulator = "exact",
+) -> dict[str, Array]:
+    """The weighted mean of models that are at hand.
+
+    Args:
+        models: The models (or differences, with a base); only read.
+        weights: As many weights.
+        base: See `WeightedMean.mean`.
+        accumulator: See `WeightedMean`.
+
+    Returns:
+        The mean, as new arrays; see `WeightedMean.mean`.
+
+    Raises:
+        UsageError: There are not as many weights as models, or none of either.
+        RefusedUpdate: A model is not fit to be averaged.
+        OutOfRange: See `WeightedMean.mean`.
+    """
+    models = list(models)
+    if len(models) != len(weights):
+        raise UsageError(
+            f"expected one weight a model, got {len(models)} models, {len(weights)} weights"
+        )
+    result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
+    for params, weight in zip(models, weights, strict=True):
+        result.add(params, weight)
+    return result.mean(base)
+
+
+def _hex(weight: Weight) -> str:
+    """A weight as text, exactly."""
+    return f"{weight.numerator:x}/{weight.denominator:x}"
+
+
+def _unhex(text: str) -> Weight:
+    numerator, _, denominator = text.partition("/")
+    weight = Fraction(int(numerator, 16), int(denominator, 16))
+    return weight.numerator if weight.denominator == 1 else weight
+
+
+def _shown(spec: ArraySpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"

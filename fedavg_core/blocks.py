@@ -1,0 +1,176 @@
+"""A model cut into blocks: runs of elements that the arithmetic handles in one go.
+
+A block is at most `capacity` elements, so that the buffers for it stay in the processor's cache. A
+large array is cut into several blocks; small ones are gathered, many to a block, so that a model
+of a thousand little arrays does not pay for a thousand calls. What a block is made of is a list of
+segments: which elements of which array stand where in it.
+
+Arrays may be of any layout (strided, read-only, big-endian, memory-mapped, zero-dimensional,
+empty). A block of one contiguous float32 or float64 array is read where it lies; everything else is
+copied into a buffer, to float32 where that is exact and to float64 where not. Integers of 64 bits
+that do not fit into a float64 are split in two, the upper part counting 2**32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.exact import Scratch
+from fedavg_core.model import ArraySpec, Params
+
+__all__ = ["Block", "Buffers", "Segment", "flat", "load", "pack"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_UPPER = 32  # bits below the upper part of a 64-bit integer
+_EXACT_IN_FLOAT64 = 1 << 53
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements ``start`` to ``start + size`` of one array, at ``offset`` in the block."""
+
+    key: str
+    start: int
+    size: int
+    offset: int
+
+    @property
+    def place(self) -> slice:
+        """Where the segment is in its block."""
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of elements, made of segments that lie one behind the other."""
+
+    segments: tuple[Segment, ...]
+    size: int
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The array, and the position in it, that an element of the block comes from."""
+        segment = next(s for s in self.segments if index < s.offset + s.size)
+        return segment.key, segment.start + index - segment.offset
+
+
+class Buffers:
+    """Memory for one block under way, kept from one block to the next.
+
+    Args:
+        size: The largest number of elements of a block.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.narrow = np.empty(size, np.float32)
+        self.wide = np.empty(size, np.float64)
+        self.upper = np.empty(size, np.float64)
+        self.scratch = Scratch(size)
+
+
+def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
+    """Cut arrays into blocks.
+
+    Args:
+        spec: The arrays.
+        capacity: The most elements of a block, at least 1.
+
+    Yields:
+        Blocks that cover each element once. An array of more than half the capacity has blocks of
+        its own; the others share, in their order.
+    """
+    gathered: list[Segment] = []
+    filled = 0
+    for key, array in spec.items():
+        size = int(np.prod(array.shape, dtype=object))
+        if size > capacity // 2:
+            for start in range(0, size, capacity):
+                length = min(capacity, size - start)
+                yield Block((Segment(key, start, length, 0),), length)
+        elif size:
+            if filled + size > capacity:
+                yield Block(tuple(gathered), filled)
+                gathered, filled = [], 0
+            gathered.append(Segment(key, 0, size, filled))
+            filled += size
+    if gathered:
+        yield Block(tuple(gathered), filled)
+
+
+def flat(array: Array, start: int, size: int) -> Array:
+    """Some consecutive elements of an array in C order.
+
+    Args:
+        array: Any array.
+        start: The first element.
+        size: How many.
+
+    Returns:
+        One dimension; a view if the array is C-contiguous, else a copy.
+    """
+    if array.flags.c_contiguous:
+        return np.asarray(array).reshape(-1)[start : start + size]
+    elements: Array = np.asarray(array).flat[start : start + size]
+    return elements
+
+
+def load(
+    block: Block, params: Params, keys: Collection[str], buffers: Buffers
+) -> list[tuple[Array, int]]:
+    """The values of a block.
+
+    Args:
+        block: The block.
+        params: The arrays; those of the block that are missing count as zero. Only read.
+        keys: Which of them to take.
+        buffers: Memory to use.
+
+    Returns:
+        Parts ``(values, exponent)`` whose sum ``Σ values · 2**exponent`` is the block's values,
+        exactly; none if the block has no key among those asked for. Values are float32 or float64,
+        and stand in ``params`` or in the buffers: they hold until the buffers are used again.
+    """
+    segments = [segment for segment in block.segments if segment.key in keys]
+    if not segments:
+        return []
+    first = params[segments[0].key]
+    if (
+        len(block.segments) == 1
+        and first.flags.c_contiguous
+        and first.dtype in (np.float32, np.float64)
+    ):
+        return [(flat(first, segments[0].start, block.size), 0)]
+    narrow = all(_fits_float32(params[segment.key].dtype) for segment in segments)
+    values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
+    if len(segments) < len(block.segments):
+        values.fill(0.0)
+    upper = None
+    with np.errstate(invalid="ignore"):  # NaNs are found by whoever reads the values
+        for segment in segments:
+            source = flat(params[segment.key], segment.start, segment.size)
+            if _exceeds_float64(source):
+                if upper is None:
+                    upper = buffers.upper[: block.size]
+                    upper.fill(0.0)
+                upper[segment.place] = source >> _UPPER
+                source = source & ((1 << _UPPER) - 1)
+            values[segment.place] = source
+    return [(values, 0)] if upper is None else [(values, 0), (upper, _UPPER)]
+
+
+def _fits_float32(dtype: np.dtype[Any]) -> bool:
+    """Whether float32 holds every value of the dtype exactly."""
+    return dtype.itemsize <= 2 or (dtype.kind == "f" and dtype.itemsize == 4)
+
+
+def _exceeds_float64(values: Array) -> bool:
+    """Whether these are integers that float64 does not hold exactly."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
+        return False
+    return int(values.max()) > _EXACT_IN_FLOAT64 or int(values.min()) < -_EXACT_IN_FLOAT64

@@ -1,0 +1,92 @@
+"""FULL and DIFF: a model, and the difference between two.
+
+A contributor that sends differences sends ``local - base``; the server gives back ``base`` plus
+their weighted mean. Where every difference is exact in its dtype, both ways end in the same bits;
+where it is not, the rounding of the difference is the only one that DIFF adds.
+
+The difference of floats has their dtype and is rounded once. That of integers is int64, since the
+difference of two small integers may be negative or large.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.accumulator import WeightedMean
+from fedavg_core.errors import OutOfRange, UsageError, quoted
+from fedavg_core.model import ModelSpec, Params
+
+__all__ = ["apply", "diff"]
+
+
+def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
+    """What has to be added to a base to get a model.
+
+    Args:
+        local: The model, or some of its parameters; only read.
+        base: The model it started from; only read.
+
+    Returns:
+        For each parameter of ``local`` the difference, in the dtype of the base and rounded once;
+        integers give int64, exactly. New arrays.
+
+    Raises:
+        UsageError: The base lacks a parameter or has it in another shape or dtype.
+        OutOfRange: A difference is beyond the largest number of its dtype.
+    """
+    expected, got = ModelSpec.of(base), ModelSpec.of(local)
+    result: dict[str, npt.NDArray[Any]] = {}
+    for key, spec in got.items():
+        if key not in expected:
+            raise UsageError(f"key {quoted(key)}: the base does not have it")
+        if spec != expected[key]:
+            raise UsageError(
+                f"key {quoted(key)}: expected {expected[key].dtype}{list(expected[key].shape)} "
+                f"as in the base, got {spec.dtype}{list(spec.shape)}"
+            )
+        result[key] = _difference(key, local[key], base[key])
+    return result
+
+
+def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
+    """Add a difference to a base, with one rounding.
+
+    Args:
+        base: A model; only read.
+        difference: What to add, for some or all of its parameters; only read.
+
+    Returns:
+        The sum in the dtypes of the base, correctly rounded; parameters that the difference lacks
+        are copied. New arrays.
+
+    Raises:
+        UsageError: The base lacks a parameter, or has it in another shape, or is not finite.
+        RefusedUpdate: The difference is not an update that can be added.
+        OutOfRange: A sum is beyond the largest number of its dtype.
+    """
+    mean = WeightedMean()
+    if difference:
+        mean.add(difference, 1)
+    return mean.mean(base)
+
+
+def _difference(key: str, local: npt.NDArray[Any], base: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if local.dtype.kind not in "iu":
+        with np.errstate(over="ignore", invalid="ignore"):
+            result: npt.NDArray[Any] = np.asarray(local - base)
+        lost = np.isinf(result) & np.isfinite(local) & np.isfinite(base)
+        if lost.any():
+            raise OutOfRange(
+                f"key {quoted(key)}: a difference is beyond the largest number of {result.dtype}"
+            )
+        return result
+    if local.dtype.itemsize < 8:
+        return np.asarray(local.astype(np.int64) - base)
+    # Modulo 2**64 the subtraction is exact; it has overflowed where its sign is wrong.
+    wrapped = np.asarray(local.astype(np.uint64) - base.astype(np.uint64)).view(np.int64)
+    if bool(np.any((wrapped >= 0) != (local >= base))):
+        raise OutOfRange(f"key {quoted(key)}: a difference is beyond the largest number of int64")
+    return wrapped
