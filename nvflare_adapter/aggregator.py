@@ -38,28 +38,9 @@ from nvflare.app_common.app_event_type import AppEventType
 import fedavg_core as fc
 from fedavg_core.errors import quoted
 from nvflare_adapter import convert
+from nvflare_adapter.report import report_of_outcome
 
-__all__ = ["CustomAggregator", "FedAvgAggregator", "report"]
-
-
-def report(outcome: fc.Outcome) -> dict[str, Any]:
-    """What happened in a round, without the model, in what JSON can hold.
-
-    Args:
-        outcome: The closed round's outcome.
-
-    Returns:
-        ``round``, ``accepted`` (name to weight), ``refused`` (one line each), ``total_weight``,
-        ``metrics`` and ``problem``.
-    """
-    return {
-        "round": outcome.round,
-        "accepted": {receipt.contributor: receipt.weight for receipt in outcome.accepted},
-        "refused": [receipt.detail for receipt in outcome.refused],
-        "total_weight": outcome.total_weight,
-        "metrics": dict(outcome.metrics),
-        "problem": outcome.problem,
-    }
+__all__ = ["CustomAggregator", "FedAvgAggregator"]
 
 
 class FedAvgAggregator(Aggregator):
@@ -120,23 +101,20 @@ class FedAvgAggregator(Aggregator):
             Whether it is in the mean. If not, one line of the log says why, and the sums are as
             they were, to the bit.
         """
-        contributor = "?"
         try:
-            contributor = convert.contributor_of(shareable, fl_ctx) or "?"
-            update = convert.update_from_message(shareable, contributor)
+            update = convert.update_from_message(shareable, fl_ctx)
             with self._lock:
                 if self._round is None:
-                    self.log_warning(fl_ctx, f"refused {quoted(contributor)}: no round is open")
+                    self.log_warning(
+                        fl_ctx, f"refused {quoted(update.contributor)}: no round is open"
+                    )
                     return False
                 receipt = self._round.offer(update)
-        except fc.RefusedUpdate as refusal:
-            self.log_warning(fl_ctx, f"refused {quoted(contributor)}: {refusal}")
-            return False
         except Exception as error:  # an exception here would end the round for everyone
-            self.log_error(fl_ctx, f"refused {quoted(contributor)}: {_one_line(error)}")
+            self.log_error(fl_ctx, f"refused: {_one_line(error)}")
             return False
         if not receipt.accepted:
-            self.log_warning(fl_ctx, f"refused {quoted(contributor)}: {receipt.detail}")
+            self.log_warning(fl_ctx, f"refused: {receipt.detail}")
         return bool(receipt.accepted)
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
@@ -158,7 +136,7 @@ class FedAvgAggregator(Aggregator):
             outcome = self._round.close()
         if outcome.problem is not None:
             self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
-        return convert.result_from_model(outcome.model, report(outcome))
+        return convert.result_from_model(outcome.model, report_of_outcome(outcome))
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget the round; the memory of its sums is kept for the next.
@@ -217,24 +195,20 @@ class CustomAggregator(Aggregator):
             What the user's aggregator answers; False if it raised, or if the result is for
             another round. A ``ModelAggregator`` refuses by raising.
         """
-        contributor = "?"
+        name = None
         try:
-            contributor = convert.contributor_of(shareable, fl_ctx) or "?"
+            name, number = convert.origin_of(shareable, fl_ctx)
             with self._lock:
-                number = convert.round_of(shareable)
-                if number != self._number:
-                    self.log_warning(
-                        fl_ctx,
-                        f"refused {quoted(contributor)}: expected an update for round "
-                        f"{self._number}, got one for {number}",
+                if number != self._number or number is None:
+                    raise fc.UsageError(
+                        f"expected a result for round {self._number}, got one for {number!r}"
                     )
-                    return False
                 if not isinstance(self._inner, ModelAggregator):
                     return bool(self._inner.accept(shareable, fl_ctx))
                 self._inner.fl_ctx = fl_ctx
-                self._inner.accept_model(convert.named_fl_model(shareable, contributor, fl_ctx))
+                self._inner.accept_model(convert.named_fl_model(shareable, fl_ctx))
         except Exception as error:  # an exception here would end the round for everyone
-            self.log_error(fl_ctx, f"refused {quoted(contributor)}: {_one_line(error)}")
+            self.log_warning(fl_ctx, f"refused {quoted(name)}: {_one_line(error)}")
             return False
         return True
 

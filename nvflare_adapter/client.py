@@ -11,6 +11,7 @@ second one.
 
 from __future__ import annotations
 
+import logging
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -22,10 +23,15 @@ from typing import Any
 import numpy.typing as npt
 
 import fedavg_core as fc
+from fedavg_core.errors import quoted
 from fedavg_core.model import copy_params
 
-__all__ = ["TrainingFile", "read_training_file", "serve"]
+__all__ = ["FAILURE", "TrainingFile", "failure_line", "read_training_file", "serve"]
 
+FAILURE = "training of "
+"""How a line of the log begins that tells of a training function's failure."""
+
+_log = logging.getLogger(__name__)
 _handed_over: ContextVar[list[fc.Client] | None] = ContextVar("handed_over", default=None)
 
 
@@ -102,13 +108,39 @@ def serve(train: fc.Client) -> None:
         assignment = convert.assignment_of(message)
         received = convert.model_from_message(message)
         context = assignment.context(flare.get_site_name())
-        result = train(copy_params(received), context)
-        if not isinstance(result, fc.TrainResult):
-            raise fc.UsageError(
-                f"{context.contributor}, round {context.round}: expected train to return a "
-                f"TrainResult, got {type(result).__name__}"
-            )
         transfer = fc.TransferType(assignment.transfer)
-        if transfer is fc.TransferType.DIFF:
-            result = replace(result, params=fc.diff(result.params, received))
+        try:
+            result = _trained(train, received, context, transfer)
+        except Exception as error:
+            _log.error(failure_line(context.contributor, context.round, error))
+            raise
         flare.send(convert.update_to_fl_model(result, transfer))
+
+
+def failure_line(contributor: str, round: int, error: Exception) -> str:
+    """How a failure of a contributor's training stands in the log.
+
+    Args:
+        contributor: Who failed.
+        round: In which round.
+        error: What was raised.
+
+    Returns:
+        One line, which begins with `FAILURE`.
+    """
+    what = f"{type(error).__name__}: {quoted(str(error), 300)}"
+    return f"{FAILURE}{contributor} failed in round {round}: {what}"
+
+
+def _trained(
+    train: fc.Client,
+    received: dict[str, npt.NDArray[Any]],
+    context: fc.Context,
+    transfer: fc.TransferType,
+) -> fc.TrainResult:
+    result = train(copy_params(received), context)
+    if not isinstance(result, fc.TrainResult):
+        raise fc.UsageError(f"expected train to return a TrainResult, got {type(result).__name__}")
+    if transfer is fc.TransferType.DIFF:
+        return replace(result, params=fc.diff(result.params, received))
+    return result

@@ -2,19 +2,24 @@
 
 Four things cross the border.
 
-* The global model, server to client. It travels as a DXO of weights; beside it, in the DXO's meta, travels an
-  `Assignment`: the roster, the round, the number of rounds, the seed and the transfer type, from which each client
-  makes the `fedavg_core.Context` that a federation in process would have made.
-* A client's update, client to server: a DXO of weights or of a difference, its weight under NVFlare's own meta key for
-  the number of steps, its metrics under NVFlare's for initial metrics. So updates of client scripts that know nothing
-  of this package are read as well, and NVFlare's own aggregators read ours.
-* The aggregator's result, within the server: always a whole model, never a difference to be added again.
+* The global model, server to client. It travels as a DXO of weights; beside it, in the DXO's meta,
+  travels an `Assignment`: the roster, the round, the number of rounds, the seed and the transfer
+  type, from which each client makes the `fedavg_core.Context` that a federation in process would
+  have made.
+* A client's update, client to server: a DXO of weights or of a difference, its weight under
+  NVFlare's own meta key for the number of steps, its metrics under NVFlare's for initial metrics.
+  So updates of client scripts that know nothing of this package are read as well, and NVFlare's own
+  aggregators read ours.
+* The aggregator's result, within the server: always a whole model, never a difference to be added
+  again.
 * The model learnable, NVFlare's name for the global model that its controller holds.
 
-NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`. Such an array travels as
-unsigned integers of its size, and its dtype as a name in the meta; everything else travels as it is.
+NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`.
+Such an array travels as unsigned integers of its size, and its dtype as a name in the meta;
+everything else travels as it is.
 
-Nothing here judges an update. What cannot even be read as one is refused in the words of the core's gate.
+Nothing here judges an update: what cannot be read becomes an update with holes, which the
+core's gate refuses.
 """
 
 from __future__ import annotations
@@ -44,17 +49,16 @@ from fedavg_core.errors import quoted
 __all__ = [
     "Assignment",
     "assignment_of",
-    "contributor_of",
     "learnable",
     "message_from_model",
     "model_from_message",
     "model_from_result",
     "model_of",
     "named_fl_model",
+    "origin_of",
     "report_of",
     "result_from_fl_model",
     "result_from_model",
-    "round_of",
     "update_from_message",
     "update_to_fl_model",
 ]
@@ -126,32 +130,25 @@ def _pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     return sent, dtypes
 
 
-def _unpack(params: Mapping[str, Any], dtypes: object) -> dict[str, Any]:
-    """The arrays in the dtypes that they had before they were sent; borrowed."""
-    if not dtypes:
-        return dict(params)
-    if not isinstance(dtypes, dict):
-        raise fc.RefusedUpdate(
-            fc.Reason.DTYPE, expected="names of dtypes by parameter", got=quoted(dtypes)
-        )
+def _unpack(params: Any, dtypes: Any) -> Any:
+    """The arrays in the dtypes that they had before they were sent; borrowed.
+
+    An array whose dtype makes no sense becomes None, and what is no mapping stays what it is, for
+    the gate to refuse.
+    """
+    if not dtypes or not isinstance(params, dict):
+        return params
     import ml_dtypes
 
-    restored = dict(params)
-    for key, name in dtypes.items():
-        dtype = getattr(ml_dtypes, name, None) if isinstance(name, str) else None
-        value = restored.get(key)
+    def restored(key: Any, name: Any) -> npt.NDArray[Any] | None:
         try:
-            restored[key] = value.view(dtype)  # type: ignore[union-attr, arg-type]
-            if dtype is None or np.dtype(dtype).itemsize != value.dtype.itemsize:  # type: ignore[union-attr]
-                raise TypeError
-        except (AttributeError, TypeError, ValueError):
-            raise fc.RefusedUpdate(
-                fc.Reason.DTYPE,
-                key=key if isinstance(key, str) else None,
-                expected="an array of unsigned integers that stands for a dtype of ml_dtypes",
-                got=f"{quoted(type(value).__name__)} for {quoted(name)}",
-            ) from None
-    return restored
+            array: npt.NDArray[Any] = params[key]
+            return array.view(getattr(ml_dtypes, name)).reshape(array.shape)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    named = dtypes.items() if isinstance(dtypes, dict) else ()
+    return {**params, **{key: restored(key, name) for key, name in named}}
 
 
 def message_from_model(model: fc.Params, assignment: Assignment) -> Shareable:
@@ -228,90 +225,60 @@ def update_to_fl_model(result: fc.TrainResult, transfer: fc.TransferType) -> FLM
     )
 
 
-def contributor_of(message: Shareable, fl_ctx: FLContext) -> str | None:
-    """Who sent a message, as NVFlare authenticated it.
+def origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
+    """Who sent a client's result, as NVFlare authenticated it, and which round it answers.
 
     Args:
         message: A client's result.
         fl_ctx: The context in which it is offered.
 
     Returns:
-        The name; None if NVFlare did not say.
+        The name, and the number that the server had put into the task's cookie; None for what
+        is not known.
     """
     name = message.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
-    if name is None:
-        peer = fl_ctx.get_peer_context()
-        name = peer.get_identity_name() if peer is not None else None
-    return name if isinstance(name, str) else None
+    if name is None and fl_ctx.get_peer_context() is not None:
+        name = fl_ctx.get_peer_context().get_identity_name()
+    return name, message.get_cookie(AppConstants.CONTRIBUTION_ROUND)
 
 
-def round_of(message: Shareable) -> int:
-    """The round that a client's result answers.
-
-    Args:
-        message: A client's result.
-
-    Returns:
-        The number that the server had put into the cookie of the task.
-
-    Raises:
-        RefusedUpdate: There is none.
-    """
-    number = message.get_cookie(AppConstants.CONTRIBUTION_ROUND)
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise fc.RefusedUpdate(
-            fc.Reason.STALE_ROUND, expected="the number of a round", got=quoted(number)
-        )
-    return number
-
-
-def update_from_message(message: Shareable, contributor: str) -> fc.Update:
-    """A client's result as the core's update, not yet judged.
+def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
+    """A client's result as the core's update, for the core's gate to judge.
 
     Args:
-        message: A client's result.
-        contributor: Who sent it.
+        message: A client's result, or whatever came instead.
+        fl_ctx: The context in which it is offered.
 
     Returns:
-        The update; its arrays are the message's.
-
-    Raises:
-        RefusedUpdate: The message does not hold parameters.
+        The update; its arrays are the message's. What the message lacks is None.
     """
+    contributor, number = origin_of(message, fl_ctx)
     try:
         dxo = from_shareable(message)
-    except Exception as error:  # a foreign message may be anything
-        raise fc.RefusedUpdate(
-            fc.Reason.DTYPE, expected="a DXO of parameters", got=quoted(str(error), 200)
-        ) from error
-    transfer = _transfer_type(dxo.data_kind)
+    except Exception:  # a foreign message may be anything
+        return fc.Update(contributor, number, params=None, weight=1.0)  # type: ignore[arg-type]
     meta = dxo.meta or {}
     return fc.Update(
         contributor=contributor,
-        round=round_of(message),
+        round=number,
         params=_unpack(dxo.data, meta.get(_DTYPES)),
         weight=meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1.0),
-        transfer=transfer,
+        transfer=_transfer_type(dxo.data_kind),
         metrics=meta.get(MetaKey.INITIAL_METRICS) or {},
     )
 
 
-def _transfer_type(kind: object) -> fc.TransferType:
+def _transfer_type(kind: Any) -> Any:
+    """The transfer type of a data kind; another kind as it is."""
     name = getattr(kind, "value", kind)
-    transfer = _TRANSFER_TYPES.get(name) if isinstance(name, str) else None
-    if transfer is None:
-        raise fc.RefusedUpdate(
-            fc.Reason.TRANSFER, expected="data kind WEIGHTS or WEIGHT_DIFF", got=quoted(name)
-        )
-    return transfer
+    return _TRANSFER_TYPES.get(name, name) if isinstance(name, str) else name
 
 
-def named_fl_model(message: Shareable, contributor: str, fl_ctx: FLContext) -> FLModel:
+def named_fl_model(message: Shareable, fl_ctx: FLContext) -> FLModel:
     """A client's result for a ``ModelAggregator``, which is to know whose it is.
 
     Args:
         message: A client's result.
-        contributor: Who sent it.
         fl_ctx: The context in which it is offered.
 
     Returns:
@@ -319,10 +286,8 @@ def named_fl_model(message: Shareable, contributor: str, fl_ctx: FLContext) -> F
         ``meta["current_round"]``, where NVFlare's FedAvg controller puts them.
     """
     model = FLModelUtils.from_shareable(message, fl_ctx)
-    if isinstance(model.params, dict):
-        model.params = _unpack(model.params, model.meta.pop(_DTYPES, None))
-    model.meta["client_name"] = contributor
-    model.meta["current_round"] = round_of(message)
+    model.params = _unpack(model.params, model.meta.pop(_DTYPES, None))
+    model.meta["client_name"], model.meta["current_round"] = origin_of(message, fl_ctx)
     return model
 
 
@@ -362,18 +327,21 @@ def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[
         base: The global model of the round; only read.
 
     Returns:
-        The new model, in which keys that the result lacks have the base's values (borrowed), and the
-        report of the round, empty if the aggregator gave none.
+        The new model, in which keys that the result lacks have the base's values (borrowed), and
+        the report of the round, empty if the aggregator gave none.
 
     Raises:
-        RefusedUpdate: The result is of another kind.
+        UsageError: The result is of another kind, or a difference that does not fit the base.
         OutOfRange: Base and difference add up to more than the dtype can hold.
     """
     dxo = from_shareable(result)
-    if _transfer_type(dxo.data_kind) is fc.TransferType.DIFF:
-        model = {**base, **fc.apply({key: base[key] for key in dxo.data if key in base}, dxo.data)}
-    else:
+    transfer = _transfer_type(dxo.data_kind)
+    if transfer is fc.TransferType.FULL:
         model = {**base, **dxo.data}
+    elif transfer is fc.TransferType.DIFF:
+        model = fc.apply(base, dxo.data)
+    else:
+        raise fc.UsageError(f"expected parameters from the aggregator, got {quoted(transfer)}")
     return model, (dxo.meta or {}).get(_REPORT, {})
 
 

@@ -1,17 +1,19 @@
 """The training file of the main job: a small network learns handwritten digits, federated.
 
-The data are 1,797 real images of 8 × 8 pixels (E. Alpaydin and C. Kaynak, 1998; see `data/README.md`). One
-fifth is held out to test the global model. The rest is dealt out to the contributors unevenly: the shares of
-each digit are drawn from a Dirichlet distribution with concentration alpha (T.-M. H. Hsu, H. Qi and M. Brown,
-"Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019). The smaller
-alpha, the fewer kinds of digits a contributor sees. The split depends on alpha and on the number of contributors
-only, so that each finds its own share without being sent it, and the same one in every round.
+The data are 1,797 real images of 8 × 8 pixels (E. Alpaydin and C. Kaynak, 1998; see
+`data/README.md`). One fifth is held out to test the global model. The rest is dealt out to the
+contributors unevenly: the shares of each digit are drawn from a Dirichlet distribution with
+concentration alpha (T.-M. H. Hsu, H. Qi and M. Brown, "Measuring the Effects of Non-Identical Data
+Distribution for Federated Visual Classification", 2019). The smaller alpha, the fewer kinds of
+digits a contributor sees. The split depends on alpha and on the number of contributors only, so
+that each finds its own share without being sent it, and the same one in every round.
 
-The network has one hidden layer of rectified linear units and a softmax output, and is trained by mini-batch gradient
-descent on the mean cross-entropy.
+The network has one hidden layer of rectified linear units and a softmax output, and is trained by
+mini-batch gradient descent on the mean cross-entropy.
 
-This file is also the pattern for others: `train`, `initial_model` and `evaluate` are all that a training file has, and the
-last lines hand `train` over. Run by NVFlare it serves a client; read by ``--backend in-process`` it runs without NVFlare.
+This file is also the pattern for others: `train`, `initial_model` and `evaluate` are all that a
+training file has, and the last lines hand `train` over. Run by NVFlare it serves a client; read by
+``--backend in-process`` it runs without NVFlare.
 """
 
 from __future__ import annotations
@@ -79,11 +81,12 @@ def partition(labels: Indices, num_contributors: int, alpha: float) -> list[Indi
     Args:
         labels: The label of each example, int64, shape (n,).
         num_contributors: How many shares to make, from 1 to n.
-        alpha: The concentration of the Dirichlet distribution, above 0; large values make even shares.
+        alpha: The concentration of the Dirichlet distribution, above 0; large values make even
+            shares.
 
     Returns:
-        For each contributor the indices of its examples, ascending and at least one; together they are 0 .. n-1. The same
-        arguments give the same shares.
+        For each contributor the indices of its examples, ascending and at least one; together they
+        are 0 .. n-1. The same arguments give the same shares.
 
     Raises:
         UsageError: There are more contributors than examples, or alpha is not above 0.
@@ -153,7 +156,8 @@ def train(
         alpha: How uneven the shares are (see `partition`).
 
     Returns:
-        The trained model, the number of examples as its weight, and the mean loss over the last pass.
+        The trained model, the number of examples as its weight, and the mean loss over the last
+        pass.
     """
     digits = load_digits()
     share = partition(digits.train_labels, context.num_contributors, alpha)[context.index]

@@ -18,6 +18,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 import fedavg_core as fc
 from nvflare_adapter import convert
+from nvflare_adapter.report import round_checkpoint
 
 __all__ = ["CheckpointPersistor"]
 
@@ -73,13 +74,7 @@ class CheckpointPersistor(ModelPersistor):
             CheckpointError: It cannot be written; what is stored is as it was.
         """
         root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
-        report = convert.report_of(model)
-        checkpoint = fc.Checkpoint(
-            model=convert.model_of(model),
-            round=fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1,
-            metrics=report.get("metrics", {}),
-            extra={"report": report},
-            arrays={},
-        )
+        completed = fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1
+        checkpoint = round_checkpoint(convert.model_of(model), completed, convert.report_of(model))
         path = fc.CheckpointStore(Path(root) / self.folder, keep=self.keep).save(checkpoint)
         self.log_info(fl_ctx, f"stored the global model: {path}")

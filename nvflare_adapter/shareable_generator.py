@@ -35,7 +35,9 @@ class FedAvgShareableGenerator(ShareableGenerator):
         self.seed = seed
         self._roster: list[str] = []
 
-    def learnable_to_shareable(self, model_learnable: ModelLearnable, fl_ctx: FLContext) -> Shareable:
+    def learnable_to_shareable(
+        self, model_learnable: ModelLearnable, fl_ctx: FLContext
+    ) -> Shareable:
         """The model of a round, with what the clients are told along with it.
 
         The roster is read once, in the first round: who leaves later keeps its place, so that

@@ -1,0 +1,262 @@
+"""``python -m nvflare_adapter``: train a training file, by default the digits, on NVFlare.
+
+The same file runs on NVFlare's simulator or in this process alone, with the same numbers; what
+differs is only who carries the models about. Either way a round ends in a checkpoint; a line of the
+table is made of it, and the global model in it is tested here.
+
+Everything is written into one new folder. Exit codes: 0, the job was done; 1, it failed; 2,
+something about the command or the training file is wrong; 130, it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fedavg_core as fc
+from fedavg_core.errors import quoted
+from nvflare_adapter.client import TrainingFile, read_training_file
+from nvflare_adapter.report import report_of_outcome, round_checkpoint
+from nvflare_adapter.simulator import JobFailed, SimulatorJob, simulate
+
+__all__ = ["main"]
+
+_DIGITS = Path(__file__).with_name("digits.py")
+_GOAL = 0.9
+_COLUMNS = ("round", "accepted", "weight", "train loss", "test accuracy")
+_WIDTHS = (5, 8, 9, 10, 13)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nvflare_adapter: {message}\n")
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            expected = f"expected an integer of at least {least}"
+            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}")
+        return int(text)
+
+    return parse
+
+
+def _one_of(*names: str, later: Sequence[str] = ()) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            known = ", which this version cannot run yet" if text in later else ""
+            expected = f"expected {' or '.join(names)}"
+            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}{known}")
+        return text
+
+    return parse
+
+
+def _alpha(text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {quoted(text)}")
+    return alpha
+
+
+def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m nvflare_adapter",
+        description="Train a file with a train(params, context) function, federated.",
+    )
+    add = parser.add_argument
+    add("train_script", nargs="?", metavar="TRAIN.py", help="default: learn handwritten digits")
+    add(
+        "--backend",
+        default="simulator",
+        type=_one_of("in-process", "simulator", later=("poc", "deployment")),
+        help="simulator (NVFlare's; the default) or in-process (without NVFlare)",
+    )
+    add("--clients", type=_integer(1), default=4, help="how many clients (default: 4)")
+    add("--rounds", type=_integer(1), default=10, help="how many rounds (default: 10)")
+    add(
+        "--transfer",
+        type=_one_of("full", "diff"),
+        default="full",
+        help="clients send their whole model, or what has changed (default: full)",
+    )
+    add("--seed", type=_integer(0), default=0, help="draws all that is random (default: 0)")
+    add(
+        "--alpha",
+        type=_alpha,
+        help="of the digits: how even the clients' shares are (default: 0.5)",
+    )
+    add("--train-args", metavar="ARGS", default="", help="arguments of TRAIN.py, in one string")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder for all that is written (default: one in fedavg-runs/)",
+    )
+    read = parser.parse_args(arguments)
+    if read.train_script is None:
+        read.train_args = "" if read.alpha is None else f"--alpha {read.alpha}"
+    elif read.alpha is not None:
+        parser.error("argument --alpha: expected only without TRAIN.py, got both")
+    read.path = _DIGITS if read.train_script is None else Path(read.train_script)
+    if not read.path.is_file() or read.path.suffix != ".py":
+        parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
+    needed = {"rich": "cli"} | ({"nvflare": "nvflare"} if read.backend == "simulator" else {})
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            parser.error(f"expected the package {package}: pip install 'fedavg-core[{extra}]'")
+    if read.output is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
+        read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
+    if read.output.exists() and (not read.output.is_dir() or any(read.output.iterdir())):
+        parser.error(f"argument --output: expected a new or empty folder, got {read.output}")
+    return read
+
+
+def _in_process(
+    read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any]
+) -> Iterator[fc.Checkpoint]:
+    federation = fc.Federation(
+        initial,
+        clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
+        rounds=read.rounds,
+        transfer=fc.TransferType(read.transfer.upper()),
+        seed=read.seed,
+    )
+    for outcome in federation:
+        yield round_checkpoint(outcome.model, outcome.round + 1, report_of_outcome(outcome))
+
+
+def _on_simulator(read: argparse.Namespace, initial: dict[str, Any]) -> Iterator[fc.Checkpoint]:
+    start = read.output / "initial_model.fedavg"
+    if initial:
+        fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
+    job = SimulatorJob(
+        train_script=str(read.path.resolve()),
+        train_args=read.train_args,
+        initial_model=str(start.resolve()) if initial else "",
+        clients=read.clients,
+        rounds=read.rounds,
+        transfer=read.transfer.upper(),
+        seed=read.seed,
+        folder=str(read.output.resolve()),
+    )
+    yield from simulate(job)
+
+
+def _row(checkpoint: fc.Checkpoint, clients: int, evaluation: dict[str, float]) -> list[str]:
+    report = checkpoint.extra["report"]
+    loss, accuracy = report["metrics"].get("loss"), evaluation.get("accuracy")
+    return [
+        str(report["round"]),
+        f"{len(report['accepted'])} of {clients}",
+        f"{report['total_weight']:g}",
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if accuracy is None else f"{accuracy:.2%}",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
+    if training.evaluate is None:
+        return {}
+    try:
+        return training.evaluate(model)
+    except Exception as error:
+        what = f"{type(error).__name__}: {quoted(str(error), 300)}"
+        raise fc.UsageError(f"evaluate, of the training file, failed: {what}") from error
+
+
+def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any]) -> None:
+    """Run the rounds, printing a line for each as it ends; then say what there is now."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    simulator = read.backend == "simulator"
+    where = "on NVFlare's simulator" if simulator else "in this process"
+    last = read.rounds - 1
+    console.print(f"{read.path.name}: {read.clients} clients, rounds 0 to {last}, {where}")
+    console.print(_line(_COLUMNS), style="bold")
+    checkpoint = fc.Checkpoint(model=initial, round=0)
+    accuracies = []
+    with console.status(f"round 0 of 0 to {last}" if last else "round 0") as status:
+        for checkpoint in (
+            _on_simulator(read, initial) if simulator else _in_process(read, training, initial)
+        ):
+            evaluation = _evaluate(training, checkpoint.model)
+            accuracies.append(evaluation.get("accuracy", 0.0))
+            console.print(_line(_row(checkpoint, read.clients, evaluation)))
+            report = checkpoint.extra["report"]
+            for note in (*report["refused"], *filter(None, [report["problem"]])):
+                console.print(f"       {note}", style="yellow")
+            status.update(f"round {checkpoint.round} of 0 to {last}")
+    saved = read.output / "model.fedavg"
+    fc.save_checkpoint(saved, checkpoint)
+    if read.train_script is None:
+        hits = [number for number, accuracy in enumerate(accuracies) if accuracy >= _GOAL]
+        reached = f"reached in round {hits[0]}" if hits else "not reached"
+        final = f"the saved model has {accuracies[-1]:.2%}"
+        console.print(f"goal of {_GOAL:.0%} test accuracy: {reached}; {final}")
+    console.print(f"model saved: {saved}")
+    console.print(f"to load it: fedavg_core.load_checkpoint({str(saved)!r}).model")
+    if simulator:
+        console.print(f"NVFlare's log: {read.output / 'nvflare.log'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those of the command line; None for the process's own.
+
+    Returns:
+        The exit code.
+    """
+    read = _read_arguments(arguments)
+    try:
+        training = read_training_file(read.path, read.train_args.split())
+        initial = {} if training.initial_model is None else training.initial_model(read.seed)
+        if not initial and read.transfer == "diff":
+            raise fc.UsageError("--transfer diff: expected an initial_model in the training file")
+        read.output.mkdir(parents=True, exist_ok=True)
+    except SystemExit:
+        return _say(f"{read.path.name} ended by itself, given {read.train_args!r}", 2)
+    except (fc.UsageError, OSError) as error:
+        return _say(str(error), 2)
+    except Exception as error:
+        what = f"{type(error).__name__}: {quoted(str(error), 300)}"
+        return _say(f"{read.path.name} cannot be run: {what}", 2)
+    try:
+        _run(read, training, initial)
+    except JobFailed as failure:
+        tail = "\n".join(f"  {line}" for line in failure.tail())
+        return _say(f"{failure.reason}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1)
+    except (fc.FedAvgError, OSError) as error:
+        return _say(str(error), 1)
+    except KeyboardInterrupt:
+        return _say("stopped", 130)
+    return 0
+
+
+def _say(problem: str, code: int) -> int:
+    print(f"nvflare_adapter: {problem}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

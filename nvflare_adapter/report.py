@@ -1,0 +1,46 @@
+"""What happened in a round, as JSON holds it: it travels and is stored beside the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fedavg_core as fc
+
+__all__ = ["report_of_outcome", "round_checkpoint"]
+
+
+def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
+    """What happened in a round, without the model.
+
+    Args:
+        outcome: The closed round's outcome.
+
+    Returns:
+        ``round``, ``accepted`` (name to weight, in the order of the names), ``refused`` (one line
+        each), ``total_weight``, ``metrics`` and ``problem``.
+    """
+    weights = {receipt.contributor: receipt.weight for receipt in outcome.accepted}
+    return {
+        "round": outcome.round,
+        "accepted": {name: weights[name] for name in fc.contributor_order(weights)},
+        "refused": [receipt.detail for receipt in outcome.refused],
+        "total_weight": outcome.total_weight,
+        "metrics": dict(outcome.metrics),
+        "problem": outcome.problem,
+    }
+
+
+def round_checkpoint(model: fc.Params, rounds: int, report: dict[str, Any]) -> fc.Checkpoint:
+    """The checkpoint that is stored after a round.
+
+    Args:
+        model: The global model; borrowed.
+        rounds: How many rounds are completed.
+        report: What happened in the last of them; empty if nothing is known.
+
+    Returns:
+        The checkpoint, the report under ``extra["report"]``.
+    """
+    return fc.Checkpoint(
+        model=model, round=rounds, metrics=report.get("metrics", {}), extra={"report": report}
+    )

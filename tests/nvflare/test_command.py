@@ -1,0 +1,212 @@
+"""``python -m nvflare_adapter``, as far as it needs no NVFlare."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+
+import fedavg_core as fc
+from nvflare_adapter.__main__ import main
+from nvflare_adapter.simulator import SimulatorJob, _reason
+from tests.nvflare import training
+
+FILES = Path(training.__file__).parent
+
+WITHOUT_NVFLARE = """
+import sys
+sys.modules["nvflare"] = None
+from nvflare_adapter.__main__ import main
+code = main(sys.argv[1:])
+loaded = [name for name in sys.modules if name.split(".")[0] == "nvflare"]
+sys.exit(code if loaded == ["nvflare"] else 3)
+"""
+
+
+def run(*arguments, cwd):
+    """Runs the command where NVFlare cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_NVFLARE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_in_process_needs_no_nvflare_and_reaches_the_goal(tmp_path):
+    done = run("--backend", "in-process", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "digits.py: 4 clients, rounds 0 to 9, in this process"
+    assert lines[1].split() == ["round", "accepted", "weight", "train", "loss", "test", "accuracy"]
+    for number, line in enumerate(lines[2:12]):
+        assert re.fullmatch(rf" *{number}    4 of 4       1438      0\.\d{{4}} +\d\d\.\d\d%", line)
+    assert re.fullmatch(r"goal of 90% .*: reached in round \d; the saved model has 9.*%", lines[12])
+    saved = tmp_path / lines[13].removeprefix("model saved: ")
+    checkpoint = fc.load_checkpoint(saved)
+    assert checkpoint.round == 10
+    assert lines[14] == (
+        f"to load it: fedavg_core.load_checkpoint('{saved.relative_to(tmp_path)}').model"
+    )
+
+
+def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path, capsys):
+    def model(name, *arguments):
+        folder = tmp_path / name
+        shared = ["--backend", "in-process", "--rounds", "2", "--output", str(folder)]
+        assert main([*shared, *arguments]) == 0
+        return fc.load_checkpoint(folder / "model.fedavg").model
+
+    first = model("a", "--seed", "1", "--transfer", "diff", "--alpha", "2")
+    assert fc.same_bits(first, model("b", "--seed", "1", "--transfer", "diff", "--alpha", "2"))
+    assert not fc.same_bits(first, model("c", "--seed", "2", "--transfer", "diff", "--alpha", "2"))
+    assert not fc.same_bits(first, model("d", "--seed", "1", "--transfer", "diff"))
+    assert "goal of 90% test accuracy: not reached" in capsys.readouterr().out
+
+
+def test_a_training_file_of_ones_own_is_trained(tmp_path, capsys):
+    arguments = [str(FILES / "faulty.py"), "--backend", "in-process", "--clients", "3"]
+    assert main([*arguments, "--rounds", "2", "--output", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "    1    3 of 3          6      0.5000              -" in out.splitlines()
+    assert "goal" not in out
+    trained = fc.load_checkpoint(tmp_path / "new" / "model.fedavg").model
+    assert trained["w"].tolist() == pytest.approx([14 / 3] * 3)
+
+
+def test_a_refused_update_stands_under_its_round(tmp_path, capsys):
+    arguments = [str(FILES / "faulty.py"), "--train-args", "nan", "--backend", "in-process"]
+    assert main([*arguments, "--rounds", "2", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split()[:4] == ["1", "3", "of", "4"]
+    assert "NON_FINITE (contributor 'site-2', round 1, key 'w')" in lines[4]
+
+
+def test_a_file_without_a_first_model_starts_from_the_clients_own(tmp_path, capsys):
+    arguments = [str(FILES / "own_start.py"), "--backend", "in-process", "--rounds", "2"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert "4 of 4" in capsys.readouterr().out
+    assert fc.load_checkpoint(tmp_path / "model.fedavg").model["w"].tolist() == [[3.5] * 2] * 2
+
+
+WRONG = [
+    (["--rounds", "0"], "argument --rounds: expected an integer of at least 1, got '0'"),
+    (["--clients", "-3"], "argument --clients: expected an integer of at least 1, got '-3'"),
+    (["--clients", "two"], "argument --clients: expected an integer of at least 1, got 'two'"),
+    (["--seed", "1.5"], "argument --seed: expected an integer of at least 0, got '1.5'"),
+    (["--transfer", "half"], "argument --transfer: expected full or diff, got 'half'"),
+    (["--alpha", "nan"], "argument --alpha: expected a number above 0, got 'nan'"),
+    (
+        ["--backend", "cloud"],
+        "argument --backend: expected in-process or simulator, got 'cloud'",
+    ),
+    (
+        ["--backend", "poc"],
+        "argument --backend: expected in-process or simulator, got 'poc', "
+        "which this version cannot run yet",
+    ),
+    (
+        ["--backend", "deployment"],
+        "argument --backend: expected in-process or simulator, got 'deployment', "
+        "which this version cannot run yet",
+    ),
+    (["no/such.py"], "TRAIN.py: expected a Python file that exists, got 'no/such.py'"),
+    ([str(FILES)], f"TRAIN.py: expected a Python file that exists, got '{FILES}'"),
+    (
+        [str(FILES / "mixed.py"), "--alpha", "1"],
+        "argument --alpha: expected only without TRAIN.py, got both",
+    ),
+    (["--output", str(FILES)], f"argument --output: expected a new or empty folder, got {FILES}"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"nvflare_adapter: {message}\n"
+
+
+def test_the_simulator_without_nvflare_is_told_what_to_install(tmp_path):
+    done = run(cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "nvflare_adapter: expected the package nvflare: pip install 'fedavg-core[nvflare]'\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+BROKEN = [
+    ("1/0", "cannot be run: ZeroDivisionError: 'division by zero'"),
+    ("def", "cannot be run: SyntaxError: "),
+    ("import sys; sys.exit(3)", "ended by itself, given ''"),
+    ("x = 1", "expected the file to end by calling nvflare_adapter.serve(train)"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN)
+def test_a_training_file_that_is_broken_gets_one_line_and_exit_code_2(
+    tmp_path, capsys, content, message
+):
+    path = tmp_path / "broken.py"
+    path.write_text(content)
+    output = tmp_path / "out"
+    assert main([str(path), "--backend", "in-process", "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("nvflare_adapter: ")
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_differences_without_a_first_model_are_refused_before_anything_runs(tmp_path, capsys):
+    arguments = [str(FILES / "own_start.py"), "--backend", "in-process", "--transfer", "diff"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "expected an initial_model in the training file" in capsys.readouterr().err
+
+
+def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(tmp_path, capsys):
+    path = tmp_path / "evaluated.py"
+    path.write_text((FILES / "faulty.py").read_text() + "\ndef evaluate(model): return model[0]\n")
+    arguments = [str(path), "--backend", "in-process", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == (
+        "nvflare_adapter: evaluate, of the training file, failed: KeyError: '0'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("", "it ended with exit code 3"),
+        (
+            "x - INFO - y\nx - ERROR - training of site-2 failed in round 1: ValueError: 'fire'\n"
+            "Aborting: FATAL_SYSTEM_ERROR received: Result is bad",
+            "training of site-2 failed in round 1: ValueError: 'fire'",
+        ),
+        (
+            "Aborting due to FATAL_SYSTEM_ERROR received: Result is bad.\nValueError: x",
+            "Result is bad.",
+        ),
+        ("Traceback:\n  File x\nnvflare.bad.JobError: no such job\n", "nvflare.bad.JobError: no"),
+    ],
+)
+def test_the_reason_of_a_failed_job_is_found_in_the_log(tmp_path, log, cause):
+    path = tmp_path / "log"
+    path.write_text(log)
+    reason = _reason(path, 2, 5, 3)
+    assert reason.startswith(f"the job failed after 2 of 5 rounds: {cause}")
+
+
+def test_a_job_knows_its_log_and_its_models():
+    job = SimulatorJob("t.py", "", "", 2, 3, "FULL", 0, "/x")
+    assert job.log == Path("/x/nvflare.log")
+    assert job.checkpoints == Path("/x/fedavg/server/simulate_job/models")

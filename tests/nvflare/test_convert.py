@@ -1,0 +1,189 @@
+"""NVFlare's messages, there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare")
+
+from nvflare.apis.dxo import DXO
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.fuel.utils import fobs
+
+import fedavg_core as fc
+from nvflare_adapter import convert
+from tests.nvflare.server_side import Server, result
+from tests.nvflare.training import mixed
+
+pytestmark = pytest.mark.nvflare
+
+ASSIGNMENT = convert.Assignment(
+    roster=["site-10", "site-1", "site-2"], round=3, num_rounds=7, seed=11, transfer="DIFF"
+)
+
+
+@pytest.fixture
+def server(tmp_path):
+    return Server(tmp_path)
+
+
+def over_the_wire(message):
+    """What arrives of a message: NVFlare's own bytes, with the arrays as npy files in them."""
+    from nvflare.app_common.decomposers import numpy_decomposers
+
+    numpy_decomposers.register()
+    return fobs.loads(fobs.dumps(message))
+
+
+def test_a_model_of_every_dtype_reaches_the_client_to_the_bit():
+    model = mixed.initial_model(5)
+    sent = over_the_wire(convert.message_from_model(model, ASSIGNMENT))
+    message = FLModelUtils.from_shareable(sent)
+    assert fc.same_bits(convert.model_from_message(message), model)
+    assert list(convert.model_from_message(message)) == list(model)
+    assert convert.assignment_of(message) == ASSIGNMENT
+
+
+def test_the_models_own_arrays_are_not_changed_by_sending_them():
+    model = mixed.initial_model(5)
+    convert.message_from_model(model, ASSIGNMENT)
+    assert fc.same_bits(model, mixed.initial_model(5))
+
+
+def test_no_model_reaches_the_client_as_an_empty_one():
+    sent = over_the_wire(convert.message_from_model({}, ASSIGNMENT))
+    assert convert.model_from_message(FLModelUtils.from_shareable(sent)) == {}
+
+
+def test_the_context_is_that_of_a_federation_in_process():
+    context = ASSIGNMENT.context("site-10")
+    assert context == fc.Context(
+        contributor="site-10",
+        index=2,
+        num_contributors=3,
+        round=3,
+        num_rounds=7,
+        seed=fc.contributor_seed(11, 3, "site-10"),
+    )
+
+
+def test_a_client_that_is_not_on_the_roster_is_told_so():
+    with pytest.raises(fc.UsageError, match=r"'site-9' is not among .*'site-1', 'site-2'"):
+        ASSIGNMENT.context("site-9")
+
+
+def test_a_server_that_assigns_nothing_is_named_as_the_problem():
+    with pytest.raises(fc.UsageError, match="NumpyFedAvgRecipe"):
+        convert.assignment_of(FLModel(params={}))
+
+
+@pytest.mark.parametrize("transfer", list(fc.TransferType))
+def test_an_update_reaches_the_server_with_all_that_it_says(server, transfer):
+    trained = fc.TrainResult(
+        mixed.initial_model(5),
+        weight=np.int32(120),
+        metrics={"loss": np.float16(0.5), "hits": np.int64(3), "name": "x", "odd": [1, 2]},
+    )
+    sent = convert.update_to_fl_model(trained, transfer)
+    assert sent.params_type == ParamsType(transfer.value)
+    message = over_the_wire(FLModelUtils.to_shareable(sent))
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 4)
+    update = convert.update_from_message(message, server.context())
+    assert (update.contributor, update.round, update.weight) == (None, 4, 120)
+    assert update.transfer is transfer
+    assert update.metrics == {"loss": 0.5, "hits": 3, "name": "x", "odd": "[1, 2]"}
+    assert fc.same_bits(update.params, trained.params)
+
+
+def test_an_update_without_a_weight_counts_once(server):
+    message = DXO("WEIGHTS", data={"w": np.ones(2)}).to_shareable()
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
+    assert convert.update_from_message(message, server.context()).weight == 1.0
+
+
+def judged(message, fl_ctx, model):
+    """What a round says of a message, as the aggregator would offer it."""
+    return fc.Round(model, 0).offer(convert.update_from_message(message, fl_ctx))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (result({"w": 1}, kind="METRICS"), fc.Reason.TRANSFER),
+        (result({"w": np.ones(2)}, round=None), fc.Reason.STALE_ROUND),
+        (result({"w": np.ones(2)}, round="1"), fc.Reason.STALE_ROUND),
+        (result({"w": np.ones(2)}, None), fc.Reason.BAD_NAME),
+        (result({"w": np.ones(2)}, metrics=[1]), None),
+    ],
+)
+def test_what_is_no_update_is_left_for_the_gate_to_refuse(server, message, reason):
+    receipt = judged(message, server.context(), {"w": np.ones(2)})
+    assert receipt.reason is reason
+
+
+def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server):
+    message = result({"w": np.ones(2)})
+    del message["DXO"]
+    receipt = judged(message, server.context(), {"w": np.ones(2)})
+    assert receipt.reason is fc.Reason.DTYPE
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "reason"),
+    [
+        (["w"], None),
+        ({"w": "no_such_dtype"}, fc.Reason.DTYPE),
+        ({"w": 3}, fc.Reason.DTYPE),
+        ({"w": "float8_e4m3fn"}, fc.Reason.DTYPE),
+        ({"v": "bfloat16"}, fc.Reason.UNEXPECTED_KEYS),
+        ({"w": "__name__"}, fc.Reason.DTYPE),
+        ({7: "bfloat16"}, fc.Reason.BAD_NAME),
+    ],
+)
+def test_dtypes_that_make_no_sense_are_left_for_the_gate_to_refuse(server, dtypes, reason):
+    message = result({"w": np.ones(2, dtype=np.uint16)})
+    message["DXO"]["meta"]["fedavg.dtypes"] = dtypes
+    receipt = judged(message, server.context(), {"w": np.ones(2, dtype=np.uint16)})
+    assert receipt.reason is reason
+
+
+def test_the_sender_and_the_round_are_what_nvflare_says(server):
+    fl_ctx = server.context()
+    assert convert.origin_of(result({}, "site-7", round=3), fl_ctx) == ("site-7", 3)
+    assert convert.origin_of(result({}, None, round=None), fl_ctx) == (None, None)
+    fl_ctx.set_peer_context(server.context())
+    assert convert.origin_of(result({}, None), fl_ctx) == ("server", 0)
+
+
+def test_a_result_of_some_keys_leaves_the_others_as_they_were():
+    base = {"a": np.ones(2), "b": np.zeros(1)}
+    new, report = convert.model_from_result(
+        DXO("WEIGHTS", data={"a": np.full(2, 5.0)}).to_shareable(), base
+    )
+    assert fc.same_bits(new, {"a": np.full(2, 5.0), "b": np.zeros(1)})
+    assert report == {}
+
+
+def test_a_result_that_is_a_difference_is_added_to_a_new_model():
+    base = {"a": np.ones(2), "b": np.zeros(1)}
+    new, _ = convert.model_from_result(
+        DXO("WEIGHT_DIFF", data={"a": np.full(2, 5.0)}).to_shareable(), base
+    )
+    assert fc.same_bits(new, {"a": np.full(2, 6.0), "b": np.zeros(1)})
+    assert fc.same_bits(base, {"a": np.ones(2), "b": np.zeros(1)})
+
+
+def test_a_result_that_is_no_parameters_is_refused():
+    with pytest.raises(fc.UsageError, match="got 'METRICS'"):
+        convert.model_from_result(DXO("METRICS", data={"a": 1}).to_shareable(), {})
+
+
+def test_the_report_stays_with_the_model():
+    held = convert.learnable({"a": np.ones(1)}, {"round": 2})
+    assert convert.report_of(held) == {"round": 2}
+    assert fc.same_bits(convert.model_of(held), {"a": np.ones(1)})
+    assert convert.model_of(None) == {}
+    assert convert.report_of(convert.learnable({})) == {}

@@ -1,0 +1,119 @@
+"""The client loop, with NVFlare's client API replaced by a list of rounds."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare")
+
+from nvflare import client as flare
+from nvflare.app_common.abstract.fl_model import ParamsType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+import fedavg_core as fc
+from nvflare_adapter import convert, serve
+
+pytestmark = pytest.mark.nvflare
+
+MODEL = {"w": np.arange(3, dtype=np.float32), "n": np.array([4], dtype=np.int64)}
+
+
+class Rounds:
+    """NVFlare's client API: sends the model in each of some rounds, and keeps what comes back."""
+
+    def __init__(self, monkeypatch, transfer, rounds=2, model=MODEL, name="site-2"):
+        self.sent = []
+        self.transfer, self.rounds, self.model, self.name = transfer, rounds, model, name
+        for function in ("init", "is_running", "receive", "get_site_name", "send"):
+            monkeypatch.setattr(flare, function, getattr(self, function))
+
+    def init(self):
+        pass
+
+    def is_running(self):
+        return len(self.sent) < self.rounds
+
+    def receive(self):
+        assignment = convert.Assignment(
+            ["site-2", "site-10", "site-1"], len(self.sent), self.rounds, 5, self.transfer
+        )
+        model = {key: value.copy() for key, value in self.model.items()}
+        return FLModelUtils.from_shareable(convert.message_from_model(model, assignment))
+
+    def get_site_name(self):
+        return self.name
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def in_place(params, context):
+    """Changes the arrays that it was given, and sends only one of them."""
+    params["w"] += np.float32(context.index + 0.5)
+    params["n"] -= 9
+    return fc.TrainResult({"w": params["w"]}, weight=2, metrics={"loss": 1})
+
+
+def test_full_sends_the_model_that_was_trained(monkeypatch):
+    rounds = Rounds(monkeypatch, "FULL")
+    serve(in_place)
+    assert [message.params_type for message in rounds.sent] == [ParamsType.FULL] * 2
+    assert fc.same_bits(rounds.sent[1].params, {"w": MODEL["w"] + np.float32(1.5)})
+    assert rounds.sent[1].meta["NUM_STEPS_CURRENT_ROUND"] == 2
+
+
+def test_diff_sends_what_has_changed_though_train_changed_it_in_place(monkeypatch):
+    rounds = Rounds(monkeypatch, "DIFF")
+    serve(in_place)
+    assert [message.params_type for message in rounds.sent] == [ParamsType.DIFF] * 2
+    assert fc.same_bits(rounds.sent[1].params, {"w": np.full(3, 1.5, dtype=np.float32)})
+
+
+def test_train_is_told_what_a_federation_in_process_tells_it(monkeypatch):
+    seen = []
+
+    def train(params, context):
+        seen.append(context)
+        return in_place(params, context)
+
+    Rounds(monkeypatch, "FULL", rounds=2)
+    serve(train)
+    assert seen == [
+        fc.Context("site-2", 1, 3, number, 2, fc.contributor_seed(5, number, "site-2"))
+        for number in (0, 1)
+    ]
+
+
+def test_without_a_model_train_gets_an_empty_one(monkeypatch):
+    rounds = Rounds(monkeypatch, "FULL", rounds=1, model={})
+    serve(lambda params, context: fc.TrainResult({"w": np.ones(len(params) + 1)}, weight=1))
+    assert rounds.sent[0].params["w"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("train", "line"),
+    [
+        (
+            lambda params, context: 1 / 0,
+            "training of site-2 failed in round 0: ZeroDivisionError: 'division by zero'",
+        ),
+        (
+            lambda params, context: None,
+            "training of site-2 failed in round 0: UsageError: "
+            "'expected train to return a TrainResult, got NoneType'",
+        ),
+        (
+            lambda params, context: fc.TrainResult({"v": np.ones(1)}, weight=1),
+            "training of site-2 failed in round 0: UsageError: ",
+        ),
+    ],
+)
+def test_a_failure_is_one_line_in_the_log_and_goes_on_to_nvflare(monkeypatch, caplog, train, line):
+    Rounds(monkeypatch, "DIFF")
+    with caplog.at_level(logging.ERROR), pytest.raises((ZeroDivisionError, fc.UsageError)):
+        serve(train)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(line)

@@ -1,0 +1,167 @@
+"""Whole jobs on NVFlare's simulator."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare")
+pytest.importorskip("rich")
+
+from nvflare.recipe.sim_env import SimEnv
+
+import fedavg_core as fc
+from nvflare_adapter import NumpyFedAvgRecipe, digits, read_training_file
+from nvflare_adapter.simulator import SimulatorJob, simulate
+from tests.nvflare import training
+from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
+
+pytestmark = pytest.mark.simulator
+
+FILES = Path(training.__file__).parent
+DIGITS = Path(digits.__file__)
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "nvflare_adapter", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def last_model(folder, **arguments):
+    """Runs a recipe on the simulator, and gives the last model that it stored."""
+    recipe = NumpyFedAvgRecipe(name="job", num_rounds=2, poll_interval=0.05, **arguments)
+    recipe.execute(SimEnv(num_clients=recipe.min_clients, workspace_root=str(folder)))
+    models = folder / "job" / "server" / "simulate_job" / "models"
+    return fc.CheckpointStore(models).load().model
+
+
+@pytest.mark.parametrize("transfer", list(fc.TransferType))
+@pytest.mark.parametrize(
+    ("path", "arguments", "clients"), [(DIGITS, "--alpha 0.3", 4), (FILES / "mixed.py", "", 3)]
+)
+def test_every_round_ends_in_the_bits_of_the_federation_in_process(
+    tmp_path, path, arguments, clients, transfer
+):
+    seed, rounds = 17, 3
+    offered = read_training_file(path, arguments.split())
+    initial = offered.initial_model(seed)
+    start = tmp_path / "start"
+    fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
+    job = SimulatorJob(
+        train_script=str(path),
+        train_args=arguments,
+        initial_model=str(start),
+        clients=clients,
+        rounds=rounds,
+        transfer=transfer.value,
+        seed=seed,
+        folder=str(tmp_path),
+    )
+    checkpoints = list(simulate(job))
+    federation = fc.Federation(
+        initial,
+        clients={f"site-{number + 1}": offered.train for number in range(clients)},
+        rounds=rounds,
+        transfer=transfer,
+        seed=seed,
+    )
+    outcomes = list(federation)
+    assert len(checkpoints) == len(outcomes) == rounds
+    for checkpoint, outcome in zip(checkpoints, outcomes, strict=True):
+        assert fc.compare(checkpoint.model, outcome.model).keys() == initial.keys()
+        assert fc.same_bits(checkpoint.model, outcome.model)
+        assert checkpoint.metrics == outcome.metrics
+        assert checkpoint.extra["report"]["total_weight"] == outcome.total_weight
+        assert len(checkpoint.extra["report"]["accepted"]) == clients
+    assert not fc.same_bits(checkpoints[-1].model, initial)
+    assert fc.ModelSpec.of(checkpoints[-1].model) == fc.ModelSpec.of(initial)
+
+
+def test_the_main_job_reaches_its_goal_and_names_what_it_leaves(tmp_path):
+    done = command(cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "digits.py: 4 clients, rounds 0 to 9, on NVFlare's simulator"
+    assert [line.split()[0] for line in lines[2:12]] == [str(number) for number in range(10)]
+    assert lines[12].startswith("goal of 90% test accuracy: reached in round ")
+    saved = tmp_path / lines[13].removeprefix("model saved: ")
+    accuracy = digits.evaluate(fc.load_checkpoint(saved).model)["accuracy"]
+    assert accuracy >= 0.9
+    assert lines[12].endswith(f"the saved model has {accuracy:.2%}")
+    log = tmp_path / lines[15].removeprefix("NVFlare's log: ")
+    assert "Finished ScatterAndGather Training." in log.read_text()
+    in_process = command("--backend", "in-process", cwd=tmp_path)
+    assert in_process.stdout.splitlines()[1:13] == lines[1:13]
+
+
+def test_a_refused_update_stands_under_its_round(tmp_path):
+    arguments = ["--train-args", "nan", "--clients", 3, "--rounds", 2, "--output", "out"]
+    done = command(FILES / "faulty.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[2].split()[:5] == ["0", "3", "of", "3", "6"]
+    assert lines[3].split()[:5] == ["1", "2", "of", "3", "4"]
+    assert "NON_FINITE (contributor 'site-2', round 1, key 'w')" in lines[4]
+    assert "refused: NON_FINITE" in (tmp_path / "out" / "nvflare.log").read_text()
+
+
+def test_a_failed_job_is_told_in_plain_words_with_the_end_of_the_log(tmp_path):
+    arguments = ["--train-args", "raise", "--clients", 2, "--rounds", 3, "--output", "out"]
+    done = command(FILES / "faulty.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    problem, where, *tail = done.stderr.splitlines()
+    assert problem == (
+        "nvflare_adapter: the job failed after 1 of 3 rounds: "
+        "training of site-2 failed in round 1: ValueError: 'the disk is on fire'"
+    )
+    log = tmp_path / "out" / "nvflare.log"
+    assert where == f"the end of NVFlare's log, {log}:"
+    assert [line[2:] for line in tail] == log.read_text().splitlines()[-len(tail) :]
+    assert "model saved" not in done.stdout
+
+
+def test_clients_start_from_their_own_model_where_none_is_given(tmp_path):
+    model = last_model(tmp_path, min_clients=2, train_script=str(FILES / "own_start.py"))
+    assert fc.same_bits(model, {"w": np.full((2, 2), 2.5, dtype=np.float32)})
+
+
+def test_a_client_script_of_nvflares_own_kind_is_served(tmp_path):
+    model = last_model(
+        tmp_path,
+        min_clients=2,
+        train_script=str(FILES / "plain_client.py"),
+        initial_model=[[1, 2], [3, 16777217]],
+        params_transfer_type="DIFF",
+    )
+    assert fc.same_bits(model, {"numpy_key": np.array([[3.0, 4.0], [5.0, 16777219.0]])})
+
+
+def test_a_users_aggregator_makes_the_model(tmp_path):
+    model = last_model(
+        tmp_path,
+        min_clients=3,
+        train_script=str(FILES / "faulty.py"),
+        initial_model={"w": np.zeros(3)},
+        aggregator=Maximum(bonus=100.0),
+    )
+    assert fc.same_bits(model, {"w": np.full(3, 206.0)})
+
+
+def test_a_users_model_aggregator_makes_the_model(tmp_path):
+    model = last_model(
+        tmp_path,
+        min_clients=3,
+        train_script=str(FILES / "faulty.py"),
+        initial_model={"w": np.zeros(3)},
+        aggregator=WithoutSecond(),
+    )
+    assert fc.same_bits(model, {"w": np.full(3, 12.0)})
