@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import WeightedMean
+from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, shown_name
 from fedavg_core.model import Params, copy_params
@@ -155,7 +155,7 @@ class Round:
         min_updates: int = 1,
         transfer: TransferType | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        accumulator: str | WeightedMean = "exact",
+        accumulator: Accumulator | WeightedMean = "exact",
     ) -> None:
         if isinstance(number, bool) or not isinstance(number, int):
             raise UsageError(f"number: expected an integer, got {quoted(number)}")
@@ -293,7 +293,9 @@ class Round:
             round._keys = None if meta["keys"] is None else frozenset(meta["keys"])
             round._receipts = [_receipt(entry, round._number) for entry in meta["receipts"]]
             round._contributors = {receipt.contributor for receipt in round.accepted}
-            round._mean = WeightedMean.from_state(meta["mean"], arrays)
+            round._mean = WeightedMean.from_state(
+                meta["mean"], arrays, round._gate.spec if round._model else None
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -401,6 +403,12 @@ class Round:
             mean = self._mean.mean(base={key: self._model[key] for key in self._gate.spec})
         else:
             mean = self._mean.mean()
+        for key, array in mean.items():
+            if array.dtype != self._gate.spec[key].dtype:
+                raise UsageError(
+                    f"key {quoted(key)}: the accumulator gives {array.dtype}, and the model has "
+                    f"{self._gate.spec[key].dtype}; make it with the spec of the model"
+                )
         kept = copy_params({k: value for k, value in self._model.items() if k not in mean})
         return {key: mean[key] if key in mean else kept[key] for key in self._model}
 

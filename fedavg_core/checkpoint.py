@@ -1,0 +1,373 @@
+"""Checkpoints: one file each, old or new, never torn.
+
+A checkpoint is a file that `codec` can read: an npz of the model's arrays (named ``model/...``) and
+of any further ones (``arrays/...``), with the rest as JSON, and a checksum over all of it.
+
+**One commit.** A save writes a temporary file in the same folder, flushes it to the disk, renames
+it over the final name, and flushes the folder. The rename is the commit: whatever happens before
+it, the old file is as it was; from then on the new one is there, whole, since its bytes were on the
+disk before its name was. A save that fails takes its temporary file away; one that is killed leaves
+it, under a name that no reader looks at, for the next writer to take away.
+
+**No silent repair.** Loading gives what was saved or raises `CheckpointError`. It never turns to
+another file by itself: the error names the newest checkpoint that is whole, and whether to go on
+from that one is for the caller to say.
+
+**One writer.** A `CheckpointStore` holds a lock on its folder while it writes, or from entering it
+to leaving it as a context manager. The lock is the operating system's (`flock`), so that it ends
+with the process that holds it, however that ends. A second writer is told at once.
+
+A store keeps the last few checkpoints, and of those that were the best when they were saved, the
+last. Which is which shows in their names, so that it is part of the same commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+
+from fedavg_core.codec import read_npz, write_npz
+from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.model import Params
+
+if sys.platform == "win32":  # pragma: no cover
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["Checkpoint", "CheckpointStore", "load_checkpoint", "save_checkpoint"]
+
+_FORMAT = 1
+_NAME = re.compile(r"round-([0-9]{8,18})(-best)?\.npz")
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
+_LOCK = ".lock"
+_READ_WRITE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        model: The global model.
+        round: How many rounds are completed.
+        metrics: Numbers about the model.
+        extra: Anything else that JSON can hold, such as settings.
+        arrays: Further arrays, such as the state of a server optimizer.
+        best: Whether the model was the best so far when it was saved.
+    """
+
+    model: Params
+    round: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Params = field(default_factory=dict)
+    best: bool = False
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Write a checkpoint to a file, in one commit.
+
+    Args:
+        path: The file; an old one of that name is replaced. Its folder must be there.
+        checkpoint: What to write; only read.
+
+    Raises:
+        CheckpointError: It could not be written; an old file is as it was, unless the message says
+            that the new one is in place.
+        UsageError: It holds what a checkpoint cannot: arrays that are not of numbers or bool, names
+            that are no strings, a round that is no whole number, or what JSON cannot hold.
+    """
+    target = Path(path)
+    arrays = {f"model/{_name(key)}": value for key, value in checkpoint.model.items()}
+    arrays.update({f"arrays/{_name(key)}": value for key, value in checkpoint.arrays.items()})
+    meta = {
+        "checkpoint": _FORMAT,
+        "round": _round(checkpoint.round),
+        "metrics": {_name(name): float(value) for name, value in checkpoint.metrics.items()},
+        "extra": dict(checkpoint.extra),
+        "best": bool(checkpoint.best),
+    }
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    committed = False
+    try:
+        try:
+            with open(temporary, "x+b") as file:
+                write_npz(file, arrays, meta)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            committed = True
+        finally:
+            if not committed:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+        _flush_folder(target.parent)
+    except OSError as error:
+        state = (
+            "it is in place, but may not outlast a loss of power"
+            if committed
+            else "what was there before is as it was"
+        )
+        raise CheckpointError(
+            target, f"could not be written ({error.strerror or error}); {state}"
+        ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint from a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was saved. The arrays are new memory, in the dtypes that they had, in native byte
+        order; what JSON holds is as JSON gives it back (a tuple is a list).
+
+    Raises:
+        CheckpointError: The file is not there, is damaged, or is no checkpoint.
+    """
+    target = Path(path)
+    try:
+        with open(target, "rb") as file:
+            arrays, meta = read_npz(file, own=True)
+    except OSError as error:
+        raise CheckpointError(target, f"could not be read ({error.strerror or error})") from error
+    version = meta.get("checkpoint")
+    if version != _FORMAT:
+        raise CheckpointError(
+            target,
+            f"no checkpoint of format {_FORMAT}, the one that this version reads, but "
+            f"{quoted(version)}",
+        )
+    parts: dict[str, dict[str, npt.NDArray[Any]]] = {"model": {}, "arrays": {}}
+    try:
+        for name, array in arrays.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = array
+        return Checkpoint(
+            model=parts["model"],
+            round=_round(meta["round"]),
+            metrics={name: float(value) for name, value in meta["metrics"].items()},
+            extra=dict(meta["extra"]),
+            arrays=parts["arrays"],
+            best=bool(meta["best"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            target, f"its contents are not those of a checkpoint ({quoted(str(error))})"
+        ) from error
+
+
+class CheckpointStore:
+    """A folder of the checkpoints of one run.
+
+    Entering it as a context manager keeps every other writer out until it is left. Outside of that,
+    each save does so for its own duration.
+
+    Args:
+        folder: Where they are; made if it is not there.
+        keep: How many of the newest to keep. The last that was the best when it was saved is kept
+            in addition.
+
+    Raises:
+        UsageError: Fewer than one is to be kept.
+        CheckpointError: The folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise UsageError(f"keep: expected a whole number of at least 1, got {quoted(keep)}")
+        self._folder = Path(folder)
+        self._keep = keep
+        self._lock: int | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                self._folder, f"the folder could not be made ({error.strerror or error})"
+            ) from error
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self._folder
+
+    def paths(self) -> tuple[Path, ...]:
+        """The checkpoints that are there, the oldest round first. None of them is opened.
+
+        Returns:
+            Their files; empty if there are none.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        return tuple(path for _, _, path in self._listing())
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint, and then take away those that are no longer to be kept.
+
+        Args:
+            checkpoint: What to write; only read. It replaces one of the same round.
+
+        Returns:
+            Its file.
+
+        Raises:
+            CheckpointError: It could not be written, or another writer is at work in the folder;
+                all that was there before is as it was.
+            UsageError: It holds what a checkpoint cannot (see `save_checkpoint`), or is of an
+                earlier round than one that is there.
+        """
+        number = _round(checkpoint.round)
+        path = self._folder / f"round-{number:08d}{'-best' if checkpoint.best else ''}.npz"
+        with contextlib.nullcontext() if self._lock is not None else self:
+            newest = max((other for other, _, _ in self._listing()), default=number)
+            if newest > number:
+                raise UsageError(
+                    f"{self._folder}: expected a checkpoint of round {newest}, "
+                    f"the newest that is there, or later, got one of round {number}"
+                )
+            save_checkpoint(path, checkpoint)
+            self._prune(path)
+        return path
+
+    def load(self) -> Checkpoint:
+        """Read the newest checkpoint.
+
+        Returns:
+            What was saved last.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged; then the error names the newest one
+                that is whole, which is not loaded instead.
+        """
+        paths = self.paths()
+        if not paths:
+            raise CheckpointError(self._folder, "there is no checkpoint in this folder")
+        try:
+            return load_checkpoint(paths[-1])
+        except CheckpointError as error:
+            good = next((path for path in reversed(paths[:-1]) if _is_whole(path)), None)
+            raise CheckpointError(error.path, error.problem, newest_good=good) from error
+
+    def load_best(self) -> Checkpoint | None:
+        """Read the last checkpoint that was the best when it was saved.
+
+        Returns:
+            It, or None if none was saved as the best.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        best = [path for _, is_best, path in self._listing() if is_best]
+        return load_checkpoint(best[-1]) if best else None
+
+    def __enter__(self) -> CheckpointStore:
+        if self._lock is not None:
+            raise UsageError(f"{self._folder}: this store has been entered already")
+        path = self._folder / _LOCK
+        try:
+            lock = os.open(path, _READ_WRITE, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                self._folder, f"cannot be written to ({error.strerror or error})"
+            ) from error
+        try:
+            if sys.platform == "win32":  # pragma: no cover
+                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise CheckpointError(
+                self._folder, "another writer is at work in this folder"
+            ) from error
+        self._lock = lock
+        self._sweep()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+    def _listing(self) -> list[tuple[int, bool, Path]]:
+        """Round, whether it was the best, and file of each checkpoint, in this order."""
+        try:
+            names = os.listdir(self._folder)
+        except OSError as error:
+            raise CheckpointError(
+                self._folder, f"could not be read ({error.strerror or error})"
+            ) from error
+        found = ((_NAME.fullmatch(name), name) for name in names)
+        return sorted(
+            (int(match[1]), match[2] is not None, self._folder / name)
+            for match, name in found
+            if match
+        )
+
+    def _sweep(self) -> None:
+        """Take away what killed writers left. Only with the lock held are these all left-overs."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._folder):
+                if _TEMPORARY.fullmatch(name):
+                    os.unlink(self._folder / name)
+
+    def _prune(self, saved: Path) -> None:
+        """Take away what is not to be kept. A file that cannot be taken away does no harm."""
+        listing = self._listing()
+        newest = listing[-1][0]
+        others = [entry for entry in listing if entry[0] != newest or entry[2] == saved]
+        best = [path for _, is_best, path in others if is_best][-1:]
+        keep = {*best, *(path for _, _, path in others[-self._keep :])}
+        with contextlib.suppress(OSError):
+            for _, _, path in listing:
+                if path not in keep:
+                    os.unlink(path)
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str):
+        raise UsageError(f"expected names that are strings, got {quoted(name)}")
+    return name
+
+
+def _round(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 10**18:
+        raise UsageError(f"round: expected a whole number from 0 on, got {quoted(number)}")
+    return number
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the folder's entries written to the disk, on systems where a folder can be opened."""
+    if sys.platform == "win32":  # pragma: no cover
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
