@@ -31,8 +31,11 @@ __all__ = ["quotient"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = npt.NDArray[Any]
+Indices: TypeAlias = npt.NDArray[np.intp]
 
 _RELATIVE_ERROR = 2.0**-68
+_DIVISION_ERROR = 8  # more than one division can be off, in units in the last place
+_SAFE_SCALE = 900
 _SPLITTER = 2.0**27 + 1
 
 
@@ -48,43 +51,113 @@ def quotient(total: ExactSum, weight: int | Fraction, spec: ArraySpec) -> tuple[
         The quotients, new memory, with an exact zero as +0.0; and the position of the first one
         that rounds to beyond the largest number of the dtype (it holds 0 there), or -1.
     """
-    dtype, number = spec.dtype, spec.number
-    result = np.zeros(total.size, dtype)
+    result = np.zeros(total.size, spec.dtype)
     beyond: list[int] = []
     for where, high, low, exponent, exact in total.leading():
-        first, second, error, scale = _divide(high, low, exponent, exact, weight)
-        if number.kind == "integer":
-            base, lower, upper, unit = _integer_bracket(first, second, error, scale)
+        quick = _quick(high, low, exponent, exact, weight, spec.number)
+        if quick is None:
+            careful = np.arange(total.size)[where]
         else:
-            base = np.zeros(first.size)
-            lower, upper, unit = _float_bracket(first, second, error, scale, number)
-        doubt = np.flatnonzero(lower != upper)
-        if doubt.size:
-            part = total.take(where).take(doubt)
-            side = _side(part, weight * Fraction(2) ** unit, base, lower, upper, doubt)
-            even = _is_even(lower[doubt], number)
-            up = (side > 0.0) | ((side == 0.0) & ~even)
-            lower[doubt] = np.where(up, upper[doubt], lower[doubt])
-        if number.kind == "integer":
-            values, out = _to_integers(base, lower, dtype, number)
-        else:
-            with np.errstate(over="ignore"):
-                values = np.ldexp(lower, unit)
-            out = np.abs(values) > number.largest
-            values[out] = 0.0
-        if out.any():
-            beyond.append(int(np.arange(total.size)[where][np.argmax(out)]))
-        result[where] = values.astype(dtype)
+            values, doubt = quick
+            result[where] = values.astype(spec.dtype)
+            careful = np.arange(total.size)[where][doubt] if doubt.size else doubt
+            high, low = high[doubt], low[doubt]
+        if careful.size:
+            values, out = _careful(total, careful, high, low, exponent, exact, weight, spec)
+            result[careful] = values
+            beyond += careful[out].tolist()
     return result, min(beyond, default=-1)
+
+
+def _quick(
+    high: Floats,
+    low: Floats,
+    exponent: int,
+    exact: bool,
+    weight: int | Fraction,
+    number: NumberFormat,
+) -> tuple[Floats, Indices] | None:
+    """Quotients by one division, and which of them it cannot be trusted for; or None.
+
+    Into a narrow format: the division is off by a few units in the last place of float64, so its
+    rounding is right unless it lies that near to a midpoint. Into float64: of one float64 over
+    another the division is right by itself. Results that are not normal numbers are not trusted.
+    """
+    numerator, bits, scale = _scaled(weight, exponent)
+    spare = 53 - number.precision
+    if number.kind == "integer" or abs(scale) > _SAFE_SCALE:
+        return None
+    if not spare and (not exact or bits > 53 or low.any()):
+        return None
+    values = high / (numerator / (1 << bits))
+    values *= 2.0**scale
+    size = np.abs(values)
+    trusted = (size >= 2.0**number.least_exponent) & (size <= number.largest)
+    trusted |= size == 0.0
+    if spare:
+        half = 1 << (spare - 1)
+        pattern = values.view(np.int64)
+        aside = pattern & ((1 << spare) - 1)
+        aside -= half - _DIVISION_ERROR
+        trusted &= aside.view(np.uint64) > 2 * _DIVISION_ERROR
+        if number.precision < 24:
+            pattern += half
+            pattern &= -(1 << spare)
+    doubt = np.flatnonzero(~trusted)
+    values[doubt] = 0.0
+    return values, doubt
+
+
+def _careful(
+    total: ExactSum,
+    places: Indices,
+    high: Floats,
+    low: Floats,
+    exponent: int,
+    exact: bool,
+    weight: int | Fraction,
+    spec: ArraySpec,
+) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """The rounded quotients at some places, and which of them are beyond the largest number."""
+    number = spec.number
+    first, second, error, scale = _divide(high, low, exponent, exact, weight)
+    if number.kind == "integer":
+        base, lower, upper, unit = _integer_bracket(first, second, error, scale)
+    else:
+        base = np.zeros(first.size)
+        lower, upper, unit = _float_bracket(first, second, error, scale, number)
+    doubt = np.flatnonzero(lower != upper)
+    if doubt.size:
+        part = total.take(places[doubt])
+        side = _side(part, weight * Fraction(2) ** unit, base, lower, upper, doubt)
+        even = _is_even(lower[doubt], number)
+        up = (side > 0.0) | ((side == 0.0) & ~even)
+        lower[doubt] = np.where(up, upper[doubt], lower[doubt])
+    if number.kind == "integer":
+        integers, out = _to_integers(base, lower, spec.dtype, number)
+        return integers.astype(spec.dtype), out
+    with np.errstate(over="ignore"):
+        values = np.ldexp(lower, unit)
+    out = np.abs(values) > number.largest
+    values[out] = 0.0
+    return values.astype(spec.dtype), out
+
+
+def _scaled(weight: int | Fraction, exponent: int) -> tuple[int, int, int]:
+    """The numerator n of a weight, its length b, and the scale s of ``x · 2**exponent / weight``.
+
+    That is ``x / (n / 2**b) · 2**s``, with a divisor between 1/2 and 1.
+    """
+    bits = weight.numerator.bit_length()
+    return weight.numerator, bits, exponent - bits + weight.denominator.bit_length() - 1
 
 
 def _divide(
     high: Floats, low: Floats, exponent: int, exact: bool, weight: int | Fraction
 ) -> tuple[Floats, Floats, Floats, int]:
     """The quotient as ``(first + second) · 2**scale``, and a bound on the error of second."""
-    numerator, denominator = weight.numerator, weight.denominator
-    bits = numerator.bit_length()
-    divisor = numerator / (1 << bits)  # in [1/2, 1], correctly rounded
+    numerator, bits, scale = _scaled(weight, exponent)
+    divisor = numerator / (1 << bits)  # correctly rounded
     left = float(Fraction(numerator, 1 << bits) - Fraction(divisor))
     quotient = high / divisor
     product, product_error = _two_product(quotient, divisor)
@@ -95,7 +168,7 @@ def _divide(
     # Of one float64 over another the remainder is exact, and with it the correction's sign.
     sure = (low == 0.0) & (exact and left == 0.0)
     error = np.where(sure, 0.0, np.abs(first) * _RELATIVE_ERROR)
-    return first, second, error, exponent - bits + denominator.bit_length() - 1
+    return first, second, error, scale
 
 
 def _two_product(a: Floats, b: float) -> tuple[Floats, Floats]:
