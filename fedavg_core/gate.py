@@ -25,6 +25,7 @@ blocks of 65,536 that are folded in halves, block sums added without rounding (S
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import re
@@ -117,6 +118,27 @@ class Limits:
         """
         return self.exclude is not None and re.search(self.exclude, key) is not None
 
+    def averaged(self, spec: ModelSpec) -> ModelSpec:
+        """The part of a model that is averaged.
+
+        Args:
+            spec: What the model looks like.
+
+        Returns:
+            The same without the excluded parameters.
+        """
+        return ModelSpec({key: one for key, one in spec.items() if not self.excludes(key)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The limits as JSON can hold them; ``Limits(**...)`` makes them again.
+
+        Returns:
+            A dictionary of the fields, the roster sorted.
+        """
+        fields = dataclasses.asdict(self)
+        fields["roster"] = None if self.roster is None else sorted(self.roster)
+        return fields
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -164,7 +186,7 @@ class Gate:
         self._limits = limits
         self._whole = whole
         self._has_model = len(whole) > 0
-        self.spec = ModelSpec({key: one for key, one in whole.items() if not limits.excludes(key)})
+        self.spec = limits.averaged(whole)
 
     def judge(
         self,

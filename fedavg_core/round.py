@@ -35,11 +35,8 @@ The idea of a protocol without I/O, with its transitions in a table, is that of 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,6 +46,7 @@ from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, shown_name
 from fedavg_core.model import Params, copy_params
+from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
@@ -71,61 +69,6 @@ class _Event(Enum):
     OFFER = "offer"
     CLOSE = "close"
     STATE = "state"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a round answers to one update.
-
-    Attributes:
-        contributor: Who sent it; where that is no name, what can be shown of it.
-        round: The number of the round that it was offered to.
-        accepted: Whether it was added.
-        reason: Why not, if it was not.
-        detail: One line of printable text: for a refusal who, when, which key, what was expected
-            and what came; for an accepted update what was left out of it, or nothing.
-        weight: The weight that it was added with, exactly; None if it was refused.
-        metrics: The metrics that count, as they came; empty if it was refused.
-        skipped_metrics: The names of those that are no finite numbers, escaped and cut.
-    """
-
-    contributor: str
-    round: int
-    accepted: bool
-    reason: Reason | None = None
-    detail: str = ""
-    weight: int | float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
-    skipped_metrics: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a round ends with.
-
-    Attributes:
-        round: The round's number.
-        model: The new global model; its arrays are owned by whoever holds the outcome.
-        metrics: The weighted means of the contributors' metrics, sorted by name.
-        accepted: The receipts of the updates in the mean, in the order of arrival.
-        refused: The receipts of all others, in the order of arrival.
-        total_weight: The sum of the accepted weights, correctly rounded.
-        enough: Whether at least `min_updates` were accepted.
-        problem: One line of why the model kept its values; None if it is the mean.
-        skipped_metrics: The names of metrics that were left out, each once, sorted.
-        evaluation: What the new model was found to be worth, by whoever evaluates it.
-    """
-
-    round: int
-    model: dict[str, npt.NDArray[Any]]
-    metrics: dict[str, float]
-    accepted: tuple[Receipt, ...]
-    refused: tuple[Receipt, ...]
-    total_weight: float
-    enough: bool
-    problem: str | None = None
-    skipped_metrics: tuple[str, ...] = ()
-    evaluation: dict[str, float] = field(default_factory=dict)
 
 
 class Round:
@@ -291,7 +234,9 @@ class Round:
             if meta["model"] != _digest(round._model):
                 raise UsageError("the round whose state this is began with another model")
             round._keys = None if meta["keys"] is None else frozenset(meta["keys"])
-            round._receipts = [_receipt(entry, round._number) for entry in meta["receipts"]]
+            round._receipts = [
+                Receipt.from_json(entry, round._number) for entry in meta["receipts"]
+            ]
             round._contributors = {receipt.contributor for receipt in round.accepted}
             round._mean = WeightedMean.from_state(
                 meta["mean"], arrays, round._gate.spec if round._model else None
@@ -379,17 +324,13 @@ class Round:
         if problem is not None:
             model = copy_params(self._model)
             problem = f"round {self._number}: {problem}; the model keeps its values"
-        try:
-            total_weight = float(sum(Fraction(receipt.weight or 0) for receipt in accepted))
-        except OverflowError:
-            total_weight = math.inf
         return Outcome(
             round=self._number,
             model=model,
-            metrics=_mean_metrics(accepted),
+            metrics=mean_metrics(accepted),
             accepted=accepted,
             refused=self.refused,
-            total_weight=total_weight,
+            total_weight=total_weight(accepted),
             enough=enough,
             problem=problem,
             skipped_metrics=tuple(sorted({n for r in accepted for n in r.skipped_metrics})),
@@ -414,34 +355,15 @@ class Round:
 
     def _save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         mean, arrays = self._mean.state()
-        limits = self._limits
         meta = {
             "format": _STATE_FORMAT,
             "number": self._number,
             "min_updates": self._min_updates,
             "transfer": None if self._transfer is None else str(self._transfer),
-            "limits": {
-                "roster": None if limits.roster is None else sorted(limits.roster),
-                "allow_missing": limits.allow_missing,
-                "allow_unexpected": limits.allow_unexpected,
-                "max_norm": limits.max_norm,
-                "max_weight": limits.max_weight,
-                "exclude": limits.exclude,
-            },
+            "limits": self._limits.to_json(),
             "model": _digest(self._model),
             "keys": None if self._keys is None else sorted(self._keys),
-            "receipts": [
-                {
-                    "contributor": receipt.contributor,
-                    "accepted": receipt.accepted,
-                    "reason": None if receipt.reason is None else str(receipt.reason),
-                    "detail": receipt.detail,
-                    "weight": receipt.weight,
-                    "metrics": dict(receipt.metrics),
-                    "skipped_metrics": list(receipt.skipped_metrics),
-                }
-                for receipt in self._receipts
-            ],
+            "receipts": [receipt.to_json() for receipt in self._receipts],
             "mean": mean,
         }
         return meta, arrays
@@ -458,31 +380,6 @@ _TRANSITIONS: dict[tuple[RoundState, _Event], tuple[Callable[..., Any], RoundSta
     (RoundState.CLOSED, _Event.CLOSE): (Round._misused, RoundState.CLOSED),
     (RoundState.CLOSED, _Event.STATE): (Round._misused, RoundState.CLOSED),
 }
-
-
-def _mean_metrics(accepted: tuple[Receipt, ...]) -> dict[str, float]:
-    # Fractions, for the sum must not depend on the order; one float() at the end rounds once.
-    sums: dict[str, tuple[Fraction, Fraction]] = {}
-    for receipt in accepted:
-        weight = Fraction(receipt.weight or 0)
-        for name, value in receipt.metrics.items():
-            total, weights = sums.get(name, (Fraction(0), Fraction(0)))
-            sums[name] = (total + weight * Fraction(value), weights + weight)
-    return {name: float(sums[name][0] / sums[name][1]) for name in sorted(sums)}
-
-
-def _receipt(entry: Mapping[str, Any], number: int) -> Receipt:
-    reason = entry["reason"]
-    return Receipt(
-        contributor=entry["contributor"],
-        round=number,
-        accepted=entry["accepted"],
-        reason=None if reason is None else Reason(reason),
-        detail=entry["detail"],
-        weight=entry["weight"],
-        metrics=dict(entry["metrics"]),
-        skipped_metrics=tuple(entry["skipped_metrics"]),
-    )
 
 
 def _digest(model: Params) -> str:

@@ -1,0 +1,183 @@
+"""Running clients: in line or on an executor, and what becomes of those that fail.
+
+Whatever a client does, one answer comes of it: an `Update` for the round to judge, or a `Failure`
+that says in one line why there is none. Answers come in the order of the tasks, whichever client is
+ready first, so that nothing downstream can depend on timing. So many tasks as are in flight are
+held in memory, however many there are in all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Executor, Future
+from typing import TypeAlias
+
+from fedavg_core.client import Client, Context, TrainResult
+from fedavg_core.errors import UsageError, quoted
+from fedavg_core.model import Params, copy_params
+from fedavg_core.outcome import Failure
+from fedavg_core.transfer import diff
+from fedavg_core.update import TransferType, Update
+
+__all__ = ["Dispatch", "check_whole"]
+
+_PROBLEM_LENGTH = 200
+
+_Answer: TypeAlias = "Update | Failure"
+
+
+def check_whole(name: str, value: object, least: int | None = None) -> None:
+    """See that an argument is a whole number.
+
+    Args:
+        name: The argument's.
+        value: What was given.
+        least: The smallest that has a meaning; None for any.
+
+    Raises:
+        UsageError: It is not, or is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name}: expected a whole number, got {quoted(value)}")
+    if least is not None and value < least:
+        raise UsageError(f"{name}: expected at least {least}, got {quoted(value)}")
+
+
+class Dispatch:
+    """Runs the clients of a round.
+
+    Args:
+        executor: Where they run; None for one after the other in the caller's thread.
+        in_flight: How many the executor is given at a time.
+        retries: How often a client that fails is tried again.
+        deadline: Seconds to wait for all of a round; None for ever.
+
+    Raises:
+        UsageError: An argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        in_flight: int = 64,
+        retries: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        check_whole("in_flight", in_flight, 1)
+        check_whole("retries", retries, 0)
+        if deadline is not None:
+            if executor is None:
+                raise UsageError("deadline: expected an executor as well; in line nothing is late")
+            if not isinstance(deadline, (int, float)) or not 0 < deadline < math.inf:
+                raise UsageError(f"deadline: expected seconds above 0, got {quoted(deadline)}")
+        self._executor = executor
+        self._in_flight = in_flight
+        self._retries = retries
+        self._deadline = deadline
+
+    def answers(
+        self,
+        tasks: Iterable[tuple[Client, Context]],
+        model: Params,
+        transfer: TransferType,
+    ) -> Generator[_Answer, None, None]:
+        """Run clients and give their answers, in the order of the tasks.
+
+        Args:
+            tasks: The clients, and what each is told.
+            model: The model; each client gets its own copy.
+            transfer: What an update is to hold.
+
+        Yields:
+            For each task an update, whose arrays are the client's, or a failure.
+        """
+        if self._executor is None:
+            for client, context in tasks:
+                yield train_one(client, model, context, transfer, self._retries)
+            return
+        end = math.inf if self._deadline is None else time.monotonic() + self._deadline
+        pending: deque[tuple[Context, Future[_Answer]]] = deque()
+        try:
+            for client, context in tasks:
+                if len(pending) >= self._in_flight:
+                    yield self._collect(*pending.popleft(), end)
+                pending.append(
+                    (context, self._submit(self._executor, client, model, context, transfer))
+                )
+            while pending:
+                yield self._collect(*pending.popleft(), end)
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+    def _submit(
+        self,
+        executor: Executor,
+        client: Client,
+        model: Params,
+        context: Context,
+        transfer: TransferType,
+    ) -> Future[_Answer]:
+        try:
+            return executor.submit(train_one, client, model, context, transfer, self._retries)
+        except Exception as error:  # a pool that a client broke takes no more work
+            refused: Future[_Answer] = Future()
+            refused.set_exception(error)
+            return refused
+
+    def _collect(self, context: Context, future: Future[_Answer], end: float) -> _Answer:
+        try:
+            left = None if end == math.inf else max(0.0, end - time.monotonic())
+            return future.result(left)
+        except Exception as error:  # not the client's, which are caught where it runs
+            problem = _one_line(error)
+            if not future.done():
+                future.cancel()
+                problem = f"late: not done within the {self._deadline} s that the round waits"
+            return Failure(context.contributor, context.round, problem)
+
+
+def train_one(
+    client: Client, model: Params, context: Context, transfer: TransferType, retries: int
+) -> _Answer:
+    """Run one client, as often as it takes or is allowed.
+
+    Args:
+        client: The client.
+        model: The model; the client gets a copy.
+        context: What it is told.
+        transfer: What the update is to hold.
+        retries: How often to try again when it fails.
+
+    Returns:
+        Its update; or what it raised last, as a `Failure`, which any executor can carry.
+    """
+    problem = ""
+    for _ in range(retries + 1):
+        try:
+            result = client(copy_params(model), context)
+            if not isinstance(result, TrainResult):
+                raise TypeError(f"expected a TrainResult, got {type(result).__name__}")
+            is_diff = transfer is TransferType.DIFF
+            return Update(
+                contributor=context.contributor,
+                round=context.round,
+                params=diff(result.params, model) if is_diff else result.params,
+                weight=result.weight,
+                transfer=transfer,
+                metrics=result.metrics,
+            )
+        except Exception as error:  # noqa: PERF203  (each try is one client's whole training)
+            problem = _one_line(error)
+    return Failure(context.contributor, context.round, problem)
+
+
+def _one_line(error: Exception) -> str:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # an error whose own text fails
+        text = type(error).__name__
+    return quoted(text, _PROBLEM_LENGTH)

@@ -1,0 +1,415 @@
+"""A federation in process: select, train, judge and add, close, evaluate, store, again.
+
+Each round, the selected clients are given their own copy of the model and trained, one after the
+other or on any `concurrent.futures.Executor`. What they give back is offered to the round in the
+contributors' natural order, whichever was ready first, so that a run's outcomes, receipts and bits
+are the same in line, on threads and on processes.
+
+What is promised:
+
+* The outcome of a round depends on the model, the clients, the settings and the round's number,
+  and on nothing that happened before. So a run that was stopped at any moment and resumed from its
+  checkpoints ends with the bits of one that was not, provided that its clients take all randomness
+  from their context and keep nothing from one round to the next.
+* A client that raises, or gives what is no `TrainResult`, is reported in the outcome's `failed` and
+  left out; one that gives an unfit update is refused by the round. Neither ends the run. What the
+  caller's own functions raise (`evaluate`, `stop_when`, observers) ends it.
+* With a deadline, a client that is not done in time is reported and left out. Then, and only then,
+  the outcome depends on the clock.
+* The differences of a DIFF run are taken here, once, from the model that the client was sent.
+
+The algorithm is FederatedAveraging of McMahan, Moore, Ramage, Hampson and Agüera y Arcas (2017).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.checkpoint import Checkpoint, CheckpointStore
+from fedavg_core.client import (
+    Client,
+    Context,
+    TrainResult,
+    contributor_order,
+    contributor_seed,
+    draw_contributors,
+)
+from fedavg_core.dispatch import Dispatch, check_whole
+from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.gate import Limits, is_name
+from fedavg_core.model import ModelSpec, Params, copy_params
+from fedavg_core.observer import Observer
+from fedavg_core.outcome import Outcome
+from fedavg_core.round import Round
+from fedavg_core.update import TransferType, Update
+
+__all__ = [
+    "Best",
+    "Client",
+    "Context",
+    "Federation",
+    "Observer",
+    "TrainResult",
+    "contributor_order",
+    "contributor_seed",
+]
+
+_FOLDER_LENGTH = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The best model of a run so far.
+
+    Attributes:
+        round: The round that it came out of.
+        value: The monitored metric's value.
+        model: The model; a copy.
+    """
+
+    round: int
+    value: float
+    model: dict[str, npt.NDArray[Any]]
+
+
+class Federation:
+    """A run of federated averaging. Iterate over it, or call `run`.
+
+    A loop that was left can be taken up again: a new loop goes on with the next round.
+
+    Args:
+        model: The model to begin with; copied. None if the clients bring the first one.
+        clients: From each contributor's name to its client.
+        rounds: How many rounds to have in all.
+        transfer: What the clients' updates are taken as. The means agree to the bit where each
+            difference is exact in its dtype.
+        seed: Of the selection and of the clients' seeds.
+        min_updates: How many accepted updates it takes to change the model.
+        participation: How many clients train in a round: a number, a fraction of all (rounded to
+            the nearest, at least one), or None for all.
+        executor: Where clients run; None for one after the other in this thread. It is not shut
+            down. For one of processes the clients must be picklable.
+        in_flight: How many clients an executor is given at a time; the memory of a run is that of
+            so many updates.
+        retries: How often a client that fails is tried again, with a new copy of the model.
+        deadline: Seconds a round waits for its clients, for use with an executor; None for ever.
+        evaluate: Given the new model, with arrays that cannot be written to, says what it is worth.
+        evaluate_every: Evaluate in each so many-th round, and in the last.
+        monitor: The metric that says which model is the best and when to stop: of the evaluation,
+            else of the contributors' mean metrics.
+        mode: Whether a larger (``"max"``) or smaller (``"min"``) value of it is better.
+        patience: Stop after so many rounds that had the monitored metric and were not better than
+            the best.
+        stop_when: Given an outcome, says whether to stop after it.
+        limits: What is asked of an update.
+        accumulator: The arithmetic of the mean.
+        observers: Are told what happens, in this order.
+        checkpoint: A folder to store the run in; None to store nothing.
+        checkpoint_every: Store each so many-th round; the last and the best are stored anyway.
+        keep: How many of the newest checkpoints to keep, beside the best.
+        resume: Go on from the newest checkpoint of the folder, if it has any. Without it, a folder
+            that has one is refused.
+
+    Raises:
+        UsageError: An argument has no meaning, or the checkpoint is that of another run.
+        CheckpointError: The newest checkpoint is damaged, or the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Params | None,
+        clients: Mapping[str, Client],
+        rounds: int,
+        *,
+        transfer: TransferType = TransferType.FULL,
+        seed: int = 0,
+        min_updates: int = 1,
+        participation: int | float | None = None,
+        executor: Executor | None = None,
+        in_flight: int = 64,
+        retries: int = 0,
+        deadline: float | None = None,
+        evaluate: Callable[[dict[str, npt.NDArray[Any]]], Mapping[str, float]] | None = None,
+        evaluate_every: int = 1,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        patience: int | None = None,
+        stop_when: Callable[[Outcome], bool] | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        accumulator: Accumulator = "exact",
+        observers: Sequence[Observer] = (),
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        keep: int = 3,
+        resume: bool = False,
+    ) -> None:
+        for name, value, least in (
+            ("rounds", rounds, 1),
+            ("seed", seed, None),
+            ("evaluate_every", evaluate_every, 1),
+            ("checkpoint_every", checkpoint_every, 1),
+        ):
+            check_whole(name, value, least)
+        if patience is not None:
+            check_whole("patience", patience, 1)
+            if monitor is None:
+                raise UsageError("patience: expected the name of the metric to monitor as well")
+        if mode not in ("max", "min"):
+            raise UsageError(f"mode: expected 'max' or 'min', got {quoted(mode)}")
+        if not isinstance(clients, Mapping) or not clients or not all(map(is_name, clients)):
+            raise UsageError(
+                "clients: expected a mapping of at least one printable name to a client, "
+                f"got {quoted(clients)}"
+            )
+        self._clients = clients
+        self._order = contributor_order(clients)
+        self._index = {name: index for index, name in enumerate(self._order)}
+        self._selected = _count(participation, len(self._order))
+        self._rounds = rounds
+        self._transfer = transfer
+        self._seed = seed
+        self._min_updates = min_updates
+        self._dispatch = Dispatch(executor, in_flight, retries, deadline)
+        self._evaluate = evaluate
+        self._evaluate_every = evaluate_every
+        self._monitor = monitor
+        self._mode = mode
+        self._patience = patience
+        self._stop_when = stop_when
+        self._limits = limits
+        self._accumulator: Accumulator = accumulator
+        self._mean: WeightedMean | None = None
+        self._observers = tuple(observers)
+        self._checkpoint_every = checkpoint_every
+        # A round that is never used checks the model and the settings once, before anything runs.
+        Round(
+            model,
+            0,
+            min_updates=min_updates,
+            transfer=transfer,
+            limits=limits,
+            accumulator=accumulator,
+        )
+        self._model = copy_params(model or {})
+        self._next = 0
+        self._best: Best | None = None
+        self._waited = 0
+        self._stopped: str | None = None
+        self._store = None if checkpoint is None else CheckpointStore(checkpoint, keep)
+        if self._store is not None and self._store.paths():
+            if not resume:
+                raise UsageError(
+                    f"checkpoint: expected an empty folder, or resume=True to go on with the run "
+                    f"that is stored in {quoted(str(self._store.folder), _FOLDER_LENGTH)}"
+                )
+            self._restore(self._store)
+
+    @property
+    def model(self) -> dict[str, npt.NDArray[Any]]:
+        """The global model as it is now; a copy."""
+        return copy_params(self._model)
+
+    @property
+    def round(self) -> int:
+        """How many rounds are completed."""
+        return self._next
+
+    @property
+    def best(self) -> Best | None:
+        """The best model by the monitored metric; None while there is none."""
+        return self._best
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run stopped before its last round; None if it did not."""
+        return self._stopped
+
+    def __iter__(self) -> Iterator[Outcome]:
+        with contextlib.nullcontext() if self._store is None else self._store:
+            while self._next < self._rounds and self._stopped is None:
+                yield self._play()
+
+    def run(self) -> list[Outcome]:
+        """Play all rounds that are left.
+
+        Returns:
+            Their outcomes.
+
+        Raises:
+            CheckpointError: A checkpoint could not be written.
+        """
+        return list(self)
+
+    def _play(self) -> Outcome:
+        number = self._next
+        selected = self._order
+        if self._selected < len(self._order):
+            selected = draw_contributors(self._order, self._selected, self._seed, number)
+        for observer in self._observers:
+            observer.round_started(number, tuple(selected))
+        round = Round(
+            self._model,
+            number,
+            min_updates=self._min_updates,
+            transfer=self._transfer,
+            limits=self._limits,
+            accumulator=self._sums(),
+        )
+        failed = []
+        tasks = ((self._clients[name], self._context(name)) for name in selected)
+        with contextlib.closing(
+            self._dispatch.answers(tasks, self._model, self._transfer)
+        ) as answers:
+            for answer in answers:
+                if isinstance(answer, Update):
+                    receipt = round.offer(answer)
+                    for observer in self._observers:
+                        observer.update_judged(receipt)
+                else:
+                    failed.append(answer)
+                    for observer in self._observers:
+                        observer.client_failed(answer)
+        outcome = replace(round.close(), failed=tuple(failed))
+        outcome = replace(outcome, evaluation=self._evaluation(outcome))
+        self._model = copy_params(outcome.model)
+        self._next += 1
+        is_best = self._track(outcome)
+        self._stopped = self._reason_to_stop(outcome)
+        last = self._next == self._rounds or self._stopped is not None
+        if is_best or last or self._next % self._checkpoint_every == 0:
+            self._save(outcome, is_best)
+        for observer in self._observers:
+            observer.round_ended(outcome)
+        return outcome
+
+    def _sums(self) -> Accumulator | WeightedMean:
+        """The accumulator, made once there is a model to make it for, and used in every round."""
+        if self._mean is None and self._model:
+            spec = self._limits.averaged(ModelSpec.of(self._model))
+            self._mean = WeightedMean(spec, accumulator=self._accumulator)
+        return self._mean if self._mean is not None else self._accumulator
+
+    def _context(self, name: str) -> Context:
+        return Context(
+            contributor=name,
+            index=self._index[name],
+            num_contributors=len(self._order),
+            round=self._next,
+            num_rounds=self._rounds,
+            seed=contributor_seed(self._seed, self._next, name),
+        )
+
+    def _evaluation(self, outcome: Outcome) -> dict[str, float]:
+        number = outcome.round + 1
+        if self._evaluate is None or (number % self._evaluate_every and number != self._rounds):
+            return {}
+        views = {key: array.view() for key, array in outcome.model.items()}
+        for view in views.values():
+            view.flags.writeable = False
+        return {name: float(value) for name, value in self._evaluate(views).items()}
+
+    def _track(self, outcome: Outcome) -> bool:
+        """Take note of the monitored metric; say whether this model is the best so far."""
+        if self._monitor is None:
+            return False
+        value = {**outcome.metrics, **outcome.evaluation}.get(self._monitor)
+        if value is None:
+            return False
+        sign = 1.0 if self._mode == "max" else -1.0
+        if math.isnan(value) or (self._best and not sign * value > sign * self._best.value):
+            self._waited += 1
+            return False
+        self._best = Best(outcome.round, value, copy_params(outcome.model))
+        self._waited = 0
+        return True
+
+    def _reason_to_stop(self, outcome: Outcome) -> str | None:
+        if self._stop_when is not None and self._stop_when(outcome):
+            return f"stop_when said so after round {outcome.round}"
+        if self._patience is not None and self._waited >= self._patience:
+            return f"{self._monitor} was not better for {self._waited} rounds"
+        return None
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it resumes."""
+        names = "\n".join(self._order)
+        return {
+            "seed": self._seed,
+            "transfer": str(self._transfer),
+            "selected": self._selected,
+            "min_updates": self._min_updates,
+            "accumulator": self._accumulator,
+            "limits": self._limits.to_json(),
+            "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
+            "monitor": self._monitor,
+            "mode": self._mode,
+        }
+
+    def _save(self, outcome: Outcome, is_best: bool) -> None:
+        if self._store is None:
+            return
+        best = None if self._best is None else [self._best.round, self._best.value]
+        self._store.save(
+            Checkpoint(
+                model=self._model,
+                round=self._next,
+                metrics={**outcome.metrics, **outcome.evaluation},
+                extra={
+                    "settings": self._settings(),
+                    "best": best,
+                    "waited": self._waited,
+                    "stopped": self._stopped,
+                },
+                best=is_best,
+            )
+        )
+
+    def _restore(self, store: CheckpointStore) -> None:
+        found = store.load()
+        kept, wanted = found.extra.get("settings"), self._settings()
+        if not isinstance(kept, dict):
+            raise UsageError(f"{store.folder}: its checkpoints are not those of a federation")
+        for name, value in wanted.items():
+            if kept.get(name) != value:
+                raise UsageError(
+                    f"{store.folder}: expected a run with {name} {quoted(kept.get(name))} "
+                    f"to resume, got {quoted(value)}"
+                )
+        if self._model and ModelSpec.of(self._model) != ModelSpec.of(found.model):
+            raise UsageError(f"{store.folder}: the stored model has other parameters")
+        self._model = copy_params(found.model)
+        self._next = found.round
+        self._waited = found.extra["waited"]
+        self._stopped = found.extra["stopped"]
+        if found.extra["best"] is not None:
+            round, value = found.extra["best"]
+            best = store.load_best()
+            if best is None or best.round != round + 1:
+                raise CheckpointError(
+                    store.folder, f"the best model of the run, that of round {round}, is not there"
+                )
+            self._best = Best(round, value, copy_params(best.model))
+
+
+def _count(participation: int | float | None, clients: int) -> int:
+    if participation is None:
+        return clients
+    if isinstance(participation, int) and not isinstance(participation, bool):
+        if 1 <= participation <= clients:
+            return participation
+    elif isinstance(participation, float) and 0 < participation <= 1:
+        return max(1, round(participation * clients))
+    raise UsageError(
+        f"participation: expected a number of clients from 1 to {clients}, or a fraction of them "
+        f"above 0.0 and up to 1.0, got {quoted(participation)}"
+    )
