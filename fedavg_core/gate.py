@@ -17,10 +17,6 @@ one that is no mapping. What the sender wrote stands in a message only in quotes
 
 Metrics do not decide about an update, so a metric that is no finite number is left out and named,
 and the update is taken without it.
-
-The norm of a difference is computed in float64 in an order that is fixed: elements in C order, in
-blocks of 65,536 that are folded in halves, block sums added without rounding (Shewchuk 1997, as in
-`math.fsum`). So the same update is judged alike on every machine and in whatever memory layout.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +34,13 @@ import numpy.typing as npt
 
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
+from fedavg_core.norm import norm_above
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
 _NAME_LENGTH = 256
 _MOST_METRICS = 1_000
-_BLOCK = 1 << 16
 _LARGEST_WEIGHT = float(np.finfo(np.float64).max)
 
 
@@ -345,26 +341,15 @@ class Gate:
         self, params: dict[str, npt.NDArray[Any]], kind: TransferType, limit: float
     ) -> None:
         base = self._model if kind is TransferType.FULL and self._has_model else {}
-        # Scaled by a power of two, so that the squares of what is within the limit are near 1:
-        # what overflows is beyond the limit, and what underflows cannot matter.
-        scale = 2.0 ** -max(-1000, min(1000, math.frexp(limit)[1]))
-        parts = [
-            part
-            for key, array in params.items()
-            for part in _block_sums_of_squares(array, base.get(key), scale)
-        ]
-        try:
-            total = math.fsum(parts)
-        except OverflowError:
-            total = math.inf
-        if total <= (limit * scale) ** 2:
+        norm = norm_above(params, base, limit)
+        if norm is None:
             return
         if not all(bool(np.isfinite(array).all()) for array in params.values()):
             return  # the accumulator refuses it, and names the key and the index
         raise RefusedUpdate(
             Reason.NORM,
             expected=f"a difference of L2 norm at most {limit!r}",
-            got=f"one of {math.sqrt(total) / scale!r}",
+            got=f"one of {norm!r}",
         )
 
 
@@ -424,22 +409,3 @@ def _read_metrics(metrics: object) -> tuple[dict[str, float], tuple[str, ...]]:
         else:
             skipped.append(shown_name(name))
     return read, tuple(skipped)
-
-
-def _block_sums_of_squares(
-    array: npt.NDArray[Any], base: npt.NDArray[Any] | None, scale: float
-) -> Iterator[float]:
-    flat = array.reshape(-1)
-    flat_base = None if base is None else base.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        with np.errstate(all="ignore"):
-            block = flat[start : start + _BLOCK].astype(np.float64) * scale
-            if flat_base is not None:
-                block -= flat_base[start : start + _BLOCK].astype(np.float64) * scale
-            block *= block
-            size = block.size
-            while size > 1:
-                half = (size + 1) // 2
-                block[: size - half] += block[half:size]
-                size = half
-        yield float(block[0])

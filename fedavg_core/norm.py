@@ -1,0 +1,68 @@
+"""The L2 norm of a difference between models, in the same bits everywhere.
+
+It is computed in float64 in an order that is fixed: the elements in C order, in blocks of 65,536
+that are folded in halves, and the sums of the blocks added without rounding (Shewchuk 1997, as
+`math.fsum` does it). Elementwise operations of IEEE 754 give the same bits on every machine, so the
+norm depends neither on the processor nor on how the arrays lie in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.model import Params
+
+__all__ = ["norm_above"]
+
+_BLOCK = 1 << 16
+
+
+def norm_above(params: Params, base: Params, limit: float) -> float | None:
+    """The norm of the difference between two models, if it is above a limit.
+
+    Args:
+        params: The one; only read.
+        base: The other, with the same shapes; only read. A parameter that it lacks is zero there.
+        limit: The limit, above zero.
+
+    Returns:
+        None if the norm, over all parameters of ``params`` together, is at most the limit; else
+        the norm, which may be infinite or NaN. Deterministic.
+    """
+    # Scaled by a power of two, so that the squares of what is within the limit are near 1: what
+    # overflows is beyond the limit, and what underflows cannot matter.
+    scale = 2.0 ** -max(-1000, min(1000, math.frexp(limit)[1]))
+    parts = [
+        part
+        for key, array in params.items()
+        for part in _block_sums_of_squares(array, base.get(key), scale)
+    ]
+    try:
+        total = math.fsum(parts)
+    except OverflowError:
+        total = math.inf
+    return None if total <= (limit * scale) ** 2 else math.sqrt(total) / scale
+
+
+def _block_sums_of_squares(
+    array: npt.NDArray[Any], base: npt.NDArray[Any] | None, scale: float
+) -> Iterator[float]:
+    flat = array.reshape(-1)
+    flat_base = None if base is None else base.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        with np.errstate(all="ignore"):
+            block = flat[start : start + _BLOCK].astype(np.float64) * scale
+            if flat_base is not None:
+                block -= flat_base[start : start + _BLOCK].astype(np.float64) * scale
+            block *= block
+            size = block.size
+            while size > 1:
+                half = (size + 1) // 2
+                block[: size - half] += block[half:size]
+                size = half
+        yield float(block[0])
