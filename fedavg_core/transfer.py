@@ -77,7 +77,7 @@ def _difference(key: str, local: npt.NDArray[Any], base: npt.NDArray[Any]) -> np
     if local.dtype.kind not in "iu":
         with np.errstate(over="ignore", invalid="ignore"):
             result: npt.NDArray[Any] = np.asarray(local - base)
-        lost = np.isinf(result) & np.isfinite(local) & np.isfinite(base)
+        lost = ~np.isfinite(result) & np.isfinite(local) & np.isfinite(base)
         if lost.any():
             raise OutOfRange(
                 f"key {quoted(key)}: a difference is beyond the largest number of {result.dtype}"

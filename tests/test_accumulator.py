@@ -1,0 +1,469 @@
+"""The weighted mean as its callers see it. What its bits are is tested in test_exact_mean*.py."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import fedavg_core as fc
+from fedavg_core.accumulator import Accumulator, exact_weight
+from fedavg_core.model import ArraySpec
+
+Array = npt.NDArray[Any]
+KINDS: tuple[Accumulator, ...] = ("exact", "float64", "float32")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def model(seed: int = 0, scale: float = 1.0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "w": (rng.standard_normal((3, 4)) * scale).astype(np.float32),
+        "b": (rng.standard_normal(5) * scale).astype(np.float64),
+        "n": rng.integers(0, 100, (2,), dtype=np.int64),
+    }
+
+
+@kinds
+def test_the_mean_is_weighted_by_what_each_update_weighs(kind: Accumulator) -> None:
+    mean = fc.weighted_mean(
+        [{"w": np.array([1.0, 2.0])}, {"w": np.array([5.0, 10.0])}], [3, 1], accumulator=kind
+    )
+    assert mean["w"].tolist() == [2.0, 4.0]
+    assert mean["w"].dtype == np.float64
+
+
+@kinds
+def test_the_mean_has_the_dtypes_that_came_in(kind: Accumulator) -> None:
+    mean = fc.weighted_mean([model(1), model(2)], [1, 2], accumulator=kind)
+    assert {k: v.dtype for k, v in mean.items()} == {k: v.dtype for k, v in model().items()}
+    assert {k: v.shape for k, v in mean.items()} == {k: v.shape for k, v in model().items()}
+
+
+@kinds
+def test_a_base_gets_the_mean_difference_and_keeps_what_nobody_sent(kind: Accumulator) -> None:
+    base: dict[str, Array] = {
+        "a": np.array([1.0], np.float32),
+        "untouched": np.arange(3),
+        "b": np.array([7], np.uint8),
+    }
+    sent = [
+        {"a": np.array([0.5], np.float32), "b": np.array([-2])},
+        {"a": np.array([1.5], np.float32)},
+    ]
+    result = fc.weighted_mean(sent, [1, 1], base=base, accumulator=kind)
+    assert list(result) == ["a", "untouched", "b"]
+    assert result["a"].tolist() == [2.0]
+    assert result["b"].tolist() == [5]
+    assert result["b"].dtype == np.uint8
+    assert result["untouched"].tolist() == [0, 1, 2]
+    assert not np.shares_memory(result["untouched"], base["untouched"])
+
+
+@kinds
+def test_each_parameter_has_the_weights_of_those_that_sent_it(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add({"a": np.array([1.0]), "b": np.array([10.0])}, 1)
+    mean.add({"b": np.array([40.0])}, 2)
+    assert mean.mean()["a"].tolist() == [1.0]
+    assert mean.mean()["b"].tolist() == [30.0]
+    assert (mean.weight_of("a"), mean.weight_of("b"), mean.weight_of("c")) == (1, 3, 0)
+    assert (mean.count, mean.total_weight, mean.keys) == (2, 3, ("a", "b"))
+
+
+@kinds
+def test_determinism_is_named(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    assert mean.accumulator == kind
+    expected = "order-independent" if kind == "exact" else "order-dependent"
+    assert mean.determinism == expected
+
+
+@kinds
+def test_a_reset_accumulator_starts_afresh(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add(model(1, 1e6), 5)
+    mean.reset()
+    assert (mean.count, mean.total_weight, mean.keys) == (0, 0, ())
+    mean.add(model(2), 3)
+    assert fc.same_bits(mean.mean(), fc.weighted_mean([model(2)], [3], accumulator=kind))
+
+
+ARRAYS: dict[str, Array] = {
+    "strided": np.arange(24, dtype=np.float32).reshape(4, 6)[::2, ::3],
+    "transposed": np.arange(12, dtype=np.float64).reshape(3, 4).T,
+    "big-endian": np.arange(5, dtype=">f4"),
+    "zero-dimensional": np.array(2.5, np.float32),
+    "empty": np.empty((0, 3), np.float32),
+    "unaligned": np.frombuffer(b"\0" + np.arange(4, dtype=np.float32).tobytes(), np.uint8)[1:].view(
+        np.float32
+    ),
+    "large integers": np.array([2**63 - 1, -(2**63), 2**53 + 1, 0]),
+    "large unsigned": np.array([2**64 - 1, 1, 2**53 + 1], np.uint64),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_arrays_of_any_layout_are_read_right_and_left_alone(name: str, block: int) -> None:
+    array = ARRAYS[name]
+    array.flags.writeable = False
+    before = array.tobytes()
+    mean = fc.WeightedMean(block=block)
+    mean.add({"x": array, "y": np.ones(3)}, 3)
+    mean.add({"x": array}, 4)
+    result = mean.mean()["x"]
+    assert result.shape == array.shape
+    assert result.dtype == array.dtype.newbyteorder("=")
+    assert np.array_equal(result, array)
+    assert array.tobytes() == before
+
+
+@kinds
+def test_a_memory_mapped_array_is_read_block_by_block(kind: Accumulator, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(50, dtype=np.float32))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    mean = fc.WeightedMean(accumulator=kind, block=8)
+    mean.add({"x": mapped}, 2)
+    assert np.array_equal(mean.mean()["x"], mapped)
+    assert type(mean.mean()["x"]) is np.ndarray
+
+
+@kinds
+def test_what_was_added_is_not_kept(kind: Accumulator) -> None:
+    params = {"w": np.ones(3, np.float32)}
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add(params, 1)
+    params["w"][:] = 9
+    assert mean.mean()["w"].tolist() == [1, 1, 1]
+    mean.mean()["w"][:] = 5
+    assert mean.mean()["w"].tolist() == [1, 1, 1]
+
+
+BAD_UPDATES: list[tuple[Any, Any, fc.Reason, str]] = [
+    ({"w": np.ones(2)}, 0, fc.Reason.BAD_WEIGHT, "a finite number above zero as weight, got 0"),
+    ({"w": np.ones(2)}, -1, fc.Reason.BAD_WEIGHT, "got -1"),
+    ({"w": np.ones(2)}, float("nan"), fc.Reason.BAD_WEIGHT, "got nan"),
+    ({"w": np.ones(2)}, np.inf, fc.Reason.BAD_WEIGHT, "got inf"),
+    ({"w": np.ones(2)}, True, fc.Reason.BAD_WEIGHT, "got True"),
+    ({"w": np.ones(2)}, "3", fc.Reason.BAD_WEIGHT, "got '3'"),
+    ({"w": np.ones(2)}, None, fc.Reason.BAD_WEIGHT, "got None"),
+    ({"w": np.ones(3)}, 1, fc.Reason.SHAPE, "(key 'w'): expected shape (2,), got (3,)"),
+    ({"w": np.ones((1,))}, 1, fc.Reason.SHAPE, "expected shape (2,), got (1,)"),
+    ({"w": np.ones(2, complex)}, 1, fc.Reason.DTYPE, "got dtype 'complex128'"),
+    ({"w": np.ones(2, bool)}, 1, fc.Reason.DTYPE, "got dtype 'bool'"),
+    ({"w": np.array(["a", "b"])}, 1, fc.Reason.DTYPE, "got dtype '<U1'"),
+    ({"w": np.array([1, None])}, 1, fc.Reason.DTYPE, "got dtype 'object'"),
+    ({"w": [1.0, 2.0]}, 1, fc.Reason.DTYPE, "expected a NumPy array, got a list"),
+    ({"w": np.ma.array([1.0, 2.0])}, 1, fc.Reason.DTYPE, "got a MaskedArray"),
+    ({3: np.ones(2)}, 1, fc.Reason.BAD_NAME, "names that are strings, got 3"),
+    ([np.ones(2)], 1, fc.Reason.DTYPE, "a mapping from names to arrays, got a list"),
+    ({}, 1, fc.Reason.MISSING_KEYS, "expected at least one parameter, got none"),
+    (
+        {"w": np.array([1, np.nan])},
+        1,
+        fc.Reason.NON_FINITE,
+        "expected finite numbers, got nan at [1]",
+    ),
+    ({"w": np.array([-np.inf, 1], np.float16)}, 1, fc.Reason.NON_FINITE, "got -inf at [0]"),
+    (
+        {"w": np.ones(2), "new": np.array([[1, 2], [3, np.inf]], np.float32)},
+        1,
+        fc.Reason.NON_FINITE,
+        "(key 'new'): expected finite numbers, got inf at [1, 1]",
+    ),
+]
+
+
+@kinds
+@pytest.mark.parametrize(("params", "weight", "reason", "text"), BAD_UPDATES)
+def test_a_bad_update_is_refused_with_its_reason_and_leaves_no_trace(
+    kind: Accumulator, params: Any, weight: Any, reason: fc.Reason, text: str
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind, block=3)
+    mean.add({"w": np.array([1.5, 2.5])}, 2)
+    before = json.dumps(mean.state()[0]), mean.state()[1]
+    with pytest.raises(fc.RefusedUpdate) as caught:
+        mean.add(params, weight)
+    assert caught.value.reason is reason
+    assert text in str(caught.value)
+    after = json.dumps(mean.state()[0]), mean.state()[1]
+    assert before[0] == after[0]
+    assert fc.same_bits(before[1], after[1])
+    mean.add({"new": np.ones(1)}, 1)  # the refused shape of "new" has not stuck
+
+
+def test_a_fixed_spec_names_all_there_is() -> None:
+    spec = fc.ModelSpec.of({"w": np.ones(2, np.float16)})
+    mean = fc.WeightedMean(spec)
+    with pytest.raises(fc.RefusedUpdate, match=r"UNEXPECTED_KEYS \(key 'v'\)"):
+        mean.add({"w": np.ones(2), "v": np.ones(2)}, 1)
+    mean.add({"w": np.ones(2)}, 1)
+    assert mean.mean()["w"].dtype == np.float16
+    other = fc.WeightedMean()
+    other.add({"v": np.ones(2)}, 1)
+    with pytest.raises(fc.UsageError, match="key 'v': the spec does not name it"):
+        mean.merge(other)
+
+
+def test_an_interrupted_addition_is_undone() -> None:
+    class Interrupting(dict[str, Array]):
+        armed = False
+
+        def __getitem__(self, key: str) -> Array:
+            if self.armed and key == "b":
+                self.armed = False
+                raise KeyboardInterrupt
+            return super().__getitem__(key)
+
+    params = Interrupting(model(1))
+    mean = fc.WeightedMean(block=2)
+    mean.add(model(2), 600)
+    before = mean.digest()
+    params.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        mean.add(params, 7)
+    assert mean.digest() == before
+    mean.add(params, 7)
+    assert fc.same_bits(mean.mean(), fc.weighted_mean([model(1), model(2)], [7, 600]))
+
+
+def test_removing_an_update_leaves_what_would_be_without_it() -> None:
+    mean, without = fc.WeightedMean(), fc.WeightedMean(block=2)
+    for seed, weight in ((1, 600), (2, 0.1), (3, 1 << 60)):
+        mean.add(model(seed), weight)
+        if seed != 2:
+            without.add(model(seed), weight)
+    mean.remove(model(2), 0.1)
+    assert mean.digest() == without.digest()
+    assert (mean.count, mean.total_weight) == (without.count, without.total_weight)
+    mean.remove(model(1), 600)
+    mean.remove(model(3), 1 << 60)
+    assert mean.digest() == fc.WeightedMean().digest()
+
+
+def test_what_was_not_added_cannot_be_removed() -> None:
+    mean = fc.WeightedMean()
+    with pytest.raises(fc.UsageError, match="cannot remove weight 1, which is more than the 0"):
+        mean.remove(model(1), 1)
+    mean.add(model(1), 2)
+    before = mean.digest()
+    with pytest.raises(fc.UsageError, match="cannot remove weight 3, which is more than the 2"):
+        mean.remove(model(1), 3)
+    with pytest.raises(fc.UsageError, match="cannot remove values that were not added"):
+        mean.remove(model(2), 2)
+    assert mean.digest() == before
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_plain_sums_cannot_undo_and_have_no_digest(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    with pytest.raises(fc.UsageError, match=f"remove needs exact sums.*{kind}"):
+        mean.remove(model(), 1)
+    with pytest.raises(fc.UsageError, match="digest needs exact sums"):
+        mean.digest()
+    with pytest.raises(fc.RefusedUpdate, match="BAD_WEIGHT"):
+        mean.add(model(), 10**400)
+
+
+@kinds
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 5), (1000, 4)])
+def test_merged_parts_are_the_whole(kind: Accumulator, blocks: tuple[int, int]) -> None:
+    left = fc.WeightedMean(accumulator=kind, block=blocks[0])
+    right = fc.WeightedMean(accumulator=kind, block=blocks[1])
+    left.add({"w": np.ones((3, 4), np.float32)}, 2)
+    right.add({**model(3), "w": np.full((3, 4), 4, np.float32)}, 1)
+    right.add({"late": np.zeros(9)}, 5)
+    left.merge(right)
+    assert left.mean()["w"].tolist() == [[2.0] * 4] * 3
+    assert np.array_equal(left.mean()["b"], right.mean()["b"])
+    assert (left.count, left.total_weight, left.weight_of("w")) == (3, 8, 3)
+
+
+def test_an_accumulator_can_be_merged_with_itself() -> None:
+    mean = fc.WeightedMean()
+    mean.add(model(1), 600)
+    mean.merge(mean)
+    twice = fc.WeightedMean()
+    twice.add(model(1), 1200)
+    assert mean.digest() == twice.digest()
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (
+            fc.WeightedMean(accumulator="float64"),
+            "of kind 'exact' to merge, got one of kind 'float64'",
+        ),
+        ({"w": np.ones(3)}, r"key 'w': expected float64\[2\] to merge, got float64\[3\]"),
+        ({"w": np.ones(2, np.float32)}, r"expected float64\[2\] to merge, got float32\[2\]"),
+    ],
+)
+def test_what_does_not_fit_is_not_merged(other: Any, text: str) -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.ones(2)}, 1)
+    before = mean.digest()
+    if isinstance(other, dict):
+        params, other = other, fc.WeightedMean()
+        other.add({"v": np.ones(1), **params}, 1)
+    with pytest.raises(fc.UsageError, match=text):
+        mean.merge(other)
+    assert mean.digest() == before
+
+
+def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = fc.WeightedMean(block=2), fc.WeightedMean(block=3)
+    left.add(model(1), 600)
+    right.add({**model(2), "new": np.ones(4)}, 7)
+    before = left.digest()
+    from fedavg_core.exact import ExactSum
+
+    real, calls = ExactSum.add_sum, [0]
+
+    def failing(self: ExactSum, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise MemoryError
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ExactSum, "add_sum", failing)
+    with pytest.raises(MemoryError):
+        left.merge(right)
+    monkeypatch.undo()
+    assert left.digest() == before
+    left.merge(right)
+    assert fc.same_bits(
+        left.mean(), fc.weighted_mean([{**model(2), "new": np.ones(4)}, model(1)], [7, 600])
+    )
+
+
+@kinds
+def test_a_state_goes_through_json_and_comes_back(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    for seed, weight in ((1, 600), (2, 0.1), (3, 1 << 70)):
+        mean.add({**model(seed), "odd/../name": np.array([-1e-300 * seed])}, weight)
+    meta, arrays = mean.state()
+    again = fc.WeightedMean.from_state(json.loads(json.dumps(meta)), arrays)
+    assert again.state()[0] == meta
+    assert fc.same_bits(again.state()[1], arrays)
+    assert fc.same_bits(again.mean(), mean.mean())
+    mean.add(model(4), 3)
+    again.add(model(4), 3)
+    assert fc.same_bits(again.mean(), mean.mean())
+    assert (again.count, again.total_weight) == (mean.count, mean.total_weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"format": 99}, "expected a state of format 1, got 99"),
+        ({"accumulator": "float16"}, "expected accumulator 'exact', 'float64' or 'float32'"),
+        ({"keys": 3}, "expected the state of an accumulator, got TypeError"),
+        ({"count": None}, "expected the state of an accumulator"),
+        ({"total_weight": "x/y"}, "expected the state of an accumulator, got ValueError"),
+    ],
+)
+def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str) -> None:
+    mean = fc.WeightedMean()
+    mean.add(model(), 1)
+    meta, arrays = mean.state()
+    with pytest.raises(fc.UsageError, match=text):
+        fc.WeightedMean.from_state({**meta, **change}, arrays)
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got KeyError"):
+        fc.WeightedMean.from_state({}, arrays)
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator"):
+        fc.WeightedMean.from_state(meta, {})
+
+
+def test_a_state_must_fit_the_spec_that_is_asked_for() -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.ones(2, np.float32)}, 1)
+    spec = fc.ModelSpec({"w": ArraySpec((2,), np.dtype(np.float64))})
+    with pytest.raises(fc.UsageError, match=r"key 'w': the state has it as float32\[2\]"):
+        fc.WeightedMean.from_state(*mean.state(), spec)
+    fits = fc.ModelSpec.of({"w": np.ones(2, np.float32), "v": np.ones(1)})
+    assert fc.WeightedMean.from_state(*mean.state(), fits).digest() == mean.digest()
+
+
+@kinds
+def test_a_result_beyond_its_dtype_is_an_error_and_not_an_infinity(kind: Accumulator) -> None:
+    for dtype in (np.float16, np.float32, np.float64) if kind == "exact" else (np.float16,):
+        largest = np.finfo(dtype).max
+        base = {"x": np.array([[0, largest]], dtype)}
+        mean = fc.WeightedMean(accumulator=kind)
+        mean.add({"x": np.array([[0, largest]], dtype)}, 1)
+        with pytest.raises(fc.OutOfRange, match=rf"key 'x': .* \[0, 1\] .* {np.dtype(dtype)}"):
+            mean.mean(base)
+        assert mean.mean()["x"].tolist() == base["x"].tolist()
+
+
+@kinds
+@pytest.mark.parametrize(("start", "step"), [(100, 28), (-100, -29)])
+def test_an_integer_beyond_its_dtype_is_an_error(kind: Accumulator, start: int, step: int) -> None:
+    base = {"x": np.array([start], np.int8)}
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add({"x": np.array([step])}, 1)
+    with pytest.raises(fc.OutOfRange, match="beyond the largest number of int8"):
+        mean.mean(base)
+    mean.add({"x": np.array([step - step // abs(step) * 2])}, 1)
+    assert mean.mean(base)["x"].tolist() == [start + step - step // abs(step)]
+
+
+def test_a_mean_of_nothing_needs_a_base() -> None:
+    with pytest.raises(fc.UsageError, match="expected at least one update before the mean"):
+        fc.WeightedMean().mean()
+    base = {"x": np.arange(3)}
+    assert fc.same_bits(fc.WeightedMean().mean(base), base)
+    with pytest.raises(fc.UsageError, match="got 1 models, 2 weights"):
+        fc.weighted_mean([base], [1, 2])
+    with pytest.raises(fc.UsageError, match="expected at least one update"):
+        fc.weighted_mean([], [])
+
+
+@pytest.mark.parametrize(
+    ("base", "text"),
+    [
+        ({}, "key 'w': the base does not have it"),
+        ({"w": np.ones(3)}, r"key 'w': expected a base of shape \(2,\), got \(3,\)"),
+        ({"w": np.array([1, np.nan])}, "expected a base of finite numbers"),
+        ([1], "expected a model as a mapping"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_named(base: Any, text: str) -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.ones(2)}, 1)
+    before = mean.digest()
+    with pytest.raises(fc.UsageError, match=text):
+        mean.mean(base)
+    assert mean.digest() == before
+
+
+def test_bad_settings_are_named() -> None:
+    bad: Any = "float16"
+    with pytest.raises(fc.UsageError, match="got 'float16'"):
+        fc.WeightedMean(accumulator=bad)
+    with pytest.raises(fc.UsageError, match="a block of at least 1 element, got 0"):
+        fc.WeightedMean(block=0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "exact"),
+    [
+        (3, 3),
+        (np.int8(3), 3),
+        (np.uint64(2**64 - 1), 2**64 - 1),
+        (2.0, 2),
+        (0.1, Fraction(0.1)),
+        (np.float32(0.1), Fraction(float(np.float32(0.1)))),
+        (np.float16(0.5), Fraction(1, 2)),
+        (10**400, 10**400),
+    ],
+)
+def test_a_weight_is_taken_at_its_exact_value(weight: Any, exact: Fraction) -> None:
+    assert exact_weight(weight) == exact

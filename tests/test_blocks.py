@@ -1,0 +1,96 @@
+"""How a model is cut into blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedavg_core.blocks import Buffers, load, pack
+from fedavg_core.model import ArraySpec
+
+FLOAT32 = np.dtype(np.float32)
+
+
+@given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 30))
+def test_every_element_is_in_one_block_and_no_block_is_too_large(
+    sizes: list[int], capacity: int
+) -> None:
+    spec = {f"k{i}": ArraySpec((size,), FLOAT32) for i, size in enumerate(sizes)}
+    seen = []
+    for block in pack(spec, capacity):
+        assert 1 <= block.size <= capacity
+        offset = 0
+        for segment in block.segments:
+            assert segment.offset == offset
+            offset += segment.size
+            seen += [
+                (segment.key, element)
+                for element in range(segment.start, segment.start + segment.size)
+            ]
+        assert offset == block.size
+        located = [block.locate(index) for index in range(block.size)]
+        assert located == seen[-block.size :]
+    assert sorted(seen) == sorted((f"k{i}", e) for i, size in enumerate(sizes) for e in range(size))
+
+
+def test_small_arrays_share_a_block_and_a_large_one_has_its_own() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"a": (2, 2), "big": (9,), "b": (3,), "c": (), "d": (4,)}
+    spec = {key: ArraySpec(shape, FLOAT32) for key, shape in shapes.items()}
+    blocks = [[segment.key for segment in block.segments] for block in pack(spec, 8)]
+    assert blocks == [["big"], ["big"], ["a", "b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (("f4",), "f4"),
+        (("f8",), "f8"),
+        (("f2", "f4", "i2", "u1"), "f4"),
+        (("f4", "i4"), "f8"),
+        (("f2", "f8"), "f8"),
+    ],
+)
+def test_values_are_read_as_float32_only_where_that_is_exact(
+    dtypes: tuple[str, ...], expected: str
+) -> None:
+    params = {f"k{i}": np.arange(3, dtype=dtype) for i, dtype in enumerate(dtypes)}
+    spec = {key: ArraySpec(array.shape, array.dtype) for key, array in params.items()}
+    (block,) = pack(spec, 100)
+    ((values, exponent),) = load(block, params, params, Buffers(100))
+    assert values.dtype == np.dtype(expected)
+    assert exponent == 0
+    assert values.tolist() == [0, 1, 2] * len(dtypes)
+
+
+def test_a_contiguous_array_is_read_where_it_lies() -> None:
+    params = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    for block in pack({"x": ArraySpec((2, 3), FLOAT32)}, 4):
+        ((values, _),) = load(block, params, params, Buffers(4))
+        assert np.shares_memory(values, params["x"])
+
+
+def test_missing_arrays_count_as_zero_and_a_block_of_none_is_empty() -> None:
+    spec = {"a": ArraySpec((2,), FLOAT32), "b": ArraySpec((1,), FLOAT32)}
+    (block,) = pack(spec, 8)
+    params = {"b": np.array([5.0])}
+    buffers = Buffers(8)
+    buffers.wide.fill(9)
+    ((values, _),) = load(block, params, params, buffers)
+    assert values.tolist() == [0.0, 0.0, 5.0]
+    assert load(block, params, {"c"}, buffers) == []
+
+
+def test_large_integers_are_split_in_two_exact_parts() -> None:
+    params = {"n": np.array([2**63 - 1, -(2**63), -1]), "x": np.array([0.5, 2.0])}
+    spec = {key: ArraySpec(array.shape, array.dtype) for key, array in params.items()}
+    (block,) = pack(spec, 8)
+    parts = load(block, params, params, Buffers(8))
+    assert [exponent for _, exponent in parts] == [0, 32]
+    totals = [
+        int(low) + (int(high) << 32) for low, high in zip(parts[0][0], parts[1][0], strict=True)
+    ]
+    assert totals[:3] == [2**63 - 1, -(2**63), -1]
+    assert parts[0][0][3:].tolist() == [0.5, 2.0]
+    assert parts[1][0][3:].tolist() == [0.0, 0.0]

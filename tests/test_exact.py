@@ -1,0 +1,213 @@
+"""Exact sums, looked at from the inside: every limb is read back as a rational number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
+
+SIZE = 7
+WEIGHTS = [1, 600, (1 << 29) - 1, (1 << 29) + 1, (1 << 60) + 1, Fraction(0.1), Fraction(5e-324)]
+
+
+def values_of(total: ExactSum) -> list[Fraction]:
+    result = [Fraction(0)] * total.size
+    for k, limb in total._limbs.items():
+        assert total.origin is not None
+        unit = Fraction(2) ** (total.origin + STEP * k)
+        for i, digit in enumerate(limb):
+            assert digit == np.rint(digit)
+            assert abs(digit) <= total._bounds[k] <= 1 << 53
+            result[i] += Fraction(float(digit)) * unit
+    return result
+
+
+def exactly(values: npt.NDArray[Any], weight: int | Fraction) -> list[Fraction]:
+    return [Fraction(float(value)) * weight for value in values]
+
+
+def summed(*terms: tuple[npt.NDArray[Any], int | Fraction]) -> ExactSum:
+    total = ExactSum(terms[0][0].size)
+    for values, weight in terms:
+        total.add(values, weight, Scratch(values.size))
+    return total
+
+
+def from_bits(seed: int, dtype: type, size: int = SIZE) -> npt.NDArray[Any]:
+    raw = np.random.default_rng(seed).bytes(size * np.dtype(dtype).itemsize)
+    values: npt.NDArray[Any] = np.frombuffer(raw, dtype).copy()
+    values[~np.isfinite(values)] = 0
+    return values
+
+
+def any_weight() -> st.SearchStrategy[int | Fraction]:
+    floats = st.floats(min_value=0, exclude_min=True, allow_infinity=False).map(Fraction)
+    return st.one_of(st.sampled_from(WEIGHTS), st.integers(1, 1 << 80), floats)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 30), st.booleans(), any_weight()), max_size=6),
+)
+def test_a_sum_is_the_rational_sum_of_its_terms(
+    terms: list[tuple[int, bool, int | Fraction]],
+) -> None:
+    total = ExactSum(SIZE)
+    expected = [Fraction(0)] * SIZE
+    for seed, wide, weight in terms:
+        values = from_bits(seed, np.float64 if wide else np.float32)
+        total.add(values, weight, Scratch(SIZE))
+        expected = [a + b for a, b in zip(expected, exactly(values, weight), strict=True)]
+    assert values_of(total) == expected
+    assert [int(s) for s in total.sign()] == [(v > 0) - (v < 0) for v in expected]
+
+
+@given(st.integers(0, 1 << 30), st.booleans(), any_weight())
+def test_a_negative_weight_undoes_an_addition_exactly(
+    seed: int, wide: bool, weight: int | Fraction
+) -> None:
+    kept = from_bits(seed, np.float32)
+    undone = from_bits(seed + 1, np.float64 if wide else np.float32)
+    total = summed((kept, 3), (undone, weight), (undone, -weight))
+    assert values_of(total) == exactly(kept, 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 30), any_weight()), min_size=1, max_size=4))
+def test_digits_depend_on_the_value_alone(terms: list[tuple[int, int | Fraction]]) -> None:
+    arrays = [(from_bits(seed, np.float32), weight) for seed, weight in terms]
+    forward, backward = summed(*arrays), summed(*reversed(arrays))
+    sign, digits = forward.digits(0)
+    sign_again, digits_again = backward.digits(0)
+    assert np.array_equal(sign, sign_again)
+    assert digits.keys() == digits_again.keys()
+    assert all(np.array_equal(digits[k], digits_again[k]) for k in digits)
+    assert all(digit.min() >= 0 and digit.max() < 1 << STEP for digit in digits.values())
+    assert values_of(ExactSum.from_digits(SIZE, 0, sign, digits)) == values_of(forward)
+
+
+def ordinary(seed: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(SIZE, np.float32)
+
+
+@given(
+    st.sampled_from([lambda seed: from_bits(seed, np.float64), ordinary]),
+    st.lists(st.tuples(st.integers(0, 1 << 30), any_weight()), min_size=1, max_size=4),
+)
+def test_leading_gives_each_value_within_its_promised_error(
+    draw: Callable[[int], npt.NDArray[Any]], terms: list[tuple[int, int | Fraction]]
+) -> None:
+    total = summed(*((draw(seed), weight) for seed, weight in terms))
+    expected = values_of(total)
+    seen = {}
+    for where, high, low, exponent, exact in total.leading():
+        for i, h, l_ in zip(np.arange(SIZE)[where], high, low, strict=True):
+            value = (Fraction(float(h)) + Fraction(float(l_))) * Fraction(2) ** exponent
+            assert h == h + l_
+            assert abs(value - expected[i]) <= (0 if exact else abs(expected[i]) / (1 << 71))
+            seen[int(i)] = value
+    assert all(i in seen or value == 0 for i, value in enumerate(expected))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_limbs_are_carried_before_they_are_full(weight: int | Fraction, dtype: type) -> None:
+    ones = np.array([-1.0, 1.0, 0.75]) * (2 - 2.0 ** (-23 if dtype == np.float32 else -52))
+    values: npt.NDArray[Any] = ones.astype(dtype)
+    total = ExactSum(3)
+    scratch = Scratch(3)
+    for _ in range(300):
+        total.add(values, weight, scratch)
+    assert values_of(total) == exactly(values, 300 * weight)
+
+
+def test_a_sum_doubled_a_hundred_times_is_still_exact() -> None:
+    values = from_bits(5, np.float32)
+    total = summed((values, 600))
+    for _ in range(100):
+        total.add_sum(total.take(slice(None)))
+    assert values_of(total) == exactly(values, 600 << 100)
+
+
+def test_a_much_larger_update_moves_the_origin_up() -> None:
+    small, large = np.full(3, 2.0**-100, np.float32), np.full(3, 2.0**100, np.float32)
+    total = summed((small, 1), (large, 1))
+    assert values_of(total) == [Fraction(2) ** 100 + Fraction(2) ** -100] * 3
+
+
+def test_values_too_far_apart_to_scale_together_are_added_in_groups() -> None:
+    values = np.array([1.7e308, -5e-324, 1e-300, 0.0, 3.0])
+    total = summed((values, Fraction(1e-300)), (values, 1 << 60))
+    assert values_of(total) == exactly(values, Fraction(1e-300) + (1 << 60))
+
+
+@pytest.mark.parametrize("small", [1, 20, 200])
+def test_elements_below_limb_zero_are_added_wherever_they_are(small: int) -> None:
+    values = np.ones(256, np.float32)
+    values[:small] = 2.0**-60 * (1 + 2.0**-23)
+    values[-20:] = 0.0
+    total = summed((values, 600), (values, 7))
+    assert values_of(total) == exactly(values, 607)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found_and_nothing_is_added(dtype: type, bad: float) -> None:
+    total = summed((np.ones(4, np.float32), 1))
+    with pytest.raises(NonFiniteError, match="element 2 is not finite") as caught:
+        total.add(np.array([1, 2, bad, bad], dtype), 1, Scratch(4))
+    assert caught.value.index == 2
+    assert values_of(total) == [1] * 4
+
+
+@given(st.integers(0, 1 << 30), st.integers(0, 1 << 30), st.booleans())
+def test_sums_are_added_and_subtracted_at_a_place(a: int, b: int, same_origin: bool) -> None:
+    ours, theirs = from_bits(a, np.float32), from_bits(b, np.float32, 3)
+    total, other = summed((ours, 9)), summed((theirs, 1))
+    if same_origin and total.origin is not None:
+        other.origin = total.origin
+    before = values_of(total)
+    total.add_sum(other, at=slice(2, 5))
+    expected = list(before)
+    for i, value in enumerate(values_of(other)):
+        expected[2 + i] += value
+    assert values_of(total) == expected
+    total.add_sum(other, sign=-1, at=slice(2, 5))
+    assert values_of(total) == before
+
+
+def test_a_reset_sum_is_zero_and_keeps_its_memory() -> None:
+    total = summed((np.ones(3, np.float32), 600))
+    limb = total._limbs[0]
+    total.reset()
+    assert list(total.leading()) == []
+    total.add(np.full(3, 2.0**40, np.float32), 1, Scratch(3))
+    assert total._limbs[0] is limb
+    assert values_of(total) == [1 << 40] * 3
+    total.reset()
+    total.reset()
+    total.add_sum(summed((np.ones(3), 5)))
+    assert values_of(total) == [5] * 3
+
+
+def test_an_empty_sum_has_no_leading_values_and_no_digits() -> None:
+    empty = ExactSum(2)
+    assert list(empty.leading()) == []
+    assert empty.digits(0)[1] == {}
+    assert empty.take(np.array([1])).size == 1
+    empty.add_sum(ExactSum(2))
+    assert empty.origin is None
+    empty.add(np.zeros(2, np.float32), 1, Scratch(2))
+    empty.add(np.zeros(2), 1, Scratch(2))
+    assert values_of(empty) == [0, 0]
+    ones = np.ones(2, np.float32)
+    cancelled = summed((ones, 1), (ones, -1))
+    cancelled.reset()
+    cancelled.origin = 0
+    assert list(cancelled.leading()) == []

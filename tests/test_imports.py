@@ -1,0 +1,42 @@
+"""The core needs NumPy and the standard library, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fedavg_core
+
+ALLOWED = {"numpy", "fedavg_core"}
+
+
+def foreign_imports(statement: str) -> set[str]:
+    """The top-level packages, other than allowed ones, that a statement loads in a new process."""
+    program = (
+        "import sys\n"
+        "before = set(sys.modules)\n"  # what the interpreter itself loads, .pth files included
+        f"{statement}\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(loaded - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split()) - ALLOWED
+
+
+def test_the_core_imports_nothing_but_numpy_and_the_standard_library() -> None:
+    package = Path(fedavg_core.__file__).parent
+    modules = [
+        ".".join(("fedavg_core", *path.relative_to(package).with_suffix("").parts))
+        for path in sorted(package.rglob("*.py"))
+        if path.name not in ("__init__.py", "__main__.py")
+    ]
+    assert "fedavg_core.exact" in modules
+    assert foreign_imports("import fedavg_core, " + ", ".join(modules)) == set()
+
+
+def test_a_foreign_import_would_be_noticed() -> None:
+    assert "ml_dtypes" in foreign_imports("import fedavg_core, ml_dtypes")
+    assert foreign_imports("import json, numpy") == set()

@@ -1,0 +1,147 @@
+"""What a model is made of, and how two are told apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fedavg_core as fc
+from fedavg_core.model import ArraySpec, copy_params, dtype_named, number_format
+
+EXTENSIONS = [
+    "bfloat16",
+    "float8_e3m4",
+    "float8_e4m3",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+]
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64", *EXTENSIONS])
+def test_a_float_format_is_what_its_library_says(name: str) -> None:
+    dtype = dtype_named(name)
+    assert dtype.name == name
+    number = number_format(dtype)
+    info: Any = ml_dtypes.finfo(dtype)
+    assert number is not None
+    assert number.kind == "float"
+    assert number.precision == info.nmant + 1
+    assert number.least_exponent == info.minexp
+    assert number.largest == float(info.max)
+
+
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "int64", "uint8", "uint64"])
+def test_an_integer_format_is_what_numpy_says(name: str) -> None:
+    number = number_format(dtype_named(name))
+    assert number is not None
+    assert (number.kind, number.largest) == ("integer", int(np.iinfo(name).max))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "complex64", "object", "S3", "U3", "M8[s]", "m8[s]", "V4", "g", "i4,f4"]
+)
+def test_other_dtypes_have_no_format(dtype: str) -> None:
+    assert number_format(np.dtype(dtype)) is None
+    with pytest.raises(fc.UsageError, match="expected a dtype of real numbers"):
+        fc.ModelSpec({"x": ArraySpec((), np.dtype(dtype))})
+
+
+def test_an_unsigned_scale_is_no_number_to_average() -> None:
+    assert number_format(np.dtype(ml_dtypes.float8_e8m0fnu)) is None
+
+
+@pytest.mark.parametrize("name", ["float128", "bool", "object", "../x", "float8_e8m0fnu"])
+def test_only_names_of_numbers_name_a_dtype(name: str) -> None:
+    with pytest.raises(fc.UsageError, match="expected the name of a dtype of real numbers"):
+        dtype_named(name)
+
+
+def test_a_missing_package_is_named() -> None:
+    program = (
+        "import sys; sys.modules['ml_dtypes'] = None\n"
+        "import fedavg_core as fc\n"
+        "from fedavg_core.model import dtype_named\n"
+        "try: dtype_named('bfloat16')\n"
+        "except fc.UsageError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "an array of bfloat16 needs the package ml_dtypes, as new as that dtype\n"
+
+
+def test_a_dtype_that_its_package_does_not_have_yet_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(ml_dtypes, "float8_e3m4")
+    with pytest.raises(fc.UsageError, match="float8_e3m4 needs the package ml_dtypes"):
+        dtype_named("float8_e3m4")
+
+
+def test_a_spec_is_a_mapping_in_native_byte_order() -> None:
+    spec = fc.ModelSpec.of({"b": np.ones((2, 3), ">f4"), "a": np.array(1)})
+    assert list(spec) == ["b", "a"]
+    assert len(spec) == 2
+    assert spec["b"] == ArraySpec((2, 3), np.dtype("f4"))
+    assert repr(spec) == "ModelSpec(b: float32[2, 3], a: int64[])"
+
+
+def test_a_copy_shares_no_memory_and_can_be_written() -> None:
+    original = np.arange(6, dtype=">f8").reshape(2, 3).T
+    original.flags.writeable = False
+    copy = copy_params({"x": original})["x"]
+    assert copy.flags.writeable
+    assert copy.flags.c_contiguous
+    assert copy.dtype == np.float64
+    assert np.array_equal(copy, original)
+
+
+def test_models_with_the_same_bits_are_the_same() -> None:
+    a = {"x": np.array([1.0, -0.0, np.nan]), "y": np.ones(2, np.float16)}
+    assert fc.same_bits(a, {"y": a["y"].copy(), "x": a["x"].copy()})
+    assert not fc.same_bits(a, {**a, "x": np.array([1.0, 0.0, np.nan])})
+    assert not fc.same_bits(a, {"x": a["x"]})
+    assert not fc.same_bits(a, {**a, "y": np.ones(2, np.float32)})
+    assert fc.same_bits({"x": np.array([1], ">i4")}, {"x": np.array([1], "<i4")})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ulps"),
+    [
+        (np.float32(1), np.nextafter(np.float32(1), np.float32(2)), 1),
+        (np.float32(-1), np.nextafter(np.float32(-1), np.float32(2)), 1),
+        (np.float64(0.0), np.float64(-0.0), 0),
+        (np.float64(5e-324), np.float64(-5e-324), 2),
+        (np.float16(1), np.float16(2), 1024),
+        (np.uint8(250), np.uint8(5), 245),
+        (np.int8(-128), np.int8(127), 255),
+        (np.int64(-(2**63)), np.int64(2**63 - 1), 2**64 - 1),
+        (ml_dtypes.bfloat16(1), ml_dtypes.bfloat16(1.0078125), 1),
+    ],
+)
+def test_the_distance_is_in_steps_between_neighbours(a: Any, b: Any, ulps: int) -> None:
+    one, other = np.array([a, a]), np.array([a, b])
+    for left, right in ((one, other), (other, one)):
+        result = fc.compare({"x": left}, {"x": right})["x"]
+        assert result.largest_ulps == ulps
+        assert result.differing == 1
+
+
+def test_an_empty_array_differs_nowhere() -> None:
+    result = fc.compare({"x": np.empty((0, 2))}, {"x": np.empty((0, 2))})["x"]
+    assert (result.differing, result.largest_ulps) == (0, 0)
+
+
+def test_models_of_other_shapes_cannot_be_compared() -> None:
+    with pytest.raises(fc.UsageError, match=r"only one of the two models has the keys \['y'\]"):
+        fc.compare({"x": np.ones(2), "y": np.ones(1)}, {"x": np.ones(2)})
+    with pytest.raises(fc.UsageError, match=r"one model has float64\[2\], the other float64\[3\]"):
+        fc.compare({"x": np.ones(2)}, {"x": np.ones(3)})
