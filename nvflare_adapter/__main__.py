@@ -140,7 +140,7 @@ def _in_process(
 
 
 def _on_simulator(read: argparse.Namespace, initial: dict[str, Any]) -> Iterator[fc.Checkpoint]:
-    start = read.output / "initial_model.fedavg"
+    start = read.output / "initial_model.npz"
     if initial:
         fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
     job = SimulatorJob(
@@ -202,10 +202,11 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
             accuracies.append(evaluation.get("accuracy", 0.0))
             console.print(_line(_row(checkpoint, read.clients, evaluation)))
             report = checkpoint.extra["report"]
-            for note in (*report["refused"], *filter(None, [report["problem"]])):
+            notes = (*report["refused"], *report["failed"], report["problem"])
+            for note in filter(None, notes):
                 console.print(f"       {note}", style="yellow")
             status.update(f"round {checkpoint.round} of 0 to {last}")
-    saved = read.output / "model.fedavg"
+    saved = read.output / "model.npz"
     fc.save_checkpoint(saved, checkpoint)
     if read.train_script is None:
         hits = [number for number, accuracy in enumerate(accuracies) if accuracy >= _GOAL]

@@ -4,9 +4,9 @@ A training file ends in ``serve(train)``. Started by NVFlare it is served the gl
 round. Read by `read_training_file`, as a federation in process does, the same line only hands
 `train` over, and nothing of NVFlare is imported.
 
-The difference is taken here, once, from the model as it was received: what ``train`` gets is a
-copy, so that it may change arrays in place. It is marked as a difference, so that NVFlare takes no
-second one.
+A round of training is the core's, so that the copy that ``train`` may change, and the difference
+that is taken once, from the model as it was received, are those of a federation in process. What
+is sent is marked as a difference, so that NVFlare takes no second one.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
-from fedavg_core.model import copy_params
+from fedavg_core.dispatch import train_one
+from fedavg_core.outcome import Failure
 
-__all__ = ["FAILURE", "TrainingFile", "failure_line", "read_training_file", "serve"]
+__all__ = ["FAILURE", "TrainingFailed", "TrainingFile", "read_training_file", "serve"]
 
 FAILURE = "training of "
 """How a line of the log begins that tells of a training function's failure."""
 
 _log = logging.getLogger(__name__)
 _handed_over: ContextVar[list[fc.Client] | None] = ContextVar("handed_over", default=None)
+
+
+class TrainingFailed(fc.FedAvgError):
+    """A client has nothing to send in a round."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def serve(train: fc.Client) -> None:
             trained parameters (all or some), their weight, and metrics.
 
     Raises:
-        UsageError: `train` is not callable or returns something else; or the server is not one of
-            this package's.
+        UsageError: `train` cannot be called, or the server is not one of this package's.
+        TrainingFailed: `train` raised, or returned what it should not. The log has the reason.
     """
     if not callable(train):
         raise fc.UsageError(f"serve: expected a function, got {type(train).__name__}")
@@ -106,41 +110,25 @@ def serve(train: fc.Client) -> None:
         if message is None:
             break
         assignment = convert.assignment_of(message)
-        received = convert.model_from_message(message)
         context = assignment.context(flare.get_site_name())
+        model = convert.model_from_message(message)
         transfer = fc.TransferType(assignment.transfer)
+        answer = train_one(_traced(train), model, context, transfer, retries=0)
+        if isinstance(answer, Failure):
+            problem = f"{FAILURE}{answer.contributor} failed in round {answer.round}"
+            _log.error("%s: %s", problem, answer.problem)
+            raise TrainingFailed(f"{problem}: {answer.problem}")
+        flare.send(convert.update_to_fl_model(answer))
+
+
+def _traced(train: fc.Client) -> fc.Client:
+    """The same function; what it raises is in the log with the lines that led there."""
+
+    def traced(params: dict[str, npt.NDArray[Any]], context: fc.Context) -> fc.TrainResult:
         try:
-            result = _trained(train, received, context, transfer)
-        except Exception as error:
-            _log.error(failure_line(context.contributor, context.round, error))
+            return train(params, context)
+        except Exception:
+            _log.info("what %s raised:", context.contributor, exc_info=True)
             raise
-        flare.send(convert.update_to_fl_model(result, transfer))
 
-
-def failure_line(contributor: str, round: int, error: Exception) -> str:
-    """How a failure of a contributor's training stands in the log.
-
-    Args:
-        contributor: Who failed.
-        round: In which round.
-        error: What was raised.
-
-    Returns:
-        One line, which begins with `FAILURE`.
-    """
-    what = f"{type(error).__name__}: {quoted(str(error), 300)}"
-    return f"{FAILURE}{contributor} failed in round {round}: {what}"
-
-
-def _trained(
-    train: fc.Client,
-    received: dict[str, npt.NDArray[Any]],
-    context: fc.Context,
-    transfer: fc.TransferType,
-) -> fc.TrainResult:
-    result = train(copy_params(received), context)
-    if not isinstance(result, fc.TrainResult):
-        raise fc.UsageError(f"expected train to return a TrainResult, got {type(result).__name__}")
-    if transfer is fc.TransferType.DIFF:
-        return replace(result, params=fc.diff(result.params, received))
-    return result
+    return traced

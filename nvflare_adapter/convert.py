@@ -206,22 +206,21 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (bool, int, float, str)) else quoted(value)
 
 
-def update_to_fl_model(result: fc.TrainResult, transfer: fc.TransferType) -> FLModel:
+def update_to_fl_model(update: fc.Update) -> FLModel:
     """What a client sends back.
 
     Args:
-        result: Parameters, weight and metrics; the parameters are borrowed until they are sent.
-        transfer: What the parameters are. NVFlare takes no difference from what is marked as one.
+        update: Its update; the arrays are borrowed until they are sent.
 
     Returns:
-        The argument for NVFlare's client API.
+        The argument for NVFlare's client API, which takes no difference from what is one.
     """
-    params, dtypes = _pack(result.params)
+    params, dtypes = _pack(update.params)
     return FLModel(
-        params_type=ParamsType(transfer.value),
+        params_type=ParamsType(update.transfer.value),
         params=params,
-        metrics={str(name): _plain(value) for name, value in result.metrics.items()},
-        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: _plain(result.weight), _DTYPES: dtypes},
+        metrics={str(name): _plain(value) for name, value in update.metrics.items()},
+        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: _plain(update.weight), _DTYPES: dtypes},
     )
 
 

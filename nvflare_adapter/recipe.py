@@ -55,7 +55,7 @@ __all__ = ["SINGLE_ARRAY_KEY", "NumpyFedAvgRecipe"]
 SINGLE_ARRAY_KEY = "numpy_key"
 """The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
 
-_INITIAL_FILE = "initial_model.fedavg"
+_INITIAL_FILE = "initial_model.npz"
 _EXPECTED = {
     "name": "a job name of letters, digits, '_', '-' and '.'",
     "initial_model": "an array, a list of numbers, a dict of arrays, or None",

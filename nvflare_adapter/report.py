@@ -16,14 +16,15 @@ def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
         outcome: The closed round's outcome.
 
     Returns:
-        ``round``, ``accepted`` (name to weight, in the order of the names), ``refused`` (one line
-        each), ``total_weight``, ``metrics`` and ``problem``.
+        ``round``, ``accepted`` (name to weight, in the order of the names), ``refused`` and
+        ``failed`` (one line each), ``total_weight``, ``metrics`` and ``problem``.
     """
     weights = {receipt.contributor: receipt.weight for receipt in outcome.accepted}
     return {
         "round": outcome.round,
         "accepted": {name: weights[name] for name in fc.contributor_order(weights)},
         "refused": [receipt.detail for receipt in outcome.refused],
+        "failed": [f"{one.contributor} failed: {one.problem}" for one in outcome.failed],
         "total_weight": outcome.total_weight,
         "metrics": dict(outcome.metrics),
         "problem": outcome.problem,

@@ -117,12 +117,11 @@ def simulate(job: SimulatorJob) -> Iterator[fc.Checkpoint]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    store = fc.CheckpointStore(job.checkpoints, keep=job.rounds)
-    seen = 0
+    seen, folder = 0, job.checkpoints
     try:
         while True:
             ended = child.poll() is not None
-            paths = store.paths()
+            paths = fc.CheckpointStore(folder).paths() if folder.is_dir() else ()
             for path in paths[seen:]:
                 yield fc.load_checkpoint(path)
             seen = len(paths)
