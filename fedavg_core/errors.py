@@ -72,6 +72,8 @@ def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
             shown = ascii(value)
         except Exception:  # a foreign object's __repr__ may do anything
             shown = f"<{type(value).__name__}>"
+        if not shown.isprintable():  # an array's repr has several lines
+            shown = ascii(shown)[1:-1]
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

@@ -233,6 +233,7 @@ BAD_UPDATES: list[Bad] = [
             ("3", Reason.STALE_ROUND),
             (3.0, Reason.STALE_ROUND),
             (True, Reason.STALE_ROUND),
+            (np.ones((2, 2)), Reason.STALE_ROUND),
             (4, Reason.FUTURE_ROUND),
             (1 << 64, Reason.FUTURE_ROUND),
             (np.uint64((1 << 64) - 1), Reason.FUTURE_ROUND),
