@@ -147,7 +147,8 @@ def check_array(key: object, value: object) -> npt.NDArray[Any]:
         raise RefusedUpdate(
             Reason.BAD_NAME, expected="parameter names that are strings", got=quoted(key)
         )
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    # The arithmetic of zero-dimensional arrays gives NumPy's scalars, so those are arrays here.
+    if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
         kind = type(value).__name__
         raise RefusedUpdate(Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {kind}")
     if number_format(value.dtype) is None:
@@ -157,7 +158,7 @@ def check_array(key: object, value: object) -> npt.NDArray[Any]:
             expected="an array of real numbers (float16, bfloat16, float8, float32, float64, ints)",
             got=f"dtype {quoted(str(value.dtype))}",
         )
-    return value
+    return value  # type: ignore[return-value]  # a scalar has what is used of an array
 
 
 @dataclass(frozen=True)

@@ -212,11 +212,15 @@ def _float_bracket(
             return first + (second - error), first + (second + error), scale
         lower = np.ldexp(first + (second - error), scale)
         upper = np.ldexp(first + (second + error), scale)
-        # Below the normal numbers ldexp has rounded a second time.
-        tiny = (np.abs(upper) <= 2.0**-1022) & (first != 0.0)
+        # Below the normal numbers ldexp has rounded a second time; there the results are whole
+        # multiples of the least subnormal.
+        tiny = (np.abs(upper) <= 2.0**number.least_exponent) & (first != 0.0)
         if tiny.any():
-            lower[tiny] = np.ldexp(np.nextafter(first[tiny], -np.inf), scale)
-            upper[tiny] = np.ldexp(np.nextafter(first[tiny], np.inf), scale)
+            least = number.least_exponent - 52
+            first, second, error = first[tiny], second[tiny], error[tiny]
+            base, below, above, _ = _integer_bracket(first, second, error, scale - least)
+            lower[tiny] = np.copysign(np.ldexp(base + below, least), first)
+            upper[tiny] = np.copysign(np.ldexp(base + above, least), first)
         return lower, upper, 0
 
 

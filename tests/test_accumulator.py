@@ -125,6 +125,15 @@ def test_arrays_of_any_layout_are_read_right_and_left_alone(name: str, block: in
 
 
 @kinds
+def test_a_numpy_scalar_is_a_zero_dimensional_array(kind: Accumulator) -> None:
+    scalar: Any = np.array(1.0, np.float32) + np.float32(1)
+    mean = fc.weighted_mean([{"x": scalar}], [3], base={"x": scalar}, accumulator=kind)
+    assert mean["x"].shape == ()
+    assert mean["x"] == 4.0
+    assert fc.diff({"x": scalar}, {"x": scalar})["x"] == 0.0
+
+
+@kinds
 def test_a_memory_mapped_array_is_read_block_by_block(kind: Accumulator, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(50, dtype=np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
