@@ -1,6 +1,26 @@
-"""Federated averaging on NumPy arrays, with an exact mean."""
+"""Federated averaging on NumPy arrays, with an exact mean.
+
+    import fedavg_core as fc
+
+    mean = fc.weighted_mean([params_a, params_b], weights=[120, 80])
+
+* arithmetic: `weighted_mean`, `WeightedMean`, `diff`, `apply`
+* one round, without input or output: `Round`, `Update`, `Receipt`, `Outcome`, `Limits`
+* a whole federation in this process: `Federation`, `Context`, `TrainResult`
+* files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`
+* models: `ModelSpec`, `compare`, `same_bits`
+* for tests of your own: the subpackage `fedavg_core.testing`
+"""
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, save_checkpoint
+from fedavg_core.client import (
+    Client,
+    Context,
+    TrainResult,
+    contributor_order,
+    contributor_seed,
+)
 from fedavg_core.errors import (
     CheckpointError,
     FedAvgError,
@@ -9,25 +29,50 @@ from fedavg_core.errors import (
     RefusedUpdate,
     UsageError,
 )
-from fedavg_core.model import ModelSpec, Params, compare, same_bits
+from fedavg_core.federation import Best, Federation
+from fedavg_core.gate import Limits
+from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compare, same_bits
+from fedavg_core.observer import Observer
+from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.round import Round, RoundState
 from fedavg_core.transfer import apply, diff
 from fedavg_core.update import TransferType, Update
 
 __all__ = [
+    "ArraySpec",
+    "Best",
+    "Checkpoint",
     "CheckpointError",
+    "CheckpointStore",
+    "Client",
+    "Context",
+    "Failure",
     "FedAvgError",
+    "Federation",
+    "KeyDifference",
+    "Limits",
     "ModelSpec",
+    "Observer",
     "OutOfRange",
+    "Outcome",
     "Params",
     "Reason",
+    "Receipt",
     "RefusedUpdate",
+    "Round",
+    "RoundState",
+    "TrainResult",
     "TransferType",
     "Update",
     "UsageError",
     "WeightedMean",
     "apply",
     "compare",
+    "contributor_order",
+    "contributor_seed",
     "diff",
+    "load_checkpoint",
     "same_bits",
+    "save_checkpoint",
     "weighted_mean",
 ]
