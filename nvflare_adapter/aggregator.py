@@ -36,6 +36,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
+from fedavg_core.accumulator import Accumulator
 from fedavg_core.errors import quoted
 from nvflare_adapter import convert
 from nvflare_adapter.report import report_of_outcome
@@ -54,7 +55,7 @@ class FedAvgAggregator(Aggregator):
     """
 
     def __init__(
-        self, transfer: str = "FULL", min_updates: int = 1, accumulator: str = "exact"
+        self, transfer: str = "FULL", min_updates: int = 1, accumulator: Accumulator = "exact"
     ) -> None:
         super().__init__()
         self.transfer = transfer

@@ -25,7 +25,7 @@ core's gate refuses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
 from fedavg_core.errors import quoted
+from nvflare_adapter.assignment import Assignment
 
 __all__ = [
-    "Assignment",
     "assignment_of",
     "learnable",
     "message_from_model",
@@ -69,51 +69,6 @@ _REPORT = "fedavg.report"
 _TRANSFER_TYPES = {"WEIGHTS": fc.TransferType.FULL, "WEIGHT_DIFF": fc.TransferType.DIFF}
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the server tells every client along with the model.
-
-    Attributes:
-        roster: The names of all contributors of the job.
-        round: The number of the round.
-        num_rounds: How many rounds the job has, from round 0 on.
-        seed: The seed of the job.
-        transfer: What the clients are to send back.
-    """
-
-    roster: list[str]
-    round: int
-    num_rounds: int
-    seed: int
-    transfer: str
-
-    def context(self, contributor: str) -> fc.Context:
-        """What one contributor's training is told.
-
-        Args:
-            contributor: Its name.
-
-        Returns:
-            The same context as a federation in process with this roster gives.
-
-        Raises:
-            UsageError: The contributor is not on the roster.
-        """
-        order = fc.contributor_order(self.roster)
-        if contributor not in order:
-            raise fc.UsageError(
-                f"{quoted(contributor)} is not among the job's contributors {quoted(order, 300)}"
-            )
-        return fc.Context(
-            contributor=contributor,
-            index=order.index(contributor),
-            num_contributors=len(order),
-            round=self.round,
-            num_rounds=self.num_rounds,
-            seed=fc.contributor_seed(self.seed, self.round, contributor),
-        )
 
 
 def _pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -143,7 +98,8 @@ def _unpack(params: Any, dtypes: Any) -> Any:
     def restored(key: Any, name: Any) -> npt.NDArray[Any] | None:
         try:
             array: npt.NDArray[Any] = params[key]
-            return array.view(getattr(ml_dtypes, name)).reshape(array.shape)
+            viewed: npt.NDArray[Any] = array.view(getattr(ml_dtypes, name))
+            return viewed.reshape(array.shape)
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
@@ -175,7 +131,8 @@ def model_from_message(message: FLModel) -> Arrays:
     Returns:
         The model, its memory shared with the message; empty if clients start from their own.
     """
-    return _unpack(message.params or {}, message.meta.get(_DTYPES))
+    model: Arrays = _unpack(message.params or {}, message.meta.get(_DTYPES))
+    return model
 
 
 def assignment_of(message: FLModel) -> Assignment:

@@ -11,21 +11,16 @@ shareable generator. Three things hold here that do not hold there:
 * Arguments that contradict each other are an error here and now, and not a job that ends well and
   has learnt nothing.
 
-Errors in the arguments are collected into one `UsageError`, a line for each: what was expected, and
-what came.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from nvflare import FedJob
 from nvflare.app_common.abstract.aggregator import Aggregator
@@ -33,162 +28,16 @@ from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.client.config import ExchangeFormat, TransferType
 from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
 from nvflare.recipe.spec import Recipe
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-    field_validator,
-)
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
 from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
+from nvflare_adapter.arguments import Arguments, checked, transfer_type
 from nvflare_adapter.persistor import CheckpointPersistor
 from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
 
-__all__ = ["SINGLE_ARRAY_KEY", "NumpyFedAvgRecipe"]
-
-SINGLE_ARRAY_KEY = "numpy_key"
-"""The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
+__all__ = ["NumpyFedAvgRecipe"]
 
 _INITIAL_FILE = "initial_model.npz"
-_EXPECTED = {
-    "name": "a job name of letters, digits, '_', '-' and '.'",
-    "initial_model": "an array, a list of numbers, a dict of arrays, or None",
-    "min_clients": "an integer of at least 1",
-    "num_rounds": "an integer of at least 1",
-    "train_script": "the path of a Python file that exists",
-    "train_args": "a string",
-    "aggregator": "an Aggregator, a ModelAggregator, or None",
-    "aggregator_data_kind": "DataKind.WEIGHTS, DataKind.WEIGHT_DIFF, or None",
-    "launch_external_process": "True or False",
-    "command": "a string",
-    "server_expected_format": "ExchangeFormat.NUMPY or ExchangeFormat.RAW",
-    "params_transfer_type": "TransferType.FULL or TransferType.DIFF",
-    "seed": "an integer of at least 0",
-    "min_updates": "an integer of at least 1",
-    "accumulator": "'exact', 'float64' or 'float32'",
-    "keep_checkpoints": "an integer of at least 1",
-    "poll_interval": "seconds above 0, or None",
-}
-
-_AtLeastOne = Annotated[StrictInt, Field(ge=1)]
-
-
-class _Arguments(BaseModel):
-    """The recipe's arguments, checked one by one."""
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    name: StrictStr
-    initial_model: Any
-    min_clients: _AtLeastOne
-    num_rounds: _AtLeastOne
-    train_script: StrictStr
-    train_args: StrictStr
-    aggregator: Any
-    aggregator_data_kind: Any
-    launch_external_process: StrictBool
-    command: StrictStr
-    server_expected_format: Any
-    params_transfer_type: Any
-    seed: Annotated[StrictInt, Field(ge=0)]
-    min_updates: _AtLeastOne
-    accumulator: Literal["exact", "float64", "float32"]
-    keep_checkpoints: _AtLeastOne
-    poll_interval: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-
-    @field_validator("name")
-    @classmethod
-    def _is_job_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise ValueError
-        return name
-
-    @field_validator("train_script")
-    @classmethod
-    def _is_python_file(cls, path: str) -> str:
-        if not path.endswith(".py") or not Path(path).is_file():
-            raise ValueError
-        return path
-
-    @field_validator("aggregator")
-    @classmethod
-    def _is_aggregator(cls, aggregator: Any) -> Any:
-        if aggregator is not None and not isinstance(aggregator, Aggregator):
-            raise ValueError
-        return aggregator
-
-    @field_validator("aggregator_data_kind")
-    @classmethod
-    def _is_data_kind(cls, kind: Any) -> Any:
-        if kind is not None and _value(kind) not in ("WEIGHTS", "WEIGHT_DIFF"):
-            raise ValueError
-        return kind
-
-    @field_validator("server_expected_format")
-    @classmethod
-    def _is_array_format(cls, exchange_format: Any) -> ExchangeFormat:
-        if _value(exchange_format) not in ("numpy", "raw"):
-            raise ValueError
-        return ExchangeFormat(_value(exchange_format))
-
-    @field_validator("params_transfer_type")
-    @classmethod
-    def _is_transfer_type(cls, transfer: Any) -> TransferType:
-        if _value(transfer) not in ("FULL", "DIFF"):
-            raise ValueError
-        return TransferType(_value(transfer))
-
-    @field_validator("initial_model")
-    @classmethod
-    def _is_model(cls, model: Any) -> dict[str, npt.NDArray[Any]] | None:
-        return None if model is None else _as_model(model)
-
-
-def _value(member: Any) -> Any:
-    return getattr(member, "value", member)
-
-
-def _as_model(given: Any) -> dict[str, npt.NDArray[Any]]:
-    """A model out of an array, a list or a mapping; its arrays are the given ones where possible.
-
-    Raises:
-        ValueError: It is none of these; the message says what was expected and what came.
-    """
-    named = dict(given) if isinstance(given, Mapping) else {SINGLE_ARRAY_KEY: given}
-    if not named:
-        raise ValueError("expected at least one array, got an empty dict")
-    model = {}
-    for key, value in named.items():
-        if isinstance(value, (list, tuple)):
-            value = _array_of_numbers(key, value)
-        elif isinstance(value, np.generic):
-            value = np.asarray(value)
-        model[key] = value
-    try:
-        fc.ModelSpec.of(model)
-    except fc.RefusedUpdate as refusal:
-        place = "" if refusal.key is None else f"key {quoted(refusal.key)}: "
-        raise ValueError(f"{place}expected {refusal.expected}, got {refusal.got}") from None
-    for key, array in model.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"key {quoted(key)}: expected finite numbers, got NaN or infinity")
-    return model
-
-
-def _array_of_numbers(key: Any, numbers: Any) -> npt.NDArray[np.float64]:
-    """A list, which says nothing of a dtype, as Python's own numbers: float64."""
-    try:
-        return np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"key {quoted(key)}: expected lists of numbers, all of one shape, got {quoted(numbers)}"
-        ) from None
 
 
 class NumpyFedAvgRecipe(Recipe):
@@ -243,12 +92,11 @@ class NumpyFedAvgRecipe(Recipe):
         keep_checkpoints: int = 3,
         poll_interval: float | None = None,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in _EXPECTED}
-        checked = _checked(given)
-        for key, value in checked:
+        arguments = checked(locals())
+        for key, value in arguments:
             setattr(self, key, value)
-        transfer = _transfer(checked)
-        self._fed_job = _job(checked, transfer, self._initial_file(checked.initial_model))
+        initial = self._initial_file(arguments.initial_model)
+        self._fed_job = _job(arguments, transfer_type(arguments), initial)
         Recipe.__init__(self, self._fed_job)
 
     def _initial_file(self, model: dict[str, npt.NDArray[Any]] | None) -> Path | None:
@@ -262,51 +110,7 @@ class NumpyFedAvgRecipe(Recipe):
         return path
 
 
-def _checked(given: dict[str, Any]) -> _Arguments:
-    try:
-        return _Arguments(**given)
-    except ValidationError as errors:
-        lines = {}
-        for error in errors.errors(include_url=False):
-            field = str(error["loc"][0])
-            said = str(error.get("ctx", {}).get("error", ""))
-            text = said or f"expected {_EXPECTED[field]}, got {_shown(given[field])}"
-            lines.setdefault(field, f"{field}: {text}")
-        raise fc.UsageError("\n".join(lines.values())) from None
-
-
-def _shown(value: Any) -> str:
-    simple = isinstance(value, (str, int, float, type(None)))
-    return quoted(value) if simple else f"a {type(value).__name__}"
-
-
-def _transfer(arguments: _Arguments) -> fc.TransferType:
-    """What clients send, as the arguments say together.
-
-    Raises:
-        UsageError: They contradict each other.
-    """
-    kind = _value(arguments.aggregator_data_kind)
-    diff = arguments.params_transfer_type == TransferType.DIFF or kind == "WEIGHT_DIFF"
-    transfer = fc.TransferType.DIFF if diff else fc.TransferType.FULL
-    if diff and arguments.initial_model is None:
-        raise fc.UsageError(
-            "initial_model: expected a model for the differences of DIFF to be taken from, got None"
-        )
-    if isinstance(arguments.aggregator, FedAvgAggregator):
-        wanted, expected = arguments.aggregator.transfer, transfer.value
-    else:
-        wanted = _value(getattr(arguments.aggregator, "expected_data_kind", None))
-        expected = "WEIGHT_DIFF" if diff else "WEIGHTS"
-    if isinstance(wanted, str) and wanted != expected:
-        raise fc.UsageError(
-            f"aggregator: expected one that takes {expected}, which the clients send, "
-            f"got one that takes {quoted(wanted)}"
-        )
-    return transfer
-
-
-def _job(arguments: _Arguments, transfer: fc.TransferType, initial: Path | None) -> FedJob:
+def _job(arguments: Arguments, transfer: fc.TransferType, initial: Path | None) -> FedJob:
     job = FedJob(name=arguments.name)
     job.set_app_packages(["fedavg_core", "nvflare_adapter"])
     if arguments.aggregator is None:

@@ -17,6 +17,7 @@ from nvflare.app_common.abstract.shareable_generator import ShareableGenerator
 from nvflare.app_common.app_constant import AppConstants
 
 from nvflare_adapter import convert
+from nvflare_adapter.assignment import Assignment
 
 __all__ = ["FedAvgShareableGenerator"]
 
@@ -53,7 +54,7 @@ class FedAvgShareableGenerator(ShareableGenerator):
         if not self._roster:
             self._roster = [client.name for client in fl_ctx.get_engine().get_clients()]
         start = fl_ctx.get_prop(AppConstants.START_ROUND, 0)
-        assignment = convert.Assignment(
+        assignment = Assignment(
             roster=self._roster,
             round=fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
             num_rounds=start + fl_ctx.get_prop(AppConstants.NUM_ROUNDS),

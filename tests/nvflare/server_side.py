@@ -62,7 +62,7 @@ def result(
     round: Any = 0,
     kind: str = "WEIGHTS",
     weight: Any = 1,
-    metrics: dict[str, Any] | None = None,
+    metrics: Any = None,
 ) -> Shareable:
     """A client's result as it reaches the server."""
     meta = {MetaKey.NUM_STEPS_CURRENT_ROUND: weight}

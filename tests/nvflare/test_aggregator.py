@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,33 +26,33 @@ from tests.nvflare.server_side import Server, result
 
 pytestmark = pytest.mark.nvflare
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "w": np.array([1.0, 2.0, 4.0], dtype=np.float32),
     "n": np.array([[7]], dtype=np.int64),
 }
 
 
-def params(*values, n=7):
+def params(*values: float, n: int = 7) -> Any:
     return {"w": np.array(values, dtype=np.float32), "n": np.array([[n]], dtype=np.int64)}
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path: Path) -> Any:
     return Server(tmp_path)
 
 
-def opened(server, model=MODEL, round=0, **arguments):
+def opened(server: Server, model: Any = MODEL, round: int = 0, **arguments: Any) -> Any:
     aggregator = FedAvgAggregator(**arguments)
     fl_ctx = server.context(model, round)
     aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
     return aggregator, fl_ctx
 
 
-def closed(aggregator, fl_ctx, base=MODEL):
+def closed(aggregator: Any, fl_ctx: Any, base: Any = MODEL) -> Any:
     return convert.model_from_result(aggregator.aggregate(fl_ctx), base)
 
 
-def test_the_new_model_is_the_exact_weighted_mean(server):
+def test_the_new_model_is_the_exact_weighted_mean(server: Server) -> None:
     aggregator, fl_ctx = opened(server)
     first, second = params(0.1, 2, 1e30, n=8), params(0.7, 2.5, -1e30, n=11)
     assert aggregator.accept(result(first, "site-1", weight=3, metrics={"loss": 1.0}), fl_ctx)
@@ -64,13 +66,14 @@ def test_the_new_model_is_the_exact_weighted_mean(server):
         "round": 0,
         "accepted": {"site-1": 3, "site-2": 1},
         "refused": [],
+        "failed": [],
         "total_weight": 4.0,
         "metrics": {"loss": 1.25},
         "problem": None,
     }
 
 
-def test_differences_are_added_to_the_model_with_one_rounding(server):
+def test_differences_are_added_to_the_model_with_one_rounding(server: Server) -> None:
     aggregator, fl_ctx = opened(server, transfer="DIFF")
     tiny = {"w": np.full(3, 2.0**-25, dtype=np.float32)}
     for name in ("site-1", "site-2"):
@@ -79,21 +82,21 @@ def test_differences_are_added_to_the_model_with_one_rounding(server):
     assert fc.same_bits(model, {"w": MODEL["w"], "n": MODEL["n"]})
 
 
-def test_a_key_that_nobody_sent_keeps_its_value(server):
+def test_a_key_that_nobody_sent_keeps_its_value(server: Server) -> None:
     aggregator, fl_ctx = opened(server)
     assert aggregator.accept(result({"n": np.array([[9]])}), fl_ctx)
     model, _ = closed(aggregator, fl_ctx)
     assert fc.same_bits(model, {"w": MODEL["w"], "n": np.array([[9]])})
 
 
-class Hostile(Shareable):
+class Hostile(Shareable):  # type: ignore[misc]
     """A message that fails while it is read."""
 
-    def get_header(self, key, default=None):
+    def get_header(self, key: Any, default: Any = None) -> None:
         raise RuntimeError("ha\nha")
 
 
-def named(message, contributor="site-3"):
+def named(message: Any, contributor: Any = "site-3") -> Any:
     message.set_peer_props({ReservedKey.IDENTITY_NAME: contributor})
     return message
 
@@ -127,7 +130,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(server, caplog, what):
+def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(
+    server: Server, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
     message, reason = BAD[what]
     if not what.endswith(("round's", "message")):
         message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 2)
@@ -145,7 +150,9 @@ def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(server, caplog, 
     assert fc.same_bits(closed(aggregator, fl_ctx)[0], closed(alone, alone_ctx)[0])
 
 
-def test_a_result_between_two_rounds_is_refused(server, caplog):
+def test_a_result_between_two_rounds_is_refused(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     aggregator, fl_ctx = opened(server)
     aggregator.accept(result(params(1, 1, 1)), fl_ctx)
     aggregator.aggregate(fl_ctx)
@@ -158,7 +165,9 @@ def test_a_result_between_two_rounds_is_refused(server, caplog):
         aggregator.aggregate(fl_ctx)
 
 
-def test_too_few_updates_keep_the_model_and_say_so(server, caplog):
+def test_too_few_updates_keep_the_model_and_say_so(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     aggregator, fl_ctx = opened(server, min_updates=2)
     assert aggregator.accept(result(params(5, 5, 5)), fl_ctx)
     model, report = closed(aggregator, fl_ctx)
@@ -167,7 +176,7 @@ def test_too_few_updates_keep_the_model_and_say_so(server, caplog):
     assert report["problem"] in caplog.text
 
 
-def test_the_next_round_starts_from_nothing(server):
+def test_the_next_round_starts_from_nothing(server: Server) -> None:
     aggregator, fl_ctx = opened(server)
     aggregator.accept(result(params(100, 100, 100)), fl_ctx)
     aggregator.aggregate(fl_ctx)
@@ -178,7 +187,7 @@ def test_the_next_round_starts_from_nothing(server):
     assert closed(aggregator, later)[0]["w"].tolist() == [2, 2, 2]
 
 
-def test_without_a_model_the_clients_bring_the_first(server):
+def test_without_a_model_the_clients_bring_the_first(server: Server) -> None:
     aggregator, fl_ctx = opened(server, model={})
     assert aggregator.accept(result(params(1, 1, 1)), fl_ctx)
     assert aggregator.accept(result(params(2, 2, 2), "site-2"), fl_ctx)
@@ -186,7 +195,7 @@ def test_without_a_model_the_clients_bring_the_first(server):
     assert fc.same_bits(model, params(1.5, 1.5, 1.5))
 
 
-def test_results_from_many_threads_give_the_bits_of_any_order(server):
+def test_results_from_many_threads_give_the_bits_of_any_order(server: Server) -> None:
     rng = np.random.default_rng(0)
     model = {"w": np.zeros(20_000, dtype=np.float32)}
     results = [
@@ -204,7 +213,7 @@ def test_results_from_many_threads_give_the_bits_of_any_order(server):
     assert fc.same_bits(closed(aggregator, fl_ctx, model)[0], closed(in_order, ctx, model)[0])
 
 
-def sheltered(server, inner, model=MODEL):
+def sheltered(server: Server, inner: Any, model: Any = MODEL) -> Any:
     server.components["mine"] = inner
     aggregator = CustomAggregator("mine")
     aggregator.handle_event(EventType.START_RUN, server.context())
@@ -213,7 +222,7 @@ def sheltered(server, inner, model=MODEL):
     return aggregator, fl_ctx
 
 
-def test_a_users_aggregator_is_asked_and_reset(server):
+def test_a_users_aggregator_is_asked_and_reset(server: Server) -> None:
     aggregator, fl_ctx = sheltered(server, Maximum(bonus=1.0))
     assert aggregator.accept(result({"w": np.array([1.0, 5.0])}, "site-1"), fl_ctx)
     assert aggregator.accept(result({"w": np.array([3.0, 2.0])}, "site-2"), fl_ctx)
@@ -224,7 +233,9 @@ def test_a_users_aggregator_is_asked_and_reset(server):
     assert server.components["mine"]._received == []
 
 
-def test_a_users_model_aggregator_hears_the_names_and_refuses_by_raising(server, caplog):
+def test_a_users_model_aggregator_hears_the_names_and_refuses_by_raising(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     aggregator, fl_ctx = sheltered(server, WithoutSecond())
     assert aggregator.accept(result({"w": np.array([1.0])}, "site-1"), fl_ctx) is True
     assert aggregator.accept(result({"w": np.array([9.0])}, "site-2"), fl_ctx) is False
@@ -235,24 +246,26 @@ def test_a_users_model_aggregator_hears_the_names_and_refuses_by_raising(server,
     assert server.components["mine"]._received == {}
 
 
-def test_a_users_model_aggregator_that_has_nothing_leaves_the_model(server):
+def test_a_users_model_aggregator_that_has_nothing_leaves_the_model(server: Server) -> None:
     aggregator, fl_ctx = sheltered(server, WithoutSecond())
     assert fc.same_bits(closed(aggregator, fl_ctx)[0], MODEL)
 
 
-def test_a_users_aggregator_never_sees_another_rounds_result(server, caplog):
+def test_a_users_aggregator_never_sees_another_rounds_result(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     aggregator, fl_ctx = sheltered(server, Maximum())
     assert aggregator.accept(result({"w": np.ones(1)}, "site-1", round=4), fl_ctx) is False
     assert "expected a result for round 0, got one for 4" in caplog.text
     assert server.components["mine"]._received == []
 
 
-def test_a_component_that_is_no_aggregator_is_named(server):
+def test_a_component_that_is_no_aggregator_is_named(server: Server) -> None:
     with pytest.raises(fc.UsageError, match=r"'mine': expected an Aggregator .* got dict"):
         sheltered(server, {})
 
 
-def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server):
+def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server: Server) -> None:
     from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
     generator = FedAvgShareableGenerator("DIFF", seed=9)
@@ -266,7 +279,7 @@ def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server):
         assert (told.round, told.num_rounds, told.seed, told.transfer) == (2, 6, 9, "DIFF")
 
 
-def test_the_generator_makes_a_new_model_and_keeps_the_report(server):
+def test_the_generator_makes_a_new_model_and_keeps_the_report(server: Server) -> None:
     generator = FedAvgShareableGenerator()
     new = {"w": MODEL["w"] + 1}
     held = generator.shareable_to_learnable(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ sys.exit(code if loaded == ["nvflare"] else 3)
 """
 
 
-def run(*arguments, cwd):
+def run(*arguments: Any, cwd: Path) -> Any:
     """Runs the command where NVFlare cannot be imported."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_NVFLARE, *map(str, arguments)],
@@ -39,7 +40,7 @@ def run(*arguments, cwd):
     )
 
 
-def test_in_process_needs_no_nvflare_and_reaches_the_goal(tmp_path):
+def test_in_process_needs_no_nvflare_and_reaches_the_goal(tmp_path: Path) -> None:
     done = run("--backend", "in-process", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -56,12 +57,14 @@ def test_in_process_needs_no_nvflare_and_reaches_the_goal(tmp_path):
     )
 
 
-def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path, capsys):
-    def model(name, *arguments):
+def test_the_same_seed_gives_the_same_model_and_another_one_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def model(name: str, *arguments: Any) -> Any:
         folder = tmp_path / name
         shared = ["--backend", "in-process", "--rounds", "2", "--output", str(folder)]
         assert main([*shared, *arguments]) == 0
-        return fc.load_checkpoint(folder / "model.fedavg").model
+        return fc.load_checkpoint(folder / "model.npz").model
 
     first = model("a", "--seed", "1", "--transfer", "diff", "--alpha", "2")
     assert fc.same_bits(first, model("b", "--seed", "1", "--transfer", "diff", "--alpha", "2"))
@@ -70,17 +73,21 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path, ca
     assert "goal of 90% test accuracy: not reached" in capsys.readouterr().out
 
 
-def test_a_training_file_of_ones_own_is_trained(tmp_path, capsys):
+def test_a_training_file_of_ones_own_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(FILES / "faulty.py"), "--backend", "in-process", "--clients", "3"]
     assert main([*arguments, "--rounds", "2", "--output", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "    1    3 of 3          6      0.5000              -" in out.splitlines()
     assert "goal" not in out
-    trained = fc.load_checkpoint(tmp_path / "new" / "model.fedavg").model
+    trained = fc.load_checkpoint(tmp_path / "new" / "model.npz").model
     assert trained["w"].tolist() == pytest.approx([14 / 3] * 3)
 
 
-def test_a_refused_update_stands_under_its_round(tmp_path, capsys):
+def test_a_refused_update_stands_under_its_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(FILES / "faulty.py"), "--train-args", "nan", "--backend", "in-process"]
     assert main([*arguments, "--rounds", "2", "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -88,11 +95,13 @@ def test_a_refused_update_stands_under_its_round(tmp_path, capsys):
     assert "NON_FINITE (contributor 'site-2', round 1, key 'w')" in lines[4]
 
 
-def test_a_file_without_a_first_model_starts_from_the_clients_own(tmp_path, capsys):
+def test_a_file_without_a_first_model_starts_from_the_clients_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(FILES / "own_start.py"), "--backend", "in-process", "--rounds", "2"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert "4 of 4" in capsys.readouterr().out
-    assert fc.load_checkpoint(tmp_path / "model.fedavg").model["w"].tolist() == [[3.5] * 2] * 2
+    assert fc.load_checkpoint(tmp_path / "model.npz").model["w"].tolist() == [[3.5] * 2] * 2
 
 
 WRONG = [
@@ -128,14 +137,16 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_a_wrong_argument_gets_one_line_and_exit_code_2(capsys, arguments, message):
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: Any, message: Any
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == f"nvflare_adapter: {message}\n"
 
 
-def test_the_simulator_without_nvflare_is_told_what_to_install(tmp_path):
+def test_the_simulator_without_nvflare_is_told_what_to_install(tmp_path: Path) -> None:
     done = run(cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
@@ -154,8 +165,8 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "message"), BROKEN)
 def test_a_training_file_that_is_broken_gets_one_line_and_exit_code_2(
-    tmp_path, capsys, content, message
-):
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, message: Any
+) -> None:
     path = tmp_path / "broken.py"
     path.write_text(content)
     output = tmp_path / "out"
@@ -167,13 +178,17 @@ def test_a_training_file_that_is_broken_gets_one_line_and_exit_code_2(
     assert not output.exists()
 
 
-def test_differences_without_a_first_model_are_refused_before_anything_runs(tmp_path, capsys):
+def test_differences_without_a_first_model_are_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(FILES / "own_start.py"), "--backend", "in-process", "--transfer", "diff"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "expected an initial_model in the training file" in capsys.readouterr().err
 
 
-def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(tmp_path, capsys):
+def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "evaluated.py"
     path.write_text((FILES / "faulty.py").read_text() + "\ndef evaluate(model): return model[0]\n")
     arguments = [str(path), "--backend", "in-process", "--output", str(tmp_path / "out")]
@@ -199,14 +214,16 @@ def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(tmp_path, c
         ("Traceback:\n  File x\nnvflare.bad.JobError: no such job\n", "nvflare.bad.JobError: no"),
     ],
 )
-def test_the_reason_of_a_failed_job_is_found_in_the_log(tmp_path, log, cause):
+def test_the_reason_of_a_failed_job_is_found_in_the_log(
+    tmp_path: Path, log: Any, cause: Any
+) -> None:
     path = tmp_path / "log"
     path.write_text(log)
     reason = _reason(path, 2, 5, 3)
     assert reason.startswith(f"the job failed after 2 of 5 rounds: {cause}")
 
 
-def test_a_job_knows_its_log_and_its_models():
+def test_a_job_knows_its_log_and_its_models() -> None:
     job = SimulatorJob("t.py", "", "", 2, 3, "FULL", 0, "/x")
     assert job.log == Path("/x/nvflare.log")
     assert job.checkpoints == Path("/x/fedavg/server/simulate_job/models")

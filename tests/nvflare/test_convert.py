@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,22 +18,23 @@ from nvflare.fuel.utils import fobs
 
 import fedavg_core as fc
 from nvflare_adapter import convert
+from nvflare_adapter.assignment import Assignment
 from tests.nvflare.server_side import Server, result
 from tests.nvflare.training import mixed
 
 pytestmark = pytest.mark.nvflare
 
-ASSIGNMENT = convert.Assignment(
+ASSIGNMENT = Assignment(
     roster=["site-10", "site-1", "site-2"], round=3, num_rounds=7, seed=11, transfer="DIFF"
 )
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path: Path) -> Any:
     return Server(tmp_path)
 
 
-def over_the_wire(message):
+def over_the_wire(message: Any) -> Any:
     """What arrives of a message: NVFlare's own bytes, with the arrays as npy files in them."""
     from nvflare.app_common.decomposers import numpy_decomposers
 
@@ -38,7 +42,7 @@ def over_the_wire(message):
     return fobs.loads(fobs.dumps(message))
 
 
-def test_a_model_of_every_dtype_reaches_the_client_to_the_bit():
+def test_a_model_of_every_dtype_reaches_the_client_to_the_bit() -> None:
     model = mixed.initial_model(5)
     sent = over_the_wire(convert.message_from_model(model, ASSIGNMENT))
     message = FLModelUtils.from_shareable(sent)
@@ -47,18 +51,18 @@ def test_a_model_of_every_dtype_reaches_the_client_to_the_bit():
     assert convert.assignment_of(message) == ASSIGNMENT
 
 
-def test_the_models_own_arrays_are_not_changed_by_sending_them():
+def test_the_models_own_arrays_are_not_changed_by_sending_them() -> None:
     model = mixed.initial_model(5)
     convert.message_from_model(model, ASSIGNMENT)
     assert fc.same_bits(model, mixed.initial_model(5))
 
 
-def test_no_model_reaches_the_client_as_an_empty_one():
+def test_no_model_reaches_the_client_as_an_empty_one() -> None:
     sent = over_the_wire(convert.message_from_model({}, ASSIGNMENT))
     assert convert.model_from_message(FLModelUtils.from_shareable(sent)) == {}
 
 
-def test_the_context_is_that_of_a_federation_in_process():
+def test_the_context_is_that_of_a_federation_in_process() -> None:
     context = ASSIGNMENT.context("site-10")
     assert context == fc.Context(
         contributor="site-10",
@@ -70,24 +74,29 @@ def test_the_context_is_that_of_a_federation_in_process():
     )
 
 
-def test_a_client_that_is_not_on_the_roster_is_told_so():
+def test_a_client_that_is_not_on_the_roster_is_told_so() -> None:
     with pytest.raises(fc.UsageError, match=r"'site-9' is not among .*'site-1', 'site-2'"):
         ASSIGNMENT.context("site-9")
 
 
-def test_a_server_that_assigns_nothing_is_named_as_the_problem():
+def test_a_server_that_assigns_nothing_is_named_as_the_problem() -> None:
     with pytest.raises(fc.UsageError, match="NumpyFedAvgRecipe"):
         convert.assignment_of(FLModel(params={}))
 
 
 @pytest.mark.parametrize("transfer", list(fc.TransferType))
-def test_an_update_reaches_the_server_with_all_that_it_says(server, transfer):
-    trained = fc.TrainResult(
+def test_an_update_reaches_the_server_with_all_that_it_says(
+    server: Server, transfer: fc.TransferType
+) -> None:
+    trained = fc.Update(
+        "site-1",
+        4,
         mixed.initial_model(5),
+        transfer=transfer,
         weight=np.int32(120),
         metrics={"loss": np.float16(0.5), "hits": np.int64(3), "name": "x", "odd": [1, 2]},
     )
-    sent = convert.update_to_fl_model(trained, transfer)
+    sent = convert.update_to_fl_model(trained)
     assert sent.params_type == ParamsType(transfer.value)
     message = over_the_wire(FLModelUtils.to_shareable(sent))
     message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 4)
@@ -98,13 +107,13 @@ def test_an_update_reaches_the_server_with_all_that_it_says(server, transfer):
     assert fc.same_bits(update.params, trained.params)
 
 
-def test_an_update_without_a_weight_counts_once(server):
+def test_an_update_without_a_weight_counts_once(server: Server) -> None:
     message = DXO("WEIGHTS", data={"w": np.ones(2)}).to_shareable()
     message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
     assert convert.update_from_message(message, server.context()).weight == 1.0
 
 
-def judged(message, fl_ctx, model):
+def judged(message: Any, fl_ctx: Any, model: Any) -> Any:
     """What a round says of a message, as the aggregator would offer it."""
     return fc.Round(model, 0).offer(convert.update_from_message(message, fl_ctx))
 
@@ -119,12 +128,14 @@ def judged(message, fl_ctx, model):
         (result({"w": np.ones(2)}, metrics=[1]), None),
     ],
 )
-def test_what_is_no_update_is_left_for_the_gate_to_refuse(server, message, reason):
+def test_what_is_no_update_is_left_for_the_gate_to_refuse(
+    server: Server, message: Any, reason: Any
+) -> None:
     receipt = judged(message, server.context(), {"w": np.ones(2)})
     assert receipt.reason is reason
 
 
-def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server):
+def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server: Server) -> None:
     message = result({"w": np.ones(2)})
     del message["DXO"]
     receipt = judged(message, server.context(), {"w": np.ones(2)})
@@ -143,14 +154,16 @@ def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server):
         ({7: "bfloat16"}, fc.Reason.BAD_NAME),
     ],
 )
-def test_dtypes_that_make_no_sense_are_left_for_the_gate_to_refuse(server, dtypes, reason):
+def test_dtypes_that_make_no_sense_are_left_for_the_gate_to_refuse(
+    server: Server, dtypes: Any, reason: Any
+) -> None:
     message = result({"w": np.ones(2, dtype=np.uint16)})
     message["DXO"]["meta"]["fedavg.dtypes"] = dtypes
     receipt = judged(message, server.context(), {"w": np.ones(2, dtype=np.uint16)})
     assert receipt.reason is reason
 
 
-def test_the_sender_and_the_round_are_what_nvflare_says(server):
+def test_the_sender_and_the_round_are_what_nvflare_says(server: Server) -> None:
     fl_ctx = server.context()
     assert convert.origin_of(result({}, "site-7", round=3), fl_ctx) == ("site-7", 3)
     assert convert.origin_of(result({}, None, round=None), fl_ctx) == (None, None)
@@ -158,7 +171,7 @@ def test_the_sender_and_the_round_are_what_nvflare_says(server):
     assert convert.origin_of(result({}, None), fl_ctx) == ("server", 0)
 
 
-def test_a_result_of_some_keys_leaves_the_others_as_they_were():
+def test_a_result_of_some_keys_leaves_the_others_as_they_were() -> None:
     base = {"a": np.ones(2), "b": np.zeros(1)}
     new, report = convert.model_from_result(
         DXO("WEIGHTS", data={"a": np.full(2, 5.0)}).to_shareable(), base
@@ -167,7 +180,7 @@ def test_a_result_of_some_keys_leaves_the_others_as_they_were():
     assert report == {}
 
 
-def test_a_result_that_is_a_difference_is_added_to_a_new_model():
+def test_a_result_that_is_a_difference_is_added_to_a_new_model() -> None:
     base = {"a": np.ones(2), "b": np.zeros(1)}
     new, _ = convert.model_from_result(
         DXO("WEIGHT_DIFF", data={"a": np.full(2, 5.0)}).to_shareable(), base
@@ -176,12 +189,12 @@ def test_a_result_that_is_a_difference_is_added_to_a_new_model():
     assert fc.same_bits(base, {"a": np.ones(2), "b": np.zeros(1)})
 
 
-def test_a_result_that_is_no_parameters_is_refused():
+def test_a_result_that_is_no_parameters_is_refused() -> None:
     with pytest.raises(fc.UsageError, match="got 'METRICS'"):
         convert.model_from_result(DXO("METRICS", data={"a": 1}).to_shareable(), {})
 
 
-def test_the_report_stays_with_the_model():
+def test_the_report_stays_with_the_model() -> None:
     held = convert.learnable({"a": np.ones(1)}, {"round": 2})
     assert convert.report_of(held) == {"round": 2}
     assert fc.same_bits(convert.model_of(held), {"a": np.ones(1)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import fedavg_core as fc
 from nvflare_adapter import digits
 
 
-def context(index=0, round=0):
+def context(index: int = 0, round: int = 0) -> Any:
     return fc.Context(
         contributor=f"site-{index + 1}",
         index=index,
@@ -22,7 +23,7 @@ def context(index=0, round=0):
     )
 
 
-def test_the_data_are_the_1797_images_and_none_is_in_both_parts():
+def test_the_data_are_the_1797_images_and_none_is_in_both_parts() -> None:
     data = digits.load_digits()
     assert data.train_images.shape == (1438, 64)
     assert data.test_images.shape == (359, 64)
@@ -37,7 +38,9 @@ def test_the_data_are_the_1797_images_and_none_is_in_both_parts():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 100])
 @pytest.mark.parametrize("num_contributors", [1, 4, 300])
-def test_every_example_goes_to_one_contributor_and_none_gets_nothing(alpha, num_contributors):
+def test_every_example_goes_to_one_contributor_and_none_gets_nothing(
+    alpha: float, num_contributors: int
+) -> None:
     labels = digits.load_digits().train_labels
     shares = digits.partition(labels, num_contributors, alpha)
     assert len(shares) == num_contributors
@@ -45,16 +48,16 @@ def test_every_example_goes_to_one_contributor_and_none_gets_nothing(alpha, num_
     assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(len(labels)))
 
 
-def test_the_shares_are_the_same_every_time():
+def test_the_shares_are_the_same_every_time() -> None:
     labels = digits.load_digits().train_labels
     first, second = digits.partition(labels, 4, 0.5), digits.partition(labels, 4, 0.5)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_small_alpha_makes_the_shares_uneven_and_a_large_one_even():
+def test_a_small_alpha_makes_the_shares_uneven_and_a_large_one_even() -> None:
     labels = digits.load_digits().train_labels
 
-    def unevenness(alpha):
+    def unevenness(alpha: float) -> Any:
         counts = np.array(
             [
                 np.bincount(labels[share], minlength=10)
@@ -68,19 +71,19 @@ def test_a_small_alpha_makes_the_shares_uneven_and_a_large_one_even():
 
 
 @pytest.mark.parametrize(("num_contributors", "alpha"), [(0, 1), (1439, 1), (4, 0), (4, np.inf)])
-def test_shares_that_cannot_be_made_are_an_error(num_contributors, alpha):
+def test_shares_that_cannot_be_made_are_an_error(num_contributors: int, alpha: float) -> None:
     with pytest.raises(fc.UsageError, match="digits: expected"):
         digits.partition(digits.load_digits().train_labels, num_contributors, alpha)
 
 
-def test_training_lowers_the_loss_on_the_contributors_own_share():
+def test_training_lowers_the_loss_on_the_contributors_own_share() -> None:
     params = digits.initial_model(0)
     losses = [digits.train(params, context(round=number)).metrics["loss"] for number in range(3)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] / 2
 
 
-def test_training_is_the_same_every_time_and_differs_between_contributors():
+def test_training_is_the_same_every_time_and_differs_between_contributors() -> None:
     one, again = (digits.train(digits.initial_model(0), context()) for _ in range(2))
     other = digits.train(digits.initial_model(0), context(index=1))
     assert fc.same_bits(one.params, again.params)
@@ -88,7 +91,7 @@ def test_training_is_the_same_every_time_and_differs_between_contributors():
     assert not fc.same_bits(one.params, other.params)
 
 
-def test_the_first_model_depends_on_the_seed_and_guesses():
+def test_the_first_model_depends_on_the_seed_and_guesses() -> None:
     assert fc.same_bits(digits.initial_model(1), digits.initial_model(1))
     assert not fc.same_bits(digits.initial_model(1), digits.initial_model(2))
     found = digits.evaluate(digits.initial_model(1))

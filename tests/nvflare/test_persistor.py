@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,22 +19,22 @@ pytestmark = pytest.mark.nvflare
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path: Path) -> Any:
     return Server(tmp_path)
 
 
-def app_folder(server, name):
+def app_folder(server: Server, name: str) -> Any:
     folder = server.folder / "simulate_job" / "app_server" / name
     folder.mkdir(parents=True)
     return folder
 
 
-def stored(server):
+def stored(server: Server) -> Any:
     return fc.CheckpointStore(server.folder / "simulate_job" / "models")
 
 
 @pytest.mark.parametrize("place", ["config", "custom"])
-def test_round_0_starts_from_the_file_that_came_with_the_job(server, place):
+def test_round_0_starts_from_the_file_that_came_with_the_job(server: Server, place: Any) -> None:
     model = mixed.initial_model(3)
     path = app_folder(server, place) / "start"
     fc.save_checkpoint(path, fc.Checkpoint(model=model, round=0))
@@ -39,14 +42,14 @@ def test_round_0_starts_from_the_file_that_came_with_the_job(server, place):
     assert fc.same_bits(convert.model_of(held), model)
 
 
-def test_without_a_file_there_is_no_model_yet(server):
+def test_without_a_file_there_is_no_model_yet(server: Server) -> None:
     held = CheckpointPersistor().load_model(server.context())
     assert convert.model_of(held) == {}
     assert held.is_empty()
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
-def test_a_damaged_file_is_an_error_and_never_another_model(server, damage):
+def test_a_damaged_file_is_an_error_and_never_another_model(server: Server, damage: Any) -> None:
     path = app_folder(server, "config") / "start"
     fc.save_checkpoint(path, fc.Checkpoint(model=mixed.initial_model(3), round=0))
     content = bytearray(path.read_bytes())
@@ -61,7 +64,7 @@ def test_a_damaged_file_is_an_error_and_never_another_model(server, damage):
         CheckpointPersistor("start").load_model(server.context())
 
 
-def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server):
+def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server: Server) -> None:
     model = mixed.initial_model(4)
     report = {"round": 2, "metrics": {"loss": 0.1}, "accepted": {"site-1": 3}}
     CheckpointPersistor().save_model(convert.learnable(model, report), server.context(round=2))
@@ -72,7 +75,7 @@ def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server):
     assert checkpoint.extra == {"report": report}
 
 
-def test_only_the_newest_are_kept(server):
+def test_only_the_newest_are_kept(server: Server) -> None:
     persistor = CheckpointPersistor(keep=2)
     for number in range(5):
         held = convert.learnable({"w": np.array([number])})

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,34 +46,34 @@ REFERENCE = {
 }
 
 
-def recipe(**arguments):
+def recipe(**arguments: Any) -> Any:
     return NumpyFedAvgRecipe(**{"min_clients": 2, "train_script": SCRIPT, **arguments})
 
 
-def exported(folder, **arguments):
+def exported(folder: Path, **arguments: Any) -> Any:
     """The files of the job, as they are sent to the sites."""
     made = recipe(**arguments)
     made.export(str(folder))
     return Path(folder) / made.name / "app"
 
 
-def server_config(app):
+def server_config(app: Any) -> Any:
     return json.loads((app / "config" / "config_fed_server.json").read_text())
 
 
-def test_every_argument_of_the_reference_is_there_with_its_default():
+def test_every_argument_of_the_reference_is_there_with_its_default() -> None:
     parameters = inspect.signature(NumpyFedAvgRecipe).parameters
     defaults = {name: parameters[name].default for name in REFERENCE}
     assert defaults == REFERENCE
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def test_it_is_one_of_nvflares_recipes():
+def test_it_is_one_of_nvflares_recipes() -> None:
     assert isinstance(recipe(), Recipe)
     assert recipe(name="mine").name == "mine"
 
 
-def test_the_arguments_can_be_read_back():
+def test_the_arguments_can_be_read_back() -> None:
     made = recipe(num_rounds=7, train_args="--x 1", params_transfer_type="FULL")
     assert (made.min_clients, made.num_rounds, made.train_args) == (2, 7, "--x 1")
     assert made.params_transfer_type is TransferType.FULL
@@ -182,14 +183,16 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_a_wrong_argument_gets_one_line_with_what_was_expected_and_what_came(arguments, message):
+def test_a_wrong_argument_gets_one_line_with_what_was_expected_and_what_came(
+    arguments: Any, message: Any
+) -> None:
     with pytest.raises(fc.UsageError) as problem:
         recipe(**arguments)
     assert str(problem.value).startswith(message)
     assert "\n" not in str(problem.value)
 
 
-def test_each_wrong_argument_gets_its_line():
+def test_each_wrong_argument_gets_its_line() -> None:
     with pytest.raises(fc.UsageError) as problem:
         recipe(min_clients=0, num_rounds=0, accumulator="")
     assert [line.split(":")[0] for line in str(problem.value).splitlines()] == [
@@ -199,9 +202,9 @@ def test_each_wrong_argument_gets_its_line():
     ]
 
 
-def test_an_argument_that_is_left_out_is_pythons_own_error():
+def test_an_argument_that_is_left_out_is_pythons_own_error() -> None:
     with pytest.raises(TypeError, match="train_script"):
-        NumpyFedAvgRecipe(min_clients=2)
+        NumpyFedAvgRecipe(min_clients=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -215,14 +218,16 @@ def test_an_argument_that_is_left_out_is_pythons_own_error():
         (mixed.initial_model(1), mixed.initial_model(1)),
     ],
 )
-def test_the_initial_model_is_a_file_of_the_job_to_the_bit(tmp_path, given, expected):
+def test_the_initial_model_is_a_file_of_the_job_to_the_bit(
+    tmp_path: Path, given: Any, expected: Any
+) -> None:
     app = exported(tmp_path, initial_model=given)
     persistor = next(c for c in server_config(app)["components"] if c["id"] == "persistor")
     shipped = app / "config" / persistor["args"]["initial_file"]
     assert fc.same_bits(fc.load_checkpoint(shipped).model, expected)
 
 
-def test_the_initial_models_file_goes_with_the_recipe():
+def test_the_initial_models_file_goes_with_the_recipe() -> None:
     made = recipe(initial_model=MODEL)
     folders = [Path(one[0]).parent for one in server_files(made)]
     assert [folder.is_dir() for folder in folders] == [True]
@@ -231,17 +236,17 @@ def test_the_initial_models_file_goes_with_the_recipe():
     assert [folder.is_dir() for folder in folders] == [False]
 
 
-def server_files(made):
+def server_files(made: Any) -> Any:
     return made._fed_job._deploy_map["server"].app_config.file_sources
 
 
-def built(component):
+def built(component: Any) -> Any:
     """The component as NVFlare's server makes it, out of the job's JSON."""
     module, name = component["path"].rsplit(".", 1)
     return getattr(importlib.import_module(module), name)(**component["args"])
 
 
-def test_the_components_arrive_with_their_arguments(tmp_path):
+def test_the_components_arrive_with_their_arguments(tmp_path: Path) -> None:
     app = exported(
         tmp_path,
         initial_model=MODEL,
@@ -266,14 +271,16 @@ def test_the_components_arrive_with_their_arguments(tmp_path):
     assert config["server"] == {"task_request_interval": 0.1}
 
 
-def test_a_weight_diff_data_kind_says_the_same_as_diff(tmp_path):
+def test_a_weight_diff_data_kind_says_the_same_as_diff(tmp_path: Path) -> None:
     app = exported(tmp_path, initial_model=MODEL, aggregator_data_kind=DataKind.WEIGHT_DIFF)
     made = {component["id"]: built(component) for component in server_config(app)["components"]}
     assert made["aggregator"].transfer == made["shareable_generator"].transfer == "DIFF"
 
 
 @pytest.mark.parametrize("inner", [Maximum(bonus=2.5), WithoutSecond()])
-def test_a_users_aggregator_travels_with_its_arguments_and_its_file(tmp_path, inner):
+def test_a_users_aggregator_travels_with_its_arguments_and_its_file(
+    tmp_path: Path, inner: Any
+) -> None:
     app = exported(tmp_path, aggregator=inner)
     made = {component["id"]: built(component) for component in server_config(app)["components"]}
     custom = made[made["aggregator"].aggregator_id]
@@ -282,7 +289,7 @@ def test_a_users_aggregator_travels_with_its_arguments_and_its_file(tmp_path, in
     assert list(app.glob("custom/**/custom_aggregators.py"))
 
 
-def test_one_of_ours_given_as_the_aggregator_is_used_as_it_is(tmp_path):
+def test_one_of_ours_given_as_the_aggregator_is_used_as_it_is(tmp_path: Path) -> None:
     ours = FedAvgAggregator("FULL", min_updates=3)
     components = server_config(exported(tmp_path, aggregator=ours))["components"]
     assert sorted(component["id"] for component in components) == [
@@ -293,7 +300,7 @@ def test_one_of_ours_given_as_the_aggregator_is_used_as_it_is(tmp_path):
     assert built(components[0]).min_updates == 3
 
 
-def test_the_packages_own_files_are_not_copied_into_the_job(tmp_path):
+def test_the_packages_own_files_are_not_copied_into_the_job(tmp_path: Path) -> None:
     app = exported(tmp_path, initial_model=MODEL)
     copied = {path.name for path in app.rglob("*.py")}
     assert copied == {"mixed.py"}

@@ -1,6 +1,7 @@
 """A training file in which, in round 1, the second contributor does what the argument says."""
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,11 @@ import nvflare_adapter
 FAULT = sys.argv[1] if len(sys.argv) > 1 else "none"
 
 
-def initial_model(seed):
+def initial_model(seed: int) -> dict[str, Any]:
     return {"w": np.full(3, seed, dtype=np.float32)}
 
 
-def train(params, context):
+def train(params: dict[str, Any], context: fc.Context) -> fc.TrainResult:
     params["w"] += np.float32(1 + context.index)
     if context.round == 1 and context.index == 1:
         if FAULT == "nan":

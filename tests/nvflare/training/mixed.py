@@ -1,5 +1,7 @@
 """A training file whose model has an array of every kind: it moves each by a random step."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -18,7 +20,7 @@ SHAPES = {
 }
 
 
-def initial_model(seed):
+def initial_model(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
         key: np.asarray(rng.standard_normal(shape) * 10).astype(dtype)
@@ -26,7 +28,7 @@ def initial_model(seed):
     }
 
 
-def train(params, context):
+def train(params: dict[str, Any], context: fc.Context) -> fc.TrainResult:
     rng = np.random.default_rng(context.seed)
     for key, array in params.items():
         moved = array.astype(np.float64) + rng.standard_normal(array.shape) * 3

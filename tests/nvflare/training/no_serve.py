@@ -1,5 +1,7 @@
 """A training file that forgets to call serve."""
 
+from typing import Any
 
-def train(params, context):
+
+def train(params: dict[str, Any], context: Any) -> Any:
     return None

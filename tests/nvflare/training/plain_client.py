@@ -3,7 +3,7 @@
 import nvflare.client as flare
 
 
-def main():
+def main() -> None:
     flare.init()
     while flare.is_running():
         received = flare.receive()
