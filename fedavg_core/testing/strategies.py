@@ -2,10 +2,11 @@
 
 Random decimal numbers seldom find an error in arithmetic. So the arrays here are drawn as bits, and
 the bits are then forced into one of several mixtures: any code whatever, numbers of ordinary size,
-subnormals and the seam between them and the normal numbers, numbers next to the largest, zeros of
-both signs, significands of all ones, powers of two over the whole range of exponents, and numbers
-that differ in their last bit, whose means lie half-way between two numbers. Several models are drawn together, so that they can be related: equal,
-opposite in sign (the sum cancels), or neighbours in the last bits.
+subnormals, the seam between them and the normal numbers, numbers next to the largest, zeros of both
+signs, significands of all ones, powers of two over the whole range of exponents, and numbers that
+differ in their last bit, whose means lie half-way between two numbers. Several models are drawn
+together, so that they can be related: equal, opposite in sign (the sum cancels), or neighbours in
+the last bits.
 
 One array costs one draw, whatever its size, so that an example takes a fraction of a millisecond.
 All numbers are finite. An example shrinks towards few models, small shapes and zeros.
