@@ -19,7 +19,6 @@ with its 64-bit records.
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 import zipfile
 from typing import IO
@@ -138,18 +137,19 @@ def _find_directory(file: IO[bytes], end: int) -> tuple[int, int]:
     file.seek(end)
     fields = _END.unpack(file.read(_END.size))
     disks, (here, count, size, start) = fields[1:3], fields[3:7]
-    if 0xFFFF in (here, count) or 0xFFFFFFFF in (size, start):
-        require(end >= _END64.size + _END64_LOCATOR.size, "its end record is incomplete")
-        end -= _END64.size + _END64_LOCATOR.size
-        file.seek(end)
-        record = _END64.unpack(file.read(_END64.size))
+    if end >= _END64.size + _END64_LOCATOR.size:
+        file.seek(end - _END64_LOCATOR.size)
         locator = _END64_LOCATOR.unpack(file.read(_END64_LOCATOR.size))
-        require(
-            (record[0], locator[0]) == (b"PK\x06\x06", b"PK\x06\x07")
-            and (locator[1], locator[2]) == (0, end),
-            "its end record is incomplete",
-        )
-        disks, (here, count, size, start) = record[4:6], record[6:10]
+        if locator[0] == b"PK\x06\x07":
+            # Not only where a field is too small: zipfile adds these records from 2 GiB on.
+            end -= _END64.size + _END64_LOCATOR.size
+            file.seek(end)
+            record = _END64.unpack(file.read(_END64.size))
+            require(
+                record[0] == b"PK\x06\x06" and (locator[1], locator[2]) == (0, end),
+                "its 64-bit end record is not where it should be",
+            )
+            disks, (here, count, size, start) = record[4:6], record[6:10]
     require(disks == (0, 0) and here == count, "it is one of several parts of an archive")
     require(count <= _MOST_MEMBERS, f"it has {count} members; at most {_MOST_MEMBERS} are read")
     require(start + size == end, "its directory is not where its end record says")
@@ -160,10 +160,11 @@ def _find_directory(file: IO[bytes], end: int) -> tuple[int, int]:
 def _check_member(member: zipfile.ZipInfo, sealed: bool) -> None:
     name = member.filename
     shown = f"member {quoted(name)}"
-    parts = re.split(r"[/\\]", name.removesuffix(".npy"))
+    parts = name.removesuffix(".npy").split("/")
     require(
         name == member.orig_filename
         and name.isprintable()
+        and "\\" not in name
         and ":" not in parts[0]
         and not {"", ".", ".."} & set(parts),
         f"{shown}: expected the name of an array that is no path",
