@@ -1,0 +1,297 @@
+"""The exact mean on many cases at once: whole formats, orders, merge trees, platforms."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fedavg_core.accumulator import WeightedMean
+from fedavg_core.model import same_bits
+from fedavg_core.testing import averaged_dtypes, exact_weighted_mean_by_mantissas
+
+ROOT = Path(__file__).parent.parent
+NARROW = [dtype for dtype in averaged_dtypes() if dtype.itemsize <= 2 and dtype.kind not in "iu"]
+
+Array = npt.NDArray[Any]
+
+
+def accumulated(
+    models: Sequence[dict[str, Array]], weights: Sequence[float], block: int = 1 << 17
+) -> WeightedMean:
+    result = WeightedMean(block=block)
+    for model, weight in zip(models, weights, strict=True):
+        result.add(model, weight)
+    return result
+
+
+def finite_numbers(dtype: np.dtype[Any]) -> Array:
+    """Every finite number of a format, from the format's own conversion to float64."""
+    codes = np.arange(1 << (8 * dtype.itemsize)).astype(f"u{dtype.itemsize}")
+    numbers: Array = codes.view(dtype)
+    with np.errstate(invalid="ignore"):
+        finite: Array = numbers[np.isfinite(numbers.astype(np.float64))]
+    return finite
+
+
+def without_negative_zero(numbers: Array) -> Array:
+    cleared = numbers.copy()
+    cleared[numbers.astype(np.float64) == 0] = 0
+    return cleared
+
+
+def test_there_are_63_488_finite_float16_numbers() -> None:
+    assert finite_numbers(np.dtype(np.float16)).size == 63_488
+
+
+@pytest.mark.parametrize(
+    "weights", [[1], [3, 7], [0.1, 0.2, 0.7], [2**60, 1], [1e300, 1e-300, 5e-324]], ids=str
+)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_number_of_a_narrow_float_goes_in_and_comes_back(
+    dtype: np.dtype[Any], weights: list[float]
+) -> None:
+    numbers = finite_numbers(dtype)
+    got = accumulated([{"w": numbers}] * len(weights), weights).mean()["w"]
+    assert same_bits({"w": got}, {"w": without_negative_zero(numbers)})
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_between_neighbours_the_mean_is_the_even_one_unless_tipped(dtype: np.dtype[Any]) -> None:
+    unsigned = f"u{dtype.itemsize}"
+    numbers = finite_numbers(dtype)
+    sizes = numbers.view(unsigned)
+    for side in (numbers[sizes < sizes.max() // 2 + 1], numbers[sizes > sizes.max() // 2 + 1]):
+        codes = np.sort(side.view(unsigned))
+        codes = codes[codes.view(dtype).astype(np.float64) != 0]
+        lower, upper = codes[:-1].view(dtype), codes[1:].view(dtype)
+        even = np.where(codes[:-1] % 2 == 0, codes[:-1], codes[1:])
+        for weights, expected in (
+            ([1, 1], even),
+            ([0.1, 0.1], even),
+            ([2**70, 2**70 + 1], codes[1:]),
+            ([2**70 + 1, 2**70], codes[:-1]),
+            ([1 + 2.0**-52, 1.0], codes[:-1]),
+        ):
+            got = accumulated([{"w": lower}, {"w": upper}], weights).mean()["w"]
+            assert np.array_equal(got.view(unsigned), expected)
+
+
+# Order. Six updates, each of one array; every dtype with every fill, in many orders, each split
+# over accumulators of different block sizes.
+
+ORDER_DTYPES = [np.dtype(d) for d in ("f2", "f4", "f8", "i8", "u1", ml_dtypes.bfloat16)]
+FILLS = ("plain", "wide", "cancelling", "tiny", "near the largest", "ties", "equal", "sparse")
+SPLITS = ((6,), (1, 5), (3, 3), (2, 2, 2), (1, 1, 4), (1, 1, 1, 1, 1, 1))
+BLOCKS = (1 << 17, 13)
+ORDERS = 16
+
+
+def filled(fill: str, dtype: np.dtype[Any], seed: int) -> list[dict[str, Array]]:
+    """Six arrays of 24 numbers."""
+    source = random.Random(f"{fill} {dtype} {seed}")
+
+    def number(i: int) -> float:
+        plain = source.uniform(-1, 1)
+        if fill == "wide":
+            return plain * 2.0 ** source.randint(-20, 14)
+        if fill == "tiny":
+            return plain * 2.0 ** (-1070 if dtype.itemsize == 8 else -20)
+        if fill == "near the largest":
+            return 65504 * (1 - abs(plain) / 1024) * source.choice((-1, 1))
+        if fill == "ties":
+            return 1.0 + source.choice((0, 1, 2)) * 2.0**-10
+        if fill == "sparse":
+            return plain if source.random() < 0.1 else 0.0
+        return plain
+
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        rows = [[source.randint(info.min, info.max) for _ in range(24)] for _ in range(6)]
+        if fill in ("plain", "ties", "sparse", "tiny"):
+            rows = [[n % 4 for n in row] for row in rows]
+        arrays = [np.array(row, dtype) for row in rows]
+    else:
+        arrays = [np.array([number(i) for i in range(24)]).astype(dtype) for _ in range(6)]
+    if fill == "cancelling" and dtype.kind != "u":
+        arrays[3:] = [-array for array in arrays[:3]]
+        arrays[5] = arrays[5] + arrays[5].dtype.type(1)
+    if fill == "equal":
+        arrays = arrays[:1] * 6
+    return [{"w": array} for array in arrays]
+
+
+def test_no_order_split_or_block_size_changes_a_bit() -> None:
+    cases = 0
+    for dtype, fill in itertools.product(ORDER_DTYPES, FILLS):
+        models = filled(fill, dtype, 1)
+        source = random.Random(f"weights {dtype} {fill}")
+        weights: list[float] = [source.randint(1, 10**6) for _ in models]
+        weights[1] = source.random()
+        weights[3] = weights[0]
+        expected = exact_weighted_mean_by_mantissas(models, weights)
+        digest = accumulated(models, weights).digest()
+        order = list(range(6))
+        for _ in range(ORDERS):
+            source.shuffle(order)
+            for split in SPLITS:
+                ends = list(itertools.accumulate(split))
+                parts = [order[end - size : end] for size, end in zip(split, ends, strict=True)]
+                accs = [
+                    accumulated(
+                        [models[i] for i in part],
+                        [weights[i] for i in part],
+                        block=BLOCKS[(cases + k) % len(BLOCKS)],
+                    )
+                    for k, part in enumerate(parts)
+                ]
+                for other in accs[1:]:
+                    accs[0].merge(other)
+                assert same_bits(accs[0].mean(), expected), (dtype, fill, order, split)
+                cases += 1
+        assert accs[0].digest() == digest
+    assert cases >= 4_500
+
+
+def test_a_thousand_random_merge_trees_end_in_the_same_bits() -> None:
+    source = random.Random(7)
+    models = [
+        {
+            "a": filled(fill, np.dtype("f4"), seed)[0]["w"],
+            "b": filled(fill, np.dtype("f8"), seed)[0]["w"].reshape(4, 6),
+        }
+        for seed, fill in enumerate(("plain", "wide", "cancelling", "near the largest", "sparse"))
+    ]
+    models.append({"b": -models[1]["b"]})
+    weights = [3, 0.1, 2**60, 1e-3, 1e200, 7]
+    whole = accumulated(models, weights)
+    expected = exact_weighted_mean_by_mantissas(models, weights)
+    digest = whole.digest()
+    assert same_bits(whole.mean(), expected)
+    states = [accumulated([m], [w]).state() for m, w in zip(models, weights, strict=True)]
+    for tree in range(1_000):
+        parts = [WeightedMean.from_state(*state) for state in states]
+        while len(parts) > 1:
+            taken = parts.pop(source.randrange(len(parts)))
+            parts[source.randrange(len(parts))].merge(taken)
+        assert same_bits(parts[0].mean(), expected), tree
+        if tree % 20 == 0:
+            assert parts[0].digest() == digest
+
+
+def test_many_updates_of_one_weight_do_not_use_up_the_headroom() -> None:
+    ones = {"w": np.array([2.0 - 2.0**-23, -1.0, 2.0**-149, 3e38], np.float32)}
+    acc = WeightedMean()
+    for _ in range(3_000):
+        acc.add(ones, (1 << 29) - 1)
+    for _ in range(12):  # each time twice as many, to more than ten million updates
+        other = WeightedMean.from_state(*acc.state())
+        acc.merge(other)
+    assert acc.count == 3_000 << 12
+    assert same_bits(acc.mean(), ones)
+    for _ in range(70):
+        acc.merge(WeightedMean.from_state(*acc.state()))
+    assert acc.weight_of("w") == ((1 << 29) - 1) * (3_000 << 82)
+    assert same_bits(acc.mean(), ones)
+
+
+# The same bits everywhere. The inputs come from SHA-256 alone, so that they are the same on every
+# platform and with every version of NumPy. The results are written down here: whatever Python and
+# NumPy the tests run with, they have to arrive at these.
+
+GOLDEN_MEAN = "e4854e7233b668c77fa84ded5f2fed5a0633d4daf859f5aad081c8f73ce99fa9"
+GOLDEN_DIGEST = "54e025dbf4ea5f932f7987b12f1892acd1091f38400b1970ea1c38cd78375c48"
+
+INPUTS = '''
+import hashlib
+import numpy as np
+
+def numbers(name, dtype, count):
+    """Finite numbers of one dtype from the name's hash."""
+    raw = b"".join(hashlib.sha256(f"{name} {i}".encode()).digest() for i in range(count))
+    size = np.dtype(dtype).itemsize
+    bits = np.frombuffer(raw[: count * size], f"<u{size}").astype(f"=u{size}")
+    array = bits.view(np.dtype(dtype))
+    if array.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            array = np.where(np.isfinite(array), array, np.ones_like(array))
+        ordinary = ((bits % 2001).astype(np.float64) - 1000) / 64
+        array = np.where(bits % 5 > 1, ordinary.astype(dtype), array)
+    return array
+
+def fingerprint(mean):
+    sha = hashlib.sha256()
+    for name in sorted(mean):
+        array = mean[name]
+        sha.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        sha.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return sha.hexdigest()
+
+kinds = ["float16", "float32", "float64", "int8", "uint16", "int32", "int64", "uint64"]
+names = {f"layer{i}.{kind}" for i, kind in enumerate(kinds)}  # a set: its order varies
+weights = {f"site-{i}": 3 * i + 1 if i % 2 else 1 / (i + 3) for i in range(7)}
+sites = {*weights}  # so does the order of arrival
+models = {site: {n: numbers(site + n, n.split(".")[1], 50) for n in names} for site in sites}
+'''
+
+SCRIPT = f"""{INPUTS}
+import sys
+from fedavg_core.accumulator import WeightedMean
+
+acc = WeightedMean(block=int(sys.argv[1]))
+for site, model in models.items():
+    acc.add(model, weights[site])
+print(fingerprint(acc.mean()), acc.digest(), next(iter(names)), next(iter(sites)))
+"""
+
+
+def run_script(block: int, hash_seed: int, interpreter: str = sys.executable) -> list[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [interpreter, "-W", "error", "-c", SCRIPT, str(block)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_bits_written_down_are_the_oracle_s() -> None:
+    inputs: dict[str, Any] = {}
+    exec(INPUTS, inputs)
+    models, weights = inputs["models"], inputs["weights"]
+    oracle = exact_weighted_mean_by_mantissas(
+        [models[site] for site in weights], list(weights.values())
+    )
+    assert inputs["fingerprint"](oracle) == GOLDEN_MEAN
+
+
+def test_five_hash_seeds_and_four_block_sizes_give_the_bits_written_down() -> None:
+    orders = set()
+    for hash_seed in range(5):
+        for block in (1 << 17, 64, 50, 7):
+            mean, digest, *order = run_script(block, hash_seed)
+            assert (mean, digest) == (GOLDEN_MEAN, GOLDEN_DIGEST)
+            orders.add(tuple(order))
+    assert len(orders) > 1  # or else the seeds would have changed nothing
+
+
+@pytest.mark.skipif(
+    "FEDAVG_OTHER_PYTHON" not in os.environ,
+    reason="FEDAVG_OTHER_PYTHON names no interpreter with another NumPy",
+)
+def test_another_interpreter_gives_the_bits_written_down() -> None:
+    for interpreter in os.environ["FEDAVG_OTHER_PYTHON"].split(os.pathsep):
+        assert run_script(64, 1, interpreter)[:2] == [GOLDEN_MEAN, GOLDEN_DIGEST]
