@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 
 import fedavg_core as fc
 from fedavg_core.errors import quoted
+from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
 from nvflare_adapter.simulator import JobFailed, SimulatorJob, simulate
@@ -176,7 +178,8 @@ def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
     if training.evaluate is None:
         return {}
     try:
-        return training.evaluate(model)
+        found = training.evaluate(copy_params(model))
+        return {name: float(value) for name, value in found.items()}
     except Exception as error:
         what = f"{type(error).__name__}: {quoted(str(error), 300)}"
         raise fc.UsageError(f"evaluate, of the training file, failed: {what}") from error
@@ -232,12 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         training = read_training_file(read.path, read.train_args.split())
         initial = {} if training.initial_model is None else training.initial_model(read.seed)
+        fc.ModelSpec.of(initial)
         if not initial and read.transfer == "diff":
             raise fc.UsageError("--transfer diff: expected an initial_model in the training file")
         read.output.mkdir(parents=True, exist_ok=True)
     except SystemExit:
         return _say(f"{read.path.name} ended by itself, given {read.train_args!r}", 2)
-    except (fc.UsageError, OSError) as error:
+    except (fc.FedAvgError, OSError) as error:
         return _say(str(error), 2)
     except Exception as error:
         what = f"{type(error).__name__}: {quoted(str(error), 300)}"
@@ -260,4 +264,5 @@ def _say(problem: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that NVFlare's processes end too
     sys.exit(main())

@@ -57,6 +57,9 @@ class TrainingFile:
 def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFile:
     """Run a training file as NVFlare would, and take what it hands to `serve`.
 
+    The file's folder is added to the end of ``sys.path`` for good, so that modules beside the file
+    are found, now and when `train` is called.
+
     Args:
         path: The file.
         arguments: Its command line arguments.
@@ -68,6 +71,9 @@ def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFil
         UsageError: The file ended without calling `serve`.
     """
     taken: list[fc.Client] = []
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     token = _handed_over.set(taken)
     argv, sys.argv = sys.argv, [str(path), *arguments]
     try:

@@ -34,6 +34,23 @@ def test_a_training_file_sees_its_own_arguments_and_nobody_elses_change() -> Non
     assert sys.argv == before
 
 
+def test_a_training_file_finds_the_modules_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "steps_beside_it.py").write_text("SIZE = 3")
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import nvflare_adapter\n"
+        "def train(params, context):\n"
+        "    from steps_beside_it import SIZE\n"
+        "    return SIZE\n"
+        "nvflare_adapter.serve(train)\n"
+    )
+    training: Any = nvflare_adapter.read_training_file(path)
+    assert training.train({}, None) == 3
+
+
 def test_a_training_file_that_serves_nothing_is_told_so() -> None:
     with pytest.raises(fc.UsageError, match=r"no_serve\.py: expected the file to end by calling"):
         nvflare_adapter.read_training_file(Path(no_serve.__file__))

@@ -159,6 +159,15 @@ BROKEN = [
     ("1/0", "cannot be run: ZeroDivisionError: 'division by zero'"),
     ("def", "cannot be run: SyntaxError: "),
     ("import sys; sys.exit(3)", "ended by itself, given ''"),
+    (
+        "import nvflare_adapter\nnvflare_adapter.serve(print)\ndef initial_model(s): return [1]",
+        "expected a model as a mapping from names to arrays, got list",
+    ),
+    (
+        "import nvflare_adapter\nnvflare_adapter.serve(print)\n"
+        "def initial_model(s): return {'w': 1}",
+        "DTYPE (key 'w'): expected a NumPy array, got a int",
+    ),
     ("x = 1", "expected the file to end by calling nvflare_adapter.serve(train)"),
 ]
 
