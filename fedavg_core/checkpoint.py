@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.codec import read_npz, write_npz
@@ -94,7 +95,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     meta = {
         "checkpoint": _FORMAT,
         "round": _round(checkpoint.round),
-        "metrics": {_name(name): float(value) for name, value in checkpoint.metrics.items()},
+        "metrics": {_name(name): _number(value) for name, value in checkpoint.metrics.items()},
         "extra": dict(checkpoint.extra),
         "best": bool(checkpoint.best),
     }
@@ -289,7 +290,7 @@ class CheckpointStore:
             else:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(lock)
+            _close(lock)
             raise CheckpointError(
                 self._folder, "another writer is at work in this folder"
             ) from error
@@ -305,7 +306,7 @@ class CheckpointStore:
     ) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
-            os.close(lock)
+            _close(lock)
 
     def _listing(self) -> list[tuple[int, bool, Path]]:
         """Round, whether it was the best, and file of each checkpoint, in this order."""
@@ -331,12 +332,12 @@ class CheckpointStore:
 
     def _prune(self, saved: Path) -> None:
         """Take away what is not to be kept. A file that cannot be taken away does no harm."""
-        listing = self._listing()
-        newest = listing[-1][0]
-        others = [entry for entry in listing if entry[0] != newest or entry[2] == saved]
-        best = [path for _, is_best, path in others if is_best][-1:]
-        keep = {*best, *(path for _, _, path in others[-self._keep :])}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CheckpointError, OSError):
+            listing = self._listing()
+            newest = listing[-1][0]
+            others = [entry for entry in listing if entry[0] != newest or entry[2] == saved]
+            best = [path for _, is_best, path in others if is_best][-1:]
+            keep = {*best, *(path for _, _, path in others[-self._keep :])}
             for _, _, path in listing:
                 if path not in keep:
                     os.unlink(path)
@@ -354,12 +355,24 @@ def _round(number: object) -> int:
     return number
 
 
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise UsageError(f"metrics: expected numbers, got {quoted(value)}")
+    return float(value)
+
+
 def _is_whole(path: Path) -> bool:
     try:
         load_checkpoint(path)
     except CheckpointError:
         return False
     return True
+
+
+def _close(lock: int) -> None:
+    """Give up a lock. That is done even where the system reports an error."""
+    with contextlib.suppress(OSError):
+        os.close(lock)
 
 
 def _flush_folder(folder: Path) -> None:
