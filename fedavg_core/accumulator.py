@@ -23,6 +23,7 @@ Parameters may be missing from an update; each has its own denominator.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import isfinite
@@ -84,6 +85,8 @@ class WeightedMean:
             first update that brings a parameter decides.
         accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
         block: The number of elements handled in one go. It never changes the mean's bits.
+        threads: The most threads to use for exact sums, for large models. They never change the
+            mean's bits. None: as many as there are processors, up to 4.
 
     Raises:
         UsageError: There is no such accumulator, or the block is empty.
@@ -95,6 +98,7 @@ class WeightedMean:
         *,
         accumulator: Accumulator = "exact",
         block: int = _BLOCK,
+        threads: int | None = None,
     ) -> None:
         if accumulator not in get_args(Accumulator):
             raise UsageError(
@@ -102,6 +106,8 @@ class WeightedMean:
             )
         if not isinstance(block, int) or block < 1:
             raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")
         self._accumulator: Accumulator = accumulator
         self._fixed = spec is not None
         self._spec: dict[str, ArraySpec] = {}
@@ -109,7 +115,9 @@ class WeightedMean:
         self._count = 0
         self._total: Weight = 0
         self._sums: Sums = (
-            ExactSums(block) if accumulator == "exact" else PlainSums(np.dtype(accumulator), block)
+            ExactSums(block, threads or min(4, _processors()))
+            if accumulator == "exact"
+            else PlainSums(np.dtype(accumulator), block)
         )
         if spec is not None:
             self._spec.update(spec)
@@ -449,6 +457,12 @@ def weighted_mean(
     for params, weight in zip(models, weights, strict=True):
         result.add(params, weight)
     return result.mean(base)
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _hex(weight: Weight) -> str:

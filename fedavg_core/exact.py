@@ -48,6 +48,7 @@ _CAPACITY = 1 << 53
 _SETTLED = 1 << (STEP - 1)
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
+_SPARSE = 4  # up to n / 2**4 elements are picked out one by one
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
 
 
@@ -277,25 +278,29 @@ class ExactSum:
         least = origin - shift + 23
         if least > 127:
             return False
-        count = 0
+        small, count = scratch.small[:n], 0
         if least > -126:
-            small = np.less(bits, np.uint32((least + 127) << 24), out=scratch.small[:n])
+            np.less(bits, np.uint32((least + 127) << 24), out=small)
             count = int(np.count_nonzero(small))
-            if count > n >> 4:
+            if count > n >> _SPARSE:
                 np.logical_and(small, bits, out=small)
                 count = int(np.count_nonzero(small))
-                if count > n >> 4:
-                    return False
         factor = ldexp(odd, shift - origin)
         product = np.multiply(values, factor, out=scratch.product[:n], dtype=np.float64)
-        if count:
-            where = np.flatnonzero(small)
-            rest = values[where]
-            product[where] = 0.0
         largest = float(np.uint32(top_bits >> 1).view(np.float32))
-        self._deposit(0, None, product, int(abs(largest * factor)) + 1)
-        if count:
-            self._add_general(where, rest, odd, shift)
+        bound = int(abs(largest * factor)) + 1
+        if not count:
+            self._deposit(0, None, product, bound)
+        elif count <= n >> _SPARSE:
+            where = np.flatnonzero(small)
+            rest = product[where]
+            whole = np.rint(rest)
+            product[where] = whole
+            self._deposit(0, None, product, bound)
+            rest -= whole
+            self._cut(-1, where, rest * 2.0**STEP, 1, _SETTLED)
+        else:
+            self._cut(0, None, product, 1, bound)
         return True
 
     def _add_general(
@@ -338,11 +343,23 @@ class ExactSum:
             rest = np.multiply(values, 2.0**exponent, dtype=np.float64)
         else:
             rest = np.ldexp(values.astype(np.float64), exponent)
-        bound = 1 << (high - origin - STEP * k)
+        self._cut(k, where, rest, piece, 1 << (high - origin - STEP * k))
+
+    def _cut(self, k: int, where: Indices | None, rest: Floats, piece: int, bound: int) -> None:
+        """Add values in units of limb k times the piece, cut at the units of it and those below.
+
+        Args:
+            k: The limb to begin with.
+            where: The positions of the values; all if None.
+            rest: The values; overwritten.
+            piece: What each slice is multiplied by.
+            bound: What the first slice times the piece does not exceed.
+        """
         while True:
             part = np.rint(rest)
             rest -= part
-            part *= piece
+            if piece != 1:
+                part *= piece
             self._deposit(k, where, part, bound)
             left = int(np.count_nonzero(rest))
             if not left:
@@ -353,7 +370,7 @@ class ExactSum:
                 where = keep if where is None else where[keep]
             rest *= 2.0**STEP
             k -= 1
-            bound = 1 << (STEP - 1 + piece_bits)
+            bound = 1 << (STEP - 1 + piece.bit_length())
 
     def _anchor(self, high: int) -> int:
         """The origin; if there is none yet, one such that limb 0 has head-room over 2**high."""

@@ -10,14 +10,16 @@ float64 or float32 array for each; it serves to compare with, and where exactnes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.blocks import Block, Buffers, flat, load, pack
+from fedavg_core.blocks import Block, Buffers, Segment, flat, load, pack
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
@@ -28,6 +30,7 @@ __all__ = ["ExactSums", "PlainSums", "Sums", "Weight"]
 Array: TypeAlias = npt.NDArray[Any]
 Weight: TypeAlias = "int | Fraction"
 
+_THREAD_SHARE = 1 << 20  # elements that it takes to make a further thread worth its start
 _GRID = 0  # the exponent of the grid on which digits are told
 
 
@@ -69,20 +72,22 @@ class ExactSums:
 
     Args:
         block: The number of elements handled in one go.
+        threads: The most threads to spread the blocks over.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, block: int, threads: int) -> None:
         self._capacity = block
+        self._threads = threads
         self._blocks: list[tuple[Block, ExactSum]] = []
-        self._buffers = Buffers(0)
+        self._buffers: list[Buffers] = []
 
     def grow(self, spec: Mapping[str, ArraySpec]) -> int:
         """See `Sums.grow`."""
         mark = len(self._blocks)
         self._blocks += [(block, ExactSum(block.size)) for block in pack(spec, self._capacity)]
         largest = max((block.size for block, _ in self._blocks[mark:]), default=0)
-        if largest > self._buffers.size:
-            self._buffers = Buffers(largest)
+        if not self._buffers or largest > self._buffers[0].size:
+            self._buffers = [Buffers(largest) for _ in range(self._threads)]
         return mark
 
     def shrink(self, mark: int) -> None:
@@ -91,36 +96,56 @@ class ExactSums:
 
     def add(self, params: Params, weight: Weight) -> None:
         """See `Sums.add`."""
-        done = 0
+        done: list[int] = []
+
+        def work(number: int, buffers: Buffers) -> None:
+            block, total = self._blocks[number]
+            try:
+                _add_block(block, total, params, params, weight, buffers)
+            except NonFiniteError as error:
+                raise _not_finite(params, *block.locate(error.index)) from None
+            done.append(number)
+
         try:
-            for block, total in self._blocks:
-                self._add_block(block, total, params, params, weight)
-                done += 1
-        except NonFiniteError as error:
-            self._undo(done, params, weight)
-            key, index = self._blocks[done][0].locate(error.index)
-            raise _not_finite(key, params[key], index) from None
+            self._each_block(work)
         except BaseException:
-            self._undo(done, params, weight)
+            for number in done:
+                block, total = self._blocks[number]
+                _add_block(block, total, params, params, -weight, self._buffers[0])
             raise
 
-    def _undo(self, done: int, params: Params, weight: Weight) -> None:
-        for block, total in self._blocks[:done]:
-            self._add_block(block, total, params, params, -weight)
+    def _each_block(self, work: Callable[[int, Buffers], None]) -> None:
+        """Do some work for each block, on several threads if there is enough of it.
 
-    def _add_block(
-        self,
-        block: Block,
-        total: ExactSum,
-        params: Params,
-        keys: Collection[str],
-        weight: Weight,
-        where: npt.NDArray[np.intp] | None = None,
-    ) -> None:
-        """Add a block's values; with positions, to a sum of those elements alone."""
-        for values, exponent in load(block, params, keys, self._buffers):
-            chosen = values if where is None else values[where]
-            total.add(chosen, weight * (1 << exponent), self._buffers.scratch)
+        If it fails for several blocks, the error is that for the first of them, whatever the
+        threads: numbers are handed out in order, and each that was handed out is tried.
+        """
+        size = sum(block.size for block, _ in self._blocks)
+        threads = min(self._threads, size // _THREAD_SHARE, len(self._blocks))
+        numbers = iter(range(len(self._blocks)))
+        failed: list[tuple[int, BaseException]] = []
+
+        def run(buffers: Buffers) -> None:
+            for number in numbers:
+                try:
+                    work(number, buffers)
+                except BaseException as error:
+                    failed.append((number, error))
+                if failed:
+                    return
+
+        others = [
+            threading.Thread(target=run, args=(buffers,), daemon=True)
+            for buffers in self._buffers[1:threads]
+        ]
+        for other in others:
+            other.start()
+        if self._blocks:
+            run(self._buffers[0])
+        for other in others:
+            other.join()
+        if failed:
+            raise min(failed, key=itemgetter(0))[1]
 
     def merge(self, other: ExactSums, keys: Collection[str]) -> None:
         """See `Sums.merge`."""
@@ -174,8 +199,11 @@ class ExactSums:
     ) -> dict[str, Array]:
         """See `Sums.means`."""
         result = {key: np.empty(spec.shape, spec.dtype) for key, spec in targets.items()}
-        for block, total in self._blocks:
-            alike: dict[tuple[Weight, np.dtype[Any]], list[Any]] = {}
+
+        def work(number: int, buffers: Buffers) -> None:
+            block, total = self._blocks[number]
+            # Segments of one weight and one dtype are divided and rounded together.
+            alike: dict[tuple[Weight, np.dtype[Any]], list[Segment]] = {}
             for segment in block.segments:
                 if segment.key in targets:
                     kind = weights[segment.key], targets[segment.key].dtype
@@ -191,7 +219,7 @@ class ExactSums:
                 if base is not None:
                     keys = {segment.key for segment in segments}
                     try:
-                        self._add_block(block, part, base, keys, weight, where)
+                        _add_block(block, part, base, keys, weight, buffers, where)
                     except NonFiniteError:
                         raise UsageError(
                             "expected a base of finite numbers, got a NaN or an infinity among "
@@ -207,6 +235,8 @@ class ExactSums:
                     stop = segment.start + segment.size
                     target[segment.start : stop] = values[offset : offset + segment.size]
                     offset += segment.size
+
+        self._each_block(work)
         return result
 
     def reset(self) -> None:
@@ -273,7 +303,7 @@ class PlainSums:
                 values = flat(array, start, min(self._product.size, array.size - start))
                 fine = np.isfinite(values)
                 if not fine.all():
-                    raise _not_finite(key, array, start + int(np.argmin(fine)))
+                    raise _not_finite(params, key, start + int(np.argmin(fine)))
         with np.errstate(over="ignore"):
             for key, array in params.items():
                 total = self._sums[key].reshape(-1)
@@ -331,11 +361,27 @@ class PlainSums:
         self._sums[key] += parts["sum"].reshape(self._sums[key].shape)
 
 
+def _add_block(
+    block: Block,
+    total: ExactSum,
+    params: Params,
+    keys: Collection[str],
+    weight: Weight,
+    buffers: Buffers,
+    where: npt.NDArray[np.intp] | None = None,
+) -> None:
+    """Add a block's values to its sum; with positions, to a sum of those elements alone."""
+    for values, exponent in load(block, params, keys, buffers):
+        chosen = values if where is None else values[where]
+        total.add(chosen, weight * (1 << exponent), buffers.scratch)
+
+
 def _position(shape: tuple[int, ...], index: int) -> str:
     return str([int(i) for i in np.unravel_index(index, shape)])
 
 
-def _not_finite(key: str, array: Array, index: int) -> RefusedUpdate:
+def _not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
+    array = params[key]
     value = flat(array, index, 1)[0]
     return RefusedUpdate(
         Reason.NON_FINITE,
