@@ -520,6 +520,23 @@ def test_the_command_takes_an_aggregator_of_the_user_s_own(
     assert err[1].startswith("no_such_module_at_all:make: not installed")
 
 
+def test_flower_gets_its_replies_as_lists_of_arrays_that_are_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def aggregate(results: list[tuple[list[Any], int]]) -> list[Any]:
+        return [sum(n * arrays[i] for arrays, n in results) / 4 for i in range(2)]
+
+    module = ModuleType("flwr.server.strategy.aggregate")
+    module.aggregate = aggregate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flwr.server.strategy.aggregate", module)
+    replies = fedavg_core.testing.peers.PEERS["flower"]()()
+    first = {"a": np.array([1.0]), "b": np.array([2.0])}
+    replies.add(first, 1)
+    first["a"][0] = 99.0
+    replies.add({"a": np.array([5.0]), "b": np.array([6.0])}, 3)
+    assert replies.mean() == {"a": [4.0], "b": [5.0]}
+
+
 def test_the_command_says_in_one_line_that_a_name_is_unknown_or_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,8 +109,8 @@ def _models(count: int, dtype: str = "float32", seed: int = 0) -> tuple[list[Mod
     source = random.Random(seed)
     models = [
         {
-            "kernel": _numbers(1000 * seed + i, 40, 6).astype(dtype).reshape(8, 5),
-            "bias": _numbers(1000 * seed + 500 + i, 24, 2).astype(dtype),
+            "kernel": _numbers(1000 * seed + i, 12, 6).astype(dtype).reshape(4, 3),
+            "bias": _numbers(1000 * seed + 500 + i, 8, 2).astype(dtype),
         }
         for i in range(count)
     ]
