@@ -28,11 +28,11 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ if sys.platform == "win32":  # pragma: no cover
 else:
     import fcntl
 
-__all__ = ["Checkpoint", "CheckpointStore", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointStore", "load_checkpoint", "replacing", "save_checkpoint"]
 
 _FORMAT = 1
 _NAME = re.compile(r"round-([0-9]{8,18})(-best)?\.npz")
@@ -99,21 +99,39 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "extra": dict(checkpoint.extra),
         "best": bool(checkpoint.best),
     }
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    with replacing(target) as file:
+        write_npz(file, arrays, meta)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file in one commit: when the context is left without an error, and not before.
+
+    Args:
+        path: The file; an old one of that name is replaced. Its folder must be there.
+
+    Yields:
+        An empty file beside it to write to, open for reading and writing.
+
+    Raises:
+        CheckpointError: It could not be written; an old file is as it was, unless the message says
+            that the new one is in place.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     committed = False
     try:
         try:
             with open(temporary, "x+b") as file:
-                write_npz(file, arrays, meta)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            os.replace(temporary, path)
             committed = True
         finally:
             if not committed:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
-        _flush_folder(target.parent)
+        _flush_folder(path.parent)
     except OSError as error:
         state = (
             "it is in place, but may not outlast a loss of power"
@@ -121,7 +139,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
             else "what was there before is as it was"
         )
         raise CheckpointError(
-            target, f"could not be written ({error.strerror or error}); {state}"
+            path, f"could not be written ({error.strerror or error}); {state}"
         ) from error
 
 
