@@ -75,6 +75,7 @@ class Scratch:
         self.bits = np.empty(size, np.uint32)
         self.small = np.empty(size, np.bool_)
         self.product = np.empty(size, np.float64)
+        self.spare = np.empty(size, np.float64)
 
 
 class ExactSum:
@@ -170,6 +171,36 @@ class ExactSum:
         for _, limb in sorted(settled._limbs.items(), reverse=True):
             np.copyto(sign, np.sign(limb), where=sign == 0)
         return sign
+
+    def nearest(self, place: slice, out: Floats, spare: Floats) -> tuple[int, bool] | None:
+        """The sums of some elements as float64, if that can be had at once.
+
+        Args:
+            place: Which elements.
+            out: As many numbers; overwritten with the sums.
+            spare: As many numbers; overwritten.
+
+        Returns:
+            ``(exponent, exact)``: the sums are ``out · 2**exponent``, rounded to nearest even, or
+            exact. None if it takes more, or if every sum is zero.
+        """
+        used = self._used()
+        if self.origin is None or not used or used[-1] - used[0] > 2:
+            return None
+        top = used[-1]
+        lower = [k for k in used if k < top]
+        # Two lower limbs are added without rounding, if between them there are at most 53 bits.
+        if len(lower) == 2 and max(self._bounds[k] for k in lower) > 1 << (52 - STEP):
+            return None
+        if not lower:
+            np.copyto(out, self._limbs[top][place])
+        else:
+            np.multiply(self._limbs[lower[0]][place], 2.0 ** (STEP * (lower[0] - top)), out=spare)
+            if len(lower) == 2:
+                np.multiply(self._limbs[lower[1]][place], 2.0**-STEP, out=out)
+                np.add(spare, out, out=spare)
+            np.add(self._limbs[top][place], spare, out=out)
+        return self.origin + STEP * top, not lower
 
     def leading(self) -> Iterator[tuple[Indices | slice, Floats, Floats, int, bool]]:
         """The sums as double-doubles, in groups of elements of like magnitude.

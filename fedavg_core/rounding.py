@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.exact import ExactSum, Scratch
-from fedavg_core.model import ArraySpec, NumberFormat
+from fedavg_core.model import NumberFormat
 
 __all__ = ["quotient"]
 
@@ -36,76 +36,94 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 _RELATIVE_ERROR = 2.0**-68
 _DIVISION_ERROR = 8  # more than one division can be off, in units in the last place
 _SAFE_SCALE = 900
+_PIECE = 1 << 15  # elements divided in one go, so that what is made on the way stays in the cache
 _SPLITTER = 2.0**27 + 1
 
 
-def quotient(total: ExactSum, weight: int | Fraction, spec: ArraySpec) -> tuple[Array, int]:
+def quotient(
+    total: ExactSum, weight: int | Fraction, number: NumberFormat, scratch: Scratch, out: Array
+) -> int:
     """Divide exact sums by a weight and round once, to nearest, half to even.
 
     Args:
         total: The sums; their value does not change.
         weight: Above zero; its denominator is a power of two.
-        spec: The dtype of the result; its shape does not count.
+        number: The format of ``out``.
+        scratch: Buffers, of any size; their contents are overwritten.
+        out: Overwritten with the quotients, with an exact zero as +0.0, and with 0 for what is
+            beyond the largest number of the dtype. One dimension.
 
     Returns:
-        The quotients, new memory, with an exact zero as +0.0; and the position of the first one
-        that rounds to beyond the largest number of the dtype (it holds 0 there), or -1.
+        The position of the first quotient beyond the largest number, or -1.
     """
-    result = np.zeros(total.size, spec.dtype)
+    piece = min(_PIECE, scratch.product.size)
+    doubtful = [np.empty(0, np.intp)]
+    for start in range(0, total.size, piece):
+        place = slice(start, min(start + piece, total.size))
+        doubt = _quick(total, place, weight, number, scratch, out[place])
+        doubtful.append(np.arange(place.start, place.stop) if doubt is None else start + doubt)
+    careful = np.concatenate(doubtful)
+    out[careful] = 0
     beyond: list[int] = []
-    for where, high, low, exponent, exact in total.leading():
-        quick = _quick(high, low, exponent, exact, weight, spec.number)
-        if quick is None:
-            careful = np.arange(total.size)[where]
-        else:
-            values, doubt = quick
-            result[where] = values.astype(spec.dtype)
-            careful = np.arange(total.size)[where][doubt] if doubt.size else doubt
-            high, low = high[doubt], low[doubt]
-        if careful.size:
-            values, out = _careful(total, careful, high, low, exponent, exact, weight, spec)
-            result[careful] = values
-            beyond += careful[out].tolist()
-    return result, min(beyond, default=-1)
+    for start in range(0, careful.size, _PIECE):
+        places = careful[start : start + _PIECE]
+        part = total.take(places)
+        for where, high, low, exponent, exact in part.leading():
+            chosen = np.arange(part.size)[where]
+            values, lost = _careful(part, chosen, high, low, exponent, exact, weight, number, out)
+            out[places[chosen]] = values
+            beyond += places[chosen[lost]].tolist()
+    return min(beyond, default=-1)
 
 
 def _quick(
-    high: Floats,
-    low: Floats,
-    exponent: int,
-    exact: bool,
+    total: ExactSum,
+    place: slice,
     weight: int | Fraction,
     number: NumberFormat,
-) -> tuple[Floats, Indices] | None:
-    """Quotients by one division, and which of them it cannot be trusted for; or None.
+    scratch: Scratch,
+    result: Array,
+) -> Indices | None:
+    """Write quotients by one division; the positions of those it cannot be trusted for, None: all.
 
     Into a narrow format: the division is off by a few units in the last place of float64, so its
     rounding is right unless it lies that near to a midpoint. Into float64: of one float64 over
     another the division is right by itself. Results that are not normal numbers are not trusted.
     """
+    if number.kind == "integer":
+        return None
+    size = place.stop - place.start
+    values, spare, strange = scratch.product[:size], scratch.spare[:size], scratch.small[:size]
+    near = total.nearest(place, values, spare)
+    if near is None:
+        return None
+    exponent, exact = near
     numerator, bits, scale = _scaled(weight, exponent)
-    spare = 53 - number.precision
-    if number.kind == "integer" or abs(scale) > _SAFE_SCALE:
+    unused = 53 - number.precision
+    if abs(scale) > _SAFE_SCALE or (not unused and not (exact and bits <= 53)):
         return None
-    if not spare and (not exact or bits > 53 or low.any()):
-        return None
-    values = high / (numerator / (1 << bits))
+    values /= numerator / (1 << bits)
     values *= 2.0**scale
-    size = np.abs(values)
-    trusted = (size >= 2.0**number.least_exponent) & (size <= number.largest)
-    trusted |= size == 0.0
-    if spare:
-        half = 1 << (spare - 1)
-        pattern = values.view(np.int64)
-        aside = pattern & ((1 << spare) - 1)
+    np.abs(values, out=spare)
+    least, largest = 2.0**number.least_exponent, number.largest
+    doubt = None
+    if not (spare.min() >= least and spare.max() <= largest):
+        doubt = ((spare < least) & (spare > 0.0)) | (spare > largest)
+    if unused:
+        half = 1 << (unused - 1)
+        pattern, aside = values.view(np.int64), spare.view(np.int64)
+        np.bitwise_and(pattern, (1 << unused) - 1, out=aside)
         aside -= half - _DIVISION_ERROR
-        trusted &= aside.view(np.uint64) > 2 * _DIVISION_ERROR
+        np.less_equal(aside.view(np.uint64), np.uint64(2 * _DIVISION_ERROR), out=strange)
+        doubt = strange if doubt is None else doubt | strange
         if number.precision < 24:
+            # Halfway cases are in doubt, so adding half a unit and cutting rounds to nearest.
             pattern += half
-            pattern &= -(1 << spare)
-    doubt = np.flatnonzero(~trusted)
-    values[doubt] = 0.0
-    return values, doubt
+            pattern &= -(1 << unused)
+    positions = np.empty(0, np.intp) if doubt is None else np.flatnonzero(doubt)
+    values[positions] = 0.0
+    result[:] = values
+    return positions
 
 
 def _careful(
@@ -116,10 +134,10 @@ def _careful(
     exponent: int,
     exact: bool,
     weight: int | Fraction,
-    spec: ArraySpec,
+    number: NumberFormat,
+    out: Array,
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """The rounded quotients at some places, and which of them are beyond the largest number."""
-    number = spec.number
+    """The quotients at some places as ``out`` has them, and which are beyond the largest number."""
     first, second, error, scale = _divide(high, low, exponent, exact, weight)
     if number.kind == "integer":
         base, lower, upper, unit = _integer_bracket(first, second, error, scale)
@@ -134,13 +152,12 @@ def _careful(
         up = (side > 0.0) | ((side == 0.0) & ~even)
         lower[doubt] = np.where(up, upper[doubt], lower[doubt])
     if number.kind == "integer":
-        integers, out = _to_integers(base, lower, spec.dtype, number)
-        return integers.astype(spec.dtype), out
+        return _to_integers(base, lower, out.dtype, number)
     with np.errstate(over="ignore"):
         values = np.ldexp(lower, unit)
-    out = np.abs(values) > number.largest
-    values[out] = 0.0
-    return values.astype(spec.dtype), out
+    lost = np.abs(values) > number.largest
+    values[lost] = 0.0
+    return values.astype(out.dtype), lost
 
 
 def _scaled(weight: int | Fraction, exponent: int) -> tuple[int, int, int]:
@@ -250,7 +267,7 @@ def _to_integers(
     upper = np.floor(base * 2.0**-32)
     lower = (base - upper * 2.0**32) + rest
     whole = (upper.astype(np.int64) << 32) + lower.astype(np.int64)
-    return whole.view(np.uint64) if dtype.kind == "u" else whole, out
+    return (whole.view(np.uint64) if dtype.kind == "u" else whole).astype(dtype), out
 
 
 def _unit(values: Floats, number: NumberFormat) -> npt.NDArray[np.int32]:

@@ -199,6 +199,7 @@ class ExactSums:
     ) -> dict[str, Array]:
         """See `Sums.means`."""
         result = {key: np.empty(spec.shape, spec.dtype) for key, spec in targets.items()}
+        flats = {key: array.reshape(-1) for key, array in result.items()}
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
@@ -208,7 +209,7 @@ class ExactSums:
                 if segment.key in targets:
                     kind = weights[segment.key], targets[segment.key].dtype
                     alike.setdefault(kind, []).append(segment)
-            for (weight, _), segments in alike.items():
+            for (weight, dtype), segments in alike.items():
                 where = None
                 part = total
                 if len(segments) < len(block.segments):
@@ -225,16 +226,19 @@ class ExactSums:
                             "expected a base of finite numbers, got a NaN or an infinity among "
                             f"the keys {quoted(sorted(keys))}"
                         ) from None
-                values, beyond = quotient(part, weight, targets[segments[0].key])
+                target = flats[segments[0].key]
+                start, stop = segments[0].start, segments[0].start + part.size
+                values = target[start:stop] if len(segments) == 1 else np.empty(part.size, dtype)
+                form = targets[segments[0].key].number
+                beyond = quotient(part, weight, form, buffers.scratch, values)
                 if beyond >= 0:
                     key, index = block.locate(beyond if where is None else int(where[beyond]))
                     raise _out_of_range(key, targets[key], index)
-                offset = 0
-                for segment in segments:
-                    target = result[segment.key].reshape(-1)
-                    stop = segment.start + segment.size
-                    target[segment.start : stop] = values[offset : offset + segment.size]
-                    offset += segment.size
+                if len(segments) > 1:
+                    offset = 0
+                    for segment in segments:  # each of them a whole array
+                        flats[segment.key][:] = values[offset : offset + segment.size]
+                        offset += segment.size
 
         self._each_block(work)
         return result
