@@ -18,43 +18,56 @@ checks they carry. No size is believed before memory is asked for: the container
 of numbers that takes just the bytes that its member has. Pickles are not read, and nothing in a
 file is evaluated.
 
+For files that do not fit into memory there is the same in pieces: `list_npz` tells what a file
+holds, and `NpzWriter` takes the elements as they come.
+
 Whatever the bytes, what comes out is the right arrays or a `CheckpointError`, never another error.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
-from typing import IO, Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.archive import BLOCK, Damaged, check_archive, require, seal, unsealed_comment
 from fedavg_core.errors import CheckpointError, UsageError, quoted
-from fedavg_core.model import Params, dtype_named, number_format
+from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
+from fedavg_core.npy import decoded, encoded, header_of, read_exactly, read_layout
 
-__all__ = ["read_npz", "write_npz"]
+__all__ = ["Entry", "NpzWriter", "damage_told", "list_npz", "read_npz", "write_npz"]
 
 _FORMAT = 1
 _INDEX = "fedavg.json"
 _MOST_INDEX = 1 << 26
-_MOST_HEADER = 10_000
 _DEFAULT_LIMIT = 1 << 36
-_PLAIN_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 _NUMBERED = re.compile(r"array-[0-9]+")
-_NPY_HEADER = re.compile(
-    rb"\{'descr': '([<>|])([a-zA-Z][0-9]{1,2})', 'fortran_order': (True|False), "
-    rb"'shape': \(((?:[0-9]{1,19}(?:, |,(?=\))|(?=\))))*)\), \} *\n"
-)
-_Entry: TypeAlias = tuple[str, str, "np.dtype[Any] | None"]
-"""An array's name, the member that holds it, and its dtype where the index tells."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an npz file holds under a name.
+
+    Attributes:
+        name: The array's name.
+        member: The member that holds it.
+        dtype: Its dtype, where the file has an index to tell it.
+    """
+
+    name: str
+    member: zipfile.ZipInfo
+    dtype: np.dtype[Any] | None
 
 
 def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = None) -> None:
@@ -70,32 +83,117 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
         UsageError: A name is no string, an array is of another dtype, or the meta is not for JSON.
         OSError: As the file raises it.
     """
-    entries = []
-    for number, (name, array) in enumerate(arrays.items()):
+    for name, array in arrays.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
             raise UsageError(
                 f"expected arrays under names that are strings, got {quoted(name)} with an object "
                 f"of type {quoted(type(array).__name__)}"
             )
-        if _dtype_name(array.dtype) is None:
-            raise UsageError(
-                f"key {quoted(name)}: expected an array of bool, integers or floats of up to "
-                f"64 bits, got dtype {quoted(str(array.dtype))}"
-            )
-        plain = len(name) <= 200 and _PLAIN_NAME.fullmatch(name) and not _NUMBERED.match(name)
-        member = f"{name if plain else f'array-{number}'}.npy"
-        entries.append({"name": name, "member": member, "dtype": _dtype_name(array.dtype)})
-    try:
-        index = json.dumps({"format": _FORMAT, "meta": dict(meta or {}), "arrays": entries})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"expected meta that JSON can hold: {quoted(str(error))}") from error
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.comment = unsealed_comment()
-        archive.writestr(zipfile.ZipInfo(_INDEX), index)
-        for entry, array in zip(entries, arrays.values(), strict=True):
-            with archive.open(zipfile.ZipInfo(str(entry["member"])), "w", force_zip64=True) as out:
-                _write_npy(out, array)
-    seal(file)
+    spec = {name: ArraySpec(array.shape, array.dtype) for name, array in arrays.items()}
+    with NpzWriter(file, spec, meta) as writer:
+        for array in arrays.values():
+            writer.write(array)
+
+
+class NpzWriter:
+    """Writes an npz file whose arrays come in pieces.
+
+    A context manager; the file is whole when the context has been left without an error.
+
+    Args:
+        file: An empty file, open for reading and writing in binary.
+        spec: The arrays that will come, in that order.
+        meta: What JSON can hold.
+
+    Raises:
+        UsageError: An array is of a dtype that is not written, or the meta is not for JSON.
+        OSError: As the file raises it.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        spec: Mapping[str, ArraySpec],
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        entries = []
+        for number, (name, array) in enumerate(spec.items()):
+            if _dtype_name(array.dtype) is None:
+                raise UsageError(
+                    f"key {quoted(name)}: expected an array of bool, integers or floats of up to "
+                    f"64 bits, got dtype {quoted(str(array.dtype))}"
+                )
+            plain = len(name) <= 200 and _PLAIN_NAME.fullmatch(name) and not _NUMBERED.match(name)
+            member = f"{name if plain else f'array-{number}'}.npy"
+            entries.append({"name": name, "member": member, "dtype": _dtype_name(array.dtype)})
+        try:
+            index = json.dumps({"format": _FORMAT, "meta": dict(meta or {}), "arrays": entries})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"expected meta that JSON can hold: {quoted(str(error))}") from error
+        self._file = file
+        self._index = index
+        self._coming = zip([str(entry["member"]) for entry in entries], spec.values(), strict=True)
+        self._member: IO[bytes] | None = None
+        self._left = 0
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        """Write the next elements.
+
+        Args:
+            values: Some or all elements of one array, in C order after those before them, in the
+                dtype that was announced; only read. Arrays without elements need not come.
+        """
+        while values.size and not self._left:
+            self._next()
+        self._left -= values.size
+        data = encoded(values)
+        for start in range(0, len(data), BLOCK):
+            self._member.write(data[start : start + BLOCK])  # type: ignore[union-attr]
+
+    def _next(self) -> bool:
+        """Begin the next array; False if that was the last."""
+        if self._member is not None:
+            self._member.close()
+        name, array = next(self._coming, (None, None))
+        if name is None or array is None:
+            return False
+        self._member = self._archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
+        self._member.write(header_of(array))
+        self._left = int(np.prod(array.shape, dtype=object))
+        return True
+
+    def __enter__(self) -> NpzWriter:
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        try:
+            self._archive.comment = unsealed_comment()
+            self._archive.writestr(zipfile.ZipInfo(_INDEX), self._index)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                while self._next():
+                    pass
+                self._archive.close()
+        finally:
+            self._abandon()
+        if kind is None:
+            seal(self._file)
+
+    def _abandon(self) -> None:
+        """Have `zipfile` forget the file, which would else go on writing to it when collected."""
+        for part in (self._member, self._archive):
+            if part is not None:
+                with suppress(OSError, ValueError):
+                    part.close()
 
 
 def read_npz(
@@ -116,24 +214,28 @@ def read_npz(
         CheckpointError: The bytes are damaged, are not what they claim to be, or ask for more than
             the limit.
     """
-    name = str(getattr(file, "name", "<bytes>"))
-    try:
+    with damage_told(str(getattr(file, "name", "<bytes>"))):
         sealed = check_archive(file, limit)
         require(
             sealed or not own, "damaged, or not written by fedavg-core: its checksum is missing"
         )
         with zipfile.ZipFile(file) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            index = members.pop(_INDEX, None)
-            require((index is not None) == sealed, "either its index or its checksum is missing")
-            if index is not None:
-                entries, meta = _read_index(archive, index, set(members))
-            else:
-                entries, meta = [(_stem(member), member, None) for member in members], {}
-            return {
-                name: _read_array(archive, members[member], dtype)
-                for name, member, dtype in entries
-            }, meta
+            entries, meta = list_npz(archive, sealed)
+            return {entry.name: _read_array(archive, entry) for entry in entries}, meta
+
+
+@contextmanager
+def damage_told(name: str) -> Iterator[None]:
+    """Turn whatever error reading damaged bytes may end in into the one that tells so.
+
+    Args:
+        name: The file, for the message.
+
+    Raises:
+        CheckpointError: In the place of the other error.
+    """
+    try:
+        yield
     except Damaged as problem:
         raise CheckpointError(name, str(problem)) from None
     except (
@@ -149,6 +251,28 @@ def read_npz(
         ValueError,
     ) as error:
         raise CheckpointError(name, f"unreadable ({quoted(str(error), 200)})") from error
+
+
+def list_npz(archive: zipfile.ZipFile, sealed: bool) -> tuple[list[Entry], dict[str, Any]]:
+    """What an npz file holds.
+
+    Args:
+        archive: The file, which has been checked.
+        sealed: Whether it is sealed.
+
+    Returns:
+        Its arrays, and the meta: empty for another program's file.
+
+    Raises:
+        Damaged: Its index is missing, or is not what it should be.
+        ValueError, RecursionError: The same, by `json`.
+    """
+    members = {member.filename: member for member in archive.infolist()}
+    index = members.pop(_INDEX, None)
+    require((index is not None) == sealed, "either its index or its checksum is missing")
+    if index is not None:
+        return _read_index(archive, index, members)
+    return [Entry(_stem(name), member, None) for name, member in members.items()], {}
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str | None:
@@ -170,28 +294,6 @@ def _dtype_named(name: object) -> np.dtype[Any]:
         raise Damaged(str(problem)) from None
 
 
-def _is_extension(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind != "b" and dtype.type.__module__ == "ml_dtypes"
-
-
-def _write_npy(out: IO[bytes], array: npt.NDArray[Any]) -> None:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    size = array.dtype.itemsize
-    if _is_extension(array.dtype):
-        flat = flat.view(f"u{size}")
-        descr = f"|V{size}"
-    else:
-        descr = array.dtype.newbyteorder("<").str
-    flat = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
-    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {array.shape}, }}"
-    length = -(10 + len(header) + 1) % 64 + len(header) + 1
-    out.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", length))
-    out.write(header.ljust(length - 1).encode("ascii") + b"\n")
-    view = flat.view(np.uint8).data
-    for start in range(0, len(view), BLOCK):
-        out.write(view[start : start + BLOCK])
-
-
 def _stem(member: str) -> str:
     """The array's name that a member of another program's file stands for."""
     require(member.endswith(".npy"), f"member {quoted(member)}: expected an array, a .npy")
@@ -199,15 +301,15 @@ def _stem(member: str) -> str:
 
 
 def _read_index(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: set[str]
-) -> tuple[list[_Entry], dict[str, Any]]:
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Mapping[str, zipfile.ZipInfo]
+) -> tuple[list[Entry], dict[str, Any]]:
     require(member.file_size <= _MOST_INDEX, "its index is too long")
     index = json.loads(archive.read(member))
     require(isinstance(index, dict), "its index is no JSON object")
     version, meta, listed = (index.get(field) for field in ("format", "meta", "arrays"))
     require(version == _FORMAT, f"its format is {quoted(version)}; this version reads {_FORMAT}")
     require(isinstance(meta, dict) and isinstance(listed, list), "its index is incomplete")
-    entries: list[_Entry] = []
+    found: list[tuple[str, str, np.dtype[Any]]] = []
     for entry in listed:
         require(
             isinstance(entry, dict)
@@ -215,77 +317,24 @@ def _read_index(
             and isinstance(entry.get("member"), str),
             "its index is incomplete",
         )
-        entries.append((entry["name"], entry["member"], _dtype_named(entry.get("dtype"))))
+        found.append((entry["name"], entry["member"], _dtype_named(entry.get("dtype"))))
     require(
-        len({name for name, *_ in entries}) == len(entries) == len(members)
-        and {member for _, member, _ in entries} == members,
+        len({name for name, *_ in found}) == len(found) == len(members)
+        and {member for _, member, _ in found} == members.keys(),
         "its index lists other arrays than it holds",
     )
-    return entries, meta
+    return [Entry(name, members[member], dtype) for name, member, dtype in found], meta
 
 
-def _read_array(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: np.dtype[Any] | None
-) -> npt.NDArray[Any]:
-    shown = f"member {quoted(member.filename)}"
-    with archive.open(member) as stream:
-        head = _exactly(stream, 8)
-        require(
-            head[:6] == b"\x93NUMPY" and head[6] in (1, 2, 3) and head[7] == 0,
-            f"{shown}: not an npy array of version 1, 2 or 3",
-        )
-        width = 2 if head[6] == 1 else 4
-        length = int.from_bytes(_exactly(stream, width), "little")
-        require(length <= _MOST_HEADER, f"{shown}: a header of {length} bytes")
-        match = _NPY_HEADER.fullmatch(_exactly(stream, length))
-        if match is None:
-            raise Damaged(f"{shown}: expected a header that describes an array of numbers")
-        order, code, fortran, dims = (group.decode("ascii") for group in match.groups())
-        stored = _stored_dtype(code, dtype, shown)
-        if order == ">":
-            stored = stored.newbyteorder(">")
-        shape = tuple(int(dim) for dim in re.findall("[0-9]+", dims))
-        count = math.prod(shape)
-        left = member.file_size - 8 - width - length
-        require(
-            len(shape) <= 32 and count * stored.itemsize == left,
-            f"{shown}: its header says {quoted(shape)} of {stored}, "
-            f"{count * stored.itemsize} bytes, and {left} are there",
-        )
-        flat = np.empty(count, dtype=stored)
+def _read_array(archive: zipfile.ZipFile, entry: Entry) -> npt.NDArray[Any]:
+    shown = f"member {quoted(entry.member.filename)}"
+    with archive.open(entry.member) as stream:
+        layout = read_layout(stream, entry.member.file_size, entry.dtype, shown)
+        flat = np.empty(layout.size, dtype=layout.stored)
         view = flat.view(np.uint8).data
-        for start in range(0, left, BLOCK):
-            view[start : start + BLOCK] = _exactly(stream, min(BLOCK, left - start))
+        for start in range(0, len(view), BLOCK):
+            view[start : start + BLOCK] = read_exactly(stream, min(BLOCK, len(view) - start))
         stream.read(1)  # where the checksum of the member is compared
-    if not flat.dtype.isnative:
-        flat = flat.byteswap(inplace=True).view(flat.dtype.newbyteorder("="))
-    if dtype is not None and _is_extension(dtype):
-        flat = flat.view(dtype)
-    require(
-        flat.dtype.kind != "b" or not (flat.view(np.uint8) > 1).any(),
-        f"{shown}: a truth value that is neither 0 nor 1",
-    )
-    return flat.reshape(shape[::-1]).T if fortran == "True" else flat.reshape(shape)
-
-
-def _stored_dtype(code: str, dtype: np.dtype[Any] | None, shown: str) -> np.dtype[Any]:
-    """The dtype that an array's bytes are read as, given what the header and the index say."""
-    if dtype is not None and _is_extension(dtype):
-        require(code == f"V{dtype.itemsize}", f"{shown}: {code} cannot hold {dtype}")
-        return np.dtype(f"<u{dtype.itemsize}")
-    require(
-        code in _PLAIN_CODES, f"{shown}: expected an array of numbers, got dtype {quoted(code)}"
-    )
-    found: np.dtype[Any] = np.dtype("<" + code)
-    require(
-        dtype is None or dtype.newbyteorder("<") == found,
-        f"{shown}: the index says {dtype}, it is {found}",
-    )
-    return found
-
-
-def _exactly(stream: IO[bytes], length: int) -> bytes:
-    data = stream.read(length)
-    if len(data) != length:
-        raise EOFError("a member is shorter than it declares")
-    return data
+    flat = decoded(flat, layout, shown)
+    shape = layout.shape
+    return flat.reshape(shape[::-1]).T if layout.fortran else flat.reshape(shape)
