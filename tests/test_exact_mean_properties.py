@@ -362,6 +362,8 @@ def assert_refused(acc: WeightedMean, params: Any, weight: Any, reason: Reason) 
     weighted_models(
         {"a": ArraySpec((4,), np.dtype("f4")), "b": ArraySpec((2, 3), np.dtype("f8"))},
         min_models=2,
+        max_models=3,
+        weight=st.integers(1, 10**6),
     ),
     st.sampled_from([np.nan, np.inf, -np.inf]),
     st.integers(0, 9),
