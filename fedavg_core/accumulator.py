@@ -85,8 +85,8 @@ class WeightedMean:
             first update that brings a parameter decides.
         accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
         block: The number of elements handled in one go. It never changes the mean's bits.
-        threads: The most threads to use for exact sums, for large models. They never change the
-            mean's bits. None: as many as there are processors, up to 4.
+        threads: The most threads to use, for large models. They never change the mean's bits.
+            None: as many as there are processors, up to 4.
 
     Raises:
         UsageError: There is no such accumulator, or the block is empty.
@@ -114,10 +114,11 @@ class WeightedMean:
         self._weights: dict[str, Weight] = {}
         self._count = 0
         self._total: Weight = 0
-        self._sums: Sums = (
-            ExactSums(block, threads or min(4, _processors()))
+        threads = threads or min(4, _processors())
+        self._sums: Sums[Any] = (
+            ExactSums(block, threads)
             if accumulator == "exact"
-            else PlainSums(np.dtype(accumulator), block)
+            else PlainSums(np.dtype(accumulator), block, threads)
         )
         if spec is not None:
             self._spec.update(spec)
@@ -171,9 +172,28 @@ class WeightedMean:
             RefusedUpdate: The update is not fit to be added (BAD_NAME, BAD_WEIGHT, DTYPE,
                 MISSING_KEYS, NON_FINITE, SHAPE, UNEXPECTED_KEYS); the state is unchanged.
         """
-        exact = exact_weight(weight)
-        self._check(params)
-        self._apply(params, exact)
+        self.add_many([(params, weight)])
+
+    def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
+        """Add several updates that are at hand together, all of them or none.
+
+        Faster than adding one after the other, as the sums are read and written once for all. The
+        result is the same, for exact sums to the bit.
+
+        Args:
+            updates: Pairs of params and weight, as for `add`.
+
+        Raises:
+            RefusedUpdate: One of them is not fit to be added, see `add`; the state is unchanged.
+        """
+        terms = []
+        known = dict(self._spec)
+        for params, weight in updates:
+            exact = exact_weight(weight)
+            self._check(params, known)
+            known.update({k: v for k, v in ModelSpec.of(params).items() if k not in known})
+            terms.append((params, exact))
+        self._apply(terms, 1)
 
     def remove(self, params: Params, weight: float) -> None:
         """Undo one `add` exactly: the state is then as if it had never been.
@@ -189,7 +209,7 @@ class WeightedMean:
         """
         self._require_exact("remove")
         exact = exact_weight(weight)
-        self._check(params)
+        self._check(params, self._spec)
         for key in params:
             left = self._weights.get(key, 0) - exact
             if left < 0 or self._count == 0:
@@ -197,10 +217,10 @@ class WeightedMean:
                     f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
                     f"the {float(self.weight_of(key)):g} that was added"
                 )
-        self._apply(params, -exact)
+        self._apply([(params, exact)], -1)
         for key in params:
             if not self._weights[key] and not self._sums.is_zero(key):
-                self._apply(params, exact)
+                self._apply([(params, exact)], 1)
                 raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
 
     def merge(self, other: WeightedMean) -> None:
@@ -384,7 +404,7 @@ class WeightedMean:
                 f"{what} needs exact sums, and this accumulator has {self._accumulator}"
             )
 
-    def _check(self, params: Params) -> None:
+    def _check(self, params: Params, spec: Mapping[str, ArraySpec]) -> None:
         """Refuse what can be refused without reading the values."""
         if not isinstance(params, Mapping):
             raise RefusedUpdate(
@@ -396,7 +416,7 @@ class WeightedMean:
             raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
         for key, value in params.items():
             array = check_array(key, value)
-            known = self._spec.get(key)
+            known = spec.get(key)
             if known is None and self._fixed:
                 raise RefusedUpdate(
                     Reason.UNEXPECTED_KEYS,
@@ -409,20 +429,24 @@ class WeightedMean:
                     Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
                 )
 
-    def _apply(self, params: Params, weight: Weight) -> None:
-        """Add checked params with a weight of either sign."""
-        new = ModelSpec.of({key: params[key] for key in params if key not in self._spec})
+    def _apply(self, terms: Sequence[tuple[Params, Weight]], sign: int) -> None:
+        """Add checked terms, or take them away."""
+        new: dict[str, ArraySpec] = {}
+        for params, _ in terms:
+            fresh = {key: params[key] for key in params if key not in self._spec and key not in new}
+            new.update(ModelSpec.of(fresh))
         mark = self._sums.grow(new)
         try:
-            self._sums.add(params, weight)
+            self._sums.add([(params, sign * weight) for params, weight in terms])
         except BaseException:
             self._sums.shrink(mark)
             raise
         self._spec.update(new)
-        for key in params:
-            self._weights[key] = self._weights.get(key, 0) + weight
-        self._count += 1 if weight > 0 else -1
-        self._total += weight
+        for params, weight in terms:
+            for key in params:
+                self._weights[key] = self._weights.get(key, 0) + sign * weight
+            self._count += sign
+            self._total += sign * weight
 
 
 def weighted_mean(

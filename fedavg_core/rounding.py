@@ -36,7 +36,7 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 _RELATIVE_ERROR = 2.0**-68
 _DIVISION_ERROR = 8  # more than one division can be off, in units in the last place
 _SAFE_SCALE = 900
-_PIECE = 1 << 15  # elements divided in one go, so that what is made on the way stays in the cache
+_PIECE = 1 << 16  # elements divided in one go, so that what is made on the way stays in the cache
 _SPLITTER = 2.0**27 + 1
 
 

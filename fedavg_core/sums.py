@@ -1,20 +1,25 @@
 """Weighted sums of named arrays, in exact or in ordinary arithmetic.
 
-Both kinds have one interface, `Sums`, which knows arrays and weights and nothing of updates, rounds
-or refusals' contributors. A caller first makes room for the arrays (`grow`), then adds; what was
-made room for and not used can be given back (`shrink`).
+Both kinds cut the arrays into blocks (see `blocks`) and hold a sum for each block; they have one
+interface, which knows arrays and weights and nothing of contributors or rounds. A caller first
+makes room for the arrays (`grow`), then adds; what was made room for in vain is given back
+(`shrink`). Blocks are independent of each other, so they may be worked on by several threads.
 
-`ExactSums` cuts the arrays into blocks and holds an `ExactSum` for each. `PlainSums` holds one
-float64 or float32 array for each; it serves to compare with, and where exactness is not wanted.
+`ExactSums` holds an `ExactSum` for each block. A block in which a NaN is found is left as it was,
+and those that came before it are undone by adding the same with the opposite weight, exactly.
+
+`PlainSums` holds a float64 or float32 array for each block, and rounds at each addition. It cannot
+undo, so it looks at all the values before it adds the first.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from operator import itemgetter
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,46 +34,15 @@ __all__ = ["ExactSums", "PlainSums", "Sums", "Weight"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Weight: TypeAlias = "int | Fraction"
+Term: TypeAlias = "tuple[Params, Weight]"
+Total = TypeVar("Total")
 
 _THREAD_SHARE = 1 << 20  # elements that it takes to make a further thread worth its start
 _GRID = 0  # the exponent of the grid on which digits are told
 
 
-class Sums(Protocol):
-    """Weighted sums of named arrays."""
-
-    def grow(self, spec: Mapping[str, ArraySpec]) -> int:
-        """Make room for further arrays; their sums are zero. Returns a mark for `shrink`."""
-
-    def shrink(self, mark: int) -> None:
-        """Give back the room made since the mark."""
-
-    def add(self, params: Params, weight: Weight) -> None:
-        """Add ``weight · params``, whole or not at all; RefusedUpdate if that is not finite."""
-
-    def merge(self, other: Any, keys: Collection[str]) -> None:
-        """Add the sums that another one of the same kind has for some of the arrays."""
-
-    def is_zero(self, key: str) -> bool:
-        """Whether every element of an array's sum is zero."""
-
-    def means(
-        self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
-    ) -> dict[str, Array]:
-        """For each target the base's array, if there is a base, plus the sum over its weight."""
-
-    def reset(self) -> None:
-        """Make every sum zero; the memory is kept."""
-
-    def parts(self, key: str) -> list[tuple[str, Array]]:
-        """The sum of one array, as named arrays that hold its value."""
-
-    def restore(self, key: str, parts: Mapping[str, Array]) -> None:
-        """Add to a sum what `parts` gave; ValueError or KeyError if they are not of this array."""
-
-
-class ExactSums:
-    """Sums without rounding.
+class Sums(ABC, Generic[Total]):
+    """Weighted sums of named arrays, a ``Total`` for each block of them.
 
     Args:
         block: The number of elements handled in one go.
@@ -78,41 +52,129 @@ class ExactSums:
     def __init__(self, block: int, threads: int) -> None:
         self._capacity = block
         self._threads = threads
-        self._blocks: list[tuple[Block, ExactSum]] = []
+        self._blocks: list[tuple[Block, Total]] = []
         self._buffers: list[Buffers] = []
 
+    @abstractmethod
+    def add(self, terms: Sequence[Term]) -> None:
+        """Add each ``weight · params``, all of them or, with an error, none.
+
+        Raises:
+            RefusedUpdate: A value is not finite.
+        """
+
+    @abstractmethod
+    def is_zero(self, key: str) -> bool:
+        """Whether every element of an array's sum is zero."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Make every sum zero; the memory is kept."""
+
+    @abstractmethod
+    def parts(self, key: str) -> list[tuple[str, Array]]:
+        """The sum of one array as named arrays, which hold its value and share no memory."""
+
+    @abstractmethod
+    def restore(self, key: str, parts: Mapping[str, Array]) -> None:
+        """Add to a sum what `parts` gave; any ordinary exception if it is not of this array."""
+
+    @abstractmethod
+    def _make(self, size: int) -> Total:
+        """A sum of so many elements, all zero."""
+
+    @abstractmethod
+    def _add_piece(self, total: Total, at: slice, other: Total, of: slice, sign: int) -> None:
+        """Add some elements of another sum to some of ours."""
+
+    @abstractmethod
+    def _divide(
+        self,
+        part: tuple[Block, Total, list[Segment]],
+        weight: Weight,
+        spec: ArraySpec,
+        base: Params | None,
+        buffers: Buffers,
+        out: Array,
+    ) -> int:
+        """Write base plus sum over weight for some segments; the first beyond the dtype, or -1."""
+
     def grow(self, spec: Mapping[str, ArraySpec]) -> int:
-        """See `Sums.grow`."""
+        """Make room for further arrays, whose sums are zero.
+
+        Returns:
+            A mark for `shrink`.
+        """
         mark = len(self._blocks)
-        self._blocks += [(block, ExactSum(block.size)) for block in pack(spec, self._capacity)]
+        self._blocks += [(block, self._make(block.size)) for block in pack(spec, self._capacity)]
         largest = max((block.size for block, _ in self._blocks[mark:]), default=0)
         if not self._buffers or largest > self._buffers[0].size:
             self._buffers = [Buffers(largest) for _ in range(self._threads)]
         return mark
 
     def shrink(self, mark: int) -> None:
-        """See `Sums.shrink`."""
+        """Give back the room made since the mark."""
         del self._blocks[mark:]
 
-    def add(self, params: Params, weight: Weight) -> None:
-        """See `Sums.add`."""
-        done: list[int] = []
+    def merge(self, other: Sums[Total], keys: Collection[str]) -> None:
+        """Add the sums that another one of the same kind has for some of the arrays."""
+        done: list[tuple[Total, slice, Total, slice]] = []
+        try:
+            for piece in self._counterparts(other, keys):
+                self._add_piece(*piece, 1)
+                done.append(piece)
+        except BaseException:
+            for piece in done:
+                self._add_piece(*piece, -1)
+            raise
+
+    def means(
+        self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
+    ) -> dict[str, Array]:
+        """The sums over their weights, added to a base if there is one.
+
+        Args:
+            targets: The arrays to compute; what they shall look like.
+            weights: For each of them its weight, above zero.
+            base: What to add them to; only read.
+
+        Returns:
+            New arrays.
+
+        Raises:
+            OutOfRange: A result is beyond the largest number of its dtype.
+            UsageError: The base is not finite.
+        """
+        result = {key: np.empty(spec.shape, spec.dtype) for key, spec in targets.items()}
+        flats = {key: array.reshape(-1) for key, array in result.items()}
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            try:
-                _add_block(block, total, params, params, weight, buffers)
-            except NonFiniteError as error:
-                raise _not_finite(params, *block.locate(error.index)) from None
-            done.append(number)
+            # Segments of one weight and one dtype are divided and rounded together.
+            alike: dict[tuple[Weight, np.dtype[Any]], list[Segment]] = {}
+            for segment in block.segments:
+                if segment.key in targets:
+                    kind = weights[segment.key], targets[segment.key].dtype
+                    alike.setdefault(kind, []).append(segment)
+            for (weight, dtype), segments in alike.items():
+                first = segments[0]
+                if len(segments) == 1:
+                    out = flats[first.key][first.start : first.start + first.size]
+                else:
+                    out = np.empty(sum(segment.size for segment in segments), dtype)
+                part = block, total, segments
+                beyond = self._divide(part, weight, targets[first.key], base, buffers, out)
+                offset = 0
+                for segment in segments:
+                    if offset <= beyond < offset + segment.size:
+                        index = segment.start + beyond - offset
+                        raise _out_of_range(segment.key, targets[segment.key], index)
+                    if len(segments) > 1:  # each of them is a whole array
+                        flats[segment.key][:] = out[offset : offset + segment.size]
+                    offset += segment.size
 
-        try:
-            self._each_block(work)
-        except BaseException:
-            for number in done:
-                block, total = self._blocks[number]
-                _add_block(block, total, params, params, -weight, self._buffers[0])
-            raise
+        self._each_block(work)
+        return result
 
     def _each_block(self, work: Callable[[int, Buffers], None]) -> None:
         """Do some work for each block, on several threads if there is enough of it.
@@ -147,101 +209,68 @@ class ExactSums:
         if failed:
             raise min(failed, key=itemgetter(0))[1]
 
-    def merge(self, other: ExactSums, keys: Collection[str]) -> None:
-        """See `Sums.merge`."""
-        done: list[tuple[ExactSum, ExactSum, slice]] = []
-        try:
-            for total, at, piece in self._counterparts(other, keys):
-                total.add_sum(piece, at=at)
-                done.append((total, piece, at))
-        except BaseException:
-            for total, piece, at in done:
-                total.add_sum(piece, sign=-1, at=at)
-            raise
-
-    def _counterparts(
-        self, other: ExactSums, keys: Collection[str]
-    ) -> Iterator[tuple[ExactSum, slice, ExactSum]]:
-        """Where in our blocks which pieces of the other's sums belong."""
-        theirs = [
-            (segment, total)
-            for block, total in other._blocks
-            for segment in block.segments
-            if segment.key in keys
-        ]
-        by_key: dict[str, list[tuple[Any, ExactSum]]] = {}
-        for segment, total in theirs:
-            by_key.setdefault(segment.key, []).append((segment, total))
-        for block, total in self._blocks:
-            for ours in block.segments:
-                for segment, source in by_key.get(ours.key, ()):
-                    start = max(ours.start, segment.start)
-                    stop = min(ours.start + ours.size, segment.start + segment.size)
-                    if start < stop:
-                        to = ours.offset + start - ours.start
-                        of = segment.offset + start - segment.start
-                        length = stop - start
-                        yield total, slice(to, to + length), source.take(slice(of, of + length))
-
-    def is_zero(self, key: str) -> bool:
-        """See `Sums.is_zero`."""
-        return not any(piece.sign().any() for piece in self._pieces(key))
-
-    def _pieces(self, key: str) -> Iterator[ExactSum]:
-        """The sums of one array's elements, from the first."""
+    def _segments(self, key: str) -> Iterator[tuple[Segment, Total]]:
+        """Where one array is, from its first element on."""
         for block, total in self._blocks:
             for segment in block.segments:
                 if segment.key == key:
-                    yield total.take(segment.place)
+                    yield segment, total
 
-    def means(
-        self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
-    ) -> dict[str, Array]:
-        """See `Sums.means`."""
-        result = {key: np.empty(spec.shape, spec.dtype) for key, spec in targets.items()}
-        flats = {key: array.reshape(-1) for key, array in result.items()}
+    def _counterparts(
+        self, other: Sums[Total], keys: Collection[str]
+    ) -> Iterator[tuple[Total, slice, Total, slice]]:
+        """Which elements of our sums are the same as which of the other's."""
+        theirs: dict[str, list[tuple[Segment, Total]]] = {}
+        for block, source in other._blocks:
+            for segment in block.segments:
+                if segment.key in keys:
+                    theirs.setdefault(segment.key, []).append((segment, source))
+        for block, total in self._blocks:
+            for ours in block.segments:
+                for segment, source in theirs.get(ours.key, ()):
+                    start = max(ours.start, segment.start)
+                    stop = min(ours.start + ours.size, segment.start + segment.size)
+                    if start < stop:
+                        at = ours.offset + start - ours.start
+                        of = segment.offset + start - segment.start
+                        length = stop - start
+                        yield total, slice(at, at + length), source, slice(of, of + length)
+
+
+class ExactSums(Sums[ExactSum]):
+    """Sums without rounding; see `Sums`."""
+
+    def add(self, terms: Sequence[Term]) -> None:
+        """See `Sums.add`."""
+        done: list[int] = []
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            # Segments of one weight and one dtype are divided and rounded together.
-            alike: dict[tuple[Weight, np.dtype[Any]], list[Segment]] = {}
-            for segment in block.segments:
-                if segment.key in targets:
-                    kind = weights[segment.key], targets[segment.key].dtype
-                    alike.setdefault(kind, []).append(segment)
-            for (weight, dtype), segments in alike.items():
-                where = None
-                part = total
-                if len(segments) < len(block.segments):
-                    where = np.concatenate([np.arange(block.size)[s.place] for s in segments])
-                    part = total.take(where)
-                elif base is not None:
-                    part = total.take(slice(None))
-                if base is not None:
-                    keys = {segment.key for segment in segments}
-                    try:
-                        _add_block(block, part, base, keys, weight, buffers, where)
-                    except NonFiniteError:
-                        raise UsageError(
-                            "expected a base of finite numbers, got a NaN or an infinity among "
-                            f"the keys {quoted(sorted(keys))}"
-                        ) from None
-                target = flats[segments[0].key]
-                start, stop = segments[0].start, segments[0].start + part.size
-                values = target[start:stop] if len(segments) == 1 else np.empty(part.size, dtype)
-                form = targets[segments[0].key].number
-                beyond = quotient(part, weight, form, buffers.scratch, values)
-                if beyond >= 0:
-                    key, index = block.locate(beyond if where is None else int(where[beyond]))
-                    raise _out_of_range(key, targets[key], index)
-                if len(segments) > 1:
-                    offset = 0
-                    for segment in segments:  # each of them a whole array
-                        flats[segment.key][:] = values[offset : offset + segment.size]
-                        offset += segment.size
+            added = 0
+            try:
+                for params, weight in terms:
+                    _add_block(block, total, params, params, weight, buffers)
+                    added += 1
+            except BaseException as error:
+                for params, weight in terms[:added]:
+                    _add_block(block, total, params, params, -weight, buffers)
+                if isinstance(error, NonFiniteError):
+                    raise _not_finite(terms[added][0], *block.locate(error.index)) from None
+                raise
+            done.append(number)
 
-        self._each_block(work)
-        return result
+        try:
+            self._each_block(work)
+        except BaseException:
+            for number in done:
+                block, total = self._blocks[number]
+                for params, weight in terms:
+                    _add_block(block, total, params, params, -weight, self._buffers[0])
+            raise
+
+    def is_zero(self, key: str) -> bool:
+        """See `Sums.is_zero`."""
+        return not any(total.take(s.place).sign().any() for s, total in self._segments(key))
 
     def reset(self) -> None:
         """See `Sums.reset`."""
@@ -250,7 +279,7 @@ class ExactSums:
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the sign, and the digits on one grid for all arrays."""
-        pieces = [(piece.size, *piece.digits(_GRID)) for piece in self._pieces(key)]
+        pieces = [(s.size, *total.take(s.place).digits(_GRID)) for s, total in self._segments(key)]
         signs = [sign for _, sign, _ in pieces]
         result: list[tuple[str, Array]] = [("sign", np.concatenate([np.empty(0, np.int8), *signs]))]
         for k in sorted({k for _, _, digits in pieces for k in digits}):
@@ -260,109 +289,150 @@ class ExactSums:
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
-        for block, total in self._blocks:
-            for segment in block.segments:
-                if segment.key == key:
-                    of = slice(segment.start, segment.start + segment.size)
-                    digits = {int(k): part[of] for k, part in parts.items() if k != "sign"}
-                    piece = ExactSum.from_digits(segment.size, _GRID, parts["sign"][of], digits)
-                    total.add_sum(piece, at=segment.place)
+        for segment, total in self._segments(key):
+            of = slice(segment.start, segment.start + segment.size)
+            digits = {int(k): part[of] for k, part in parts.items() if k != "sign"}
+            piece = ExactSum.from_digits(segment.size, _GRID, parts["sign"][of], digits)
+            total.add_sum(piece, at=segment.place)
+
+    def _make(self, size: int) -> ExactSum:
+        return ExactSum(size)
+
+    def _add_piece(self, total: ExactSum, at: slice, other: ExactSum, of: slice, sign: int) -> None:
+        total.add_sum(other.take(of), sign, at)
+
+    def _divide(
+        self,
+        part: tuple[Block, ExactSum, list[Segment]],
+        weight: Weight,
+        spec: ArraySpec,
+        base: Params | None,
+        buffers: Buffers,
+        out: Array,
+    ) -> int:
+        block, total, segments = part
+        where = None
+        if len(segments) < len(block.segments):
+            where = np.concatenate([np.arange(block.size)[segment.place] for segment in segments])
+            total = total.take(where)
+        if base is not None:
+            total = total.take(slice(None))
+            keys = {segment.key for segment in segments}
+            try:
+                _add_block(block, total, base, keys, weight, buffers, where)
+            except NonFiniteError:
+                raise _base_not_finite(keys) from None
+        return quotient(total, weight, spec.number, buffers.scratch, out)
 
 
-class PlainSums:
-    """Sums that are rounded at each addition.
+class PlainSums(Sums[Array]):
+    """Sums that are rounded at each addition; see `Sums`.
 
     Args:
         dtype: float64 or float32.
         block: The number of elements handled in one go.
+        threads: The most threads to spread the blocks over.
     """
 
-    def __init__(self, dtype: np.dtype[Any], block: int) -> None:
+    def __init__(self, dtype: np.dtype[Any], block: int, threads: int) -> None:
+        super().__init__(block, threads)
         self._dtype = dtype
-        self._sums: dict[str, Array] = {}
-        self._product = np.empty(block, dtype)
 
-    def grow(self, spec: Mapping[str, ArraySpec]) -> int:
-        """See `Sums.grow`."""
-        mark = len(self._sums)
-        for key, array in spec.items():
-            self._sums[key] = np.zeros(array.shape, self._dtype)
-        return mark
-
-    def shrink(self, mark: int) -> None:
-        """See `Sums.shrink`."""
-        for key in list(self._sums)[mark:]:
-            del self._sums[key]
-
-    def add(self, params: Params, weight: Weight) -> None:
+    def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
+        for params, weight in terms:
+            self._check(params, weight)
+        for params, weight in terms:
+            self._add(params, float(weight))
+
+    def _check(self, params: Params, weight: Weight) -> None:
+        """Refuse what could not be added."""
         try:
-            factor = float(weight)
+            float(weight)
         except OverflowError:
             raise RefusedUpdate(
                 Reason.BAD_WEIGHT, expected="a weight that is a float64", got=quoted(weight)
             ) from None
-        for key, array in params.items():
-            for start in range(0, array.size, self._product.size):
-                values = flat(array, start, min(self._product.size, array.size - start))
-                fine = np.isfinite(values)
-                if not fine.all():
-                    raise _not_finite(params, key, start + int(np.argmin(fine)))
-        with np.errstate(over="ignore"):
-            for key, array in params.items():
-                total = self._sums[key].reshape(-1)
-                for start in range(0, array.size, self._product.size):
-                    values = flat(array, start, min(self._product.size, array.size - start))
-                    product = self._product[: values.size]
-                    product[:] = values
-                    product *= factor
-                    total[start : start + values.size] += product
 
-    def merge(self, other: PlainSums, keys: Collection[str]) -> None:
-        """See `Sums.merge`."""
-        for key in keys:
-            self._sums[key] += other._sums[key]
+        def work(number: int, buffers: Buffers) -> None:
+            block, _ = self._blocks[number]
+            for values, _ in load(block, params, params, buffers):
+                index = _first_not_finite(values)
+                if index >= 0:
+                    raise _not_finite(params, *block.locate(index))
+
+        self._each_block(work)
+
+    def _add(self, params: Params, factor: float) -> None:
+        def work(number: int, buffers: Buffers) -> None:
+            block, total = self._blocks[number]
+            for values, exponent in load(block, params, params, buffers):
+                product = buffers.scratch.product.view(self._dtype)[: block.size]
+                scale = self._dtype.type(factor * 2.0**exponent)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    np.multiply(values, scale, out=product, casting="same_kind")
+                    np.add(total, product, out=total)
+
+        with np.errstate(over="ignore"):
+            self._each_block(work)
 
     def is_zero(self, key: str) -> bool:
         """See `Sums.is_zero`."""
-        return not self._sums[key].any()
-
-    def means(
-        self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
-    ) -> dict[str, Array]:
-        """See `Sums.means`."""
-        result = {}
-        for key, spec in targets.items():
-            number = spec.number
-            with np.errstate(over="ignore", invalid="ignore"):
-                mean = self._sums[key] / self._dtype.type(float(weights[key]))
-                if base is not None:
-                    mean = mean + base[key].astype(self._dtype)
-                if number.kind == "integer":
-                    mean = np.rint(mean)
-                    least = -number.largest - 1 if spec.dtype.kind == "i" else 0
-                    fine = (mean >= least) & (mean < float(number.largest + 1))
-                    values = np.where(fine, mean, 0).astype(spec.dtype)
-                else:
-                    values = mean.astype(spec.dtype)
-                    fine = np.isfinite(values)
-            if not fine.all():
-                raise _out_of_range(key, spec, int(np.argmin(fine)))
-            result[key] = values
-        return result
+        return not any(total[segment.place].any() for segment, total in self._segments(key))
 
     def reset(self) -> None:
         """See `Sums.reset`."""
-        for total in self._sums.values():
+        for _, total in self._blocks:
             total.fill(0)
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
-        return [("sum", self._sums[key].copy())]
+        pieces = [total[segment.place] for segment, total in self._segments(key)]
+        return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
-        self._sums[key] += parts["sum"].reshape(self._sums[key].shape)
+        for segment, total in self._segments(key):
+            total[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
+
+    def _make(self, size: int) -> Array:
+        return np.zeros(size, self._dtype)
+
+    def _add_piece(self, total: Array, at: slice, other: Array, of: slice, sign: int) -> None:
+        total[at] += sign * other[of]
+
+    def _divide(
+        self,
+        part: tuple[Block, Array, list[Segment]],
+        weight: Weight,
+        spec: ArraySpec,
+        base: Params | None,
+        buffers: Buffers,
+        out: Array,
+    ) -> int:
+        _, total, segments = part
+        number, offset = spec.number, 0
+        for segment in segments:
+            place = slice(offset, offset + segment.size)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean = total[segment.place] / self._dtype.type(float(weight))
+                if base is not None:
+                    start = flat(base[segment.key], segment.start, segment.size)
+                    if _first_not_finite(start) >= 0:
+                        raise _base_not_finite({segment.key})
+                    mean = mean + start.astype(self._dtype)
+                if number.kind == "integer":
+                    mean = np.rint(mean)
+                    least = -number.largest - 1 if spec.dtype.kind == "i" else 0
+                    fine = (mean >= least) & (mean < float(number.largest + 1))
+                    out[place] = np.where(fine, mean, 0)
+                else:
+                    out[place] = mean
+                    fine = np.isfinite(out[place])
+            if not fine.all():
+                return offset + int(np.argmin(fine))
+            offset += segment.size
+        return -1
 
 
 def _add_block(
@@ -380,6 +450,14 @@ def _add_block(
         total.add(chosen, weight * (1 << exponent), buffers.scratch)
 
 
+def _first_not_finite(values: Array) -> int:
+    """The position of the first NaN or infinity, or -1."""
+    if values.dtype in (np.float32, np.float64) and np.isfinite(np.dot(values, values)):
+        return -1  # a sum of squares can only be finite if they all are
+    fine = np.isfinite(values)
+    return -1 if fine.all() else int(np.argmin(fine))
+
+
 def _position(shape: tuple[int, ...], index: int) -> str:
     return str([int(i) for i in np.unravel_index(index, shape)])
 
@@ -392,6 +470,13 @@ def _not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
         key=key,
         expected="finite numbers",
         got=f"{float(value)} at {_position(array.shape, index)}",
+    )
+
+
+def _base_not_finite(keys: Collection[str]) -> UsageError:
+    return UsageError(
+        "expected a base of finite numbers, got a NaN or an infinity among the keys "
+        f"{quoted(sorted(keys))}"
     )
 
 
