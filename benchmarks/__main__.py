@@ -1,0 +1,178 @@
+"""``python -m benchmarks``: measure everything, or what is named, and print tables.
+
+Exit codes: 0, it was measured and shown; 1, something could not be written; 2, the command line is
+wrong; 130, it was interrupted. A goal that is missed is shown and is no failure: a time depends on
+the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from benchmarks.goals import Standing, standings
+from benchmarks.machine import describe_machine
+from benchmarks.plots import save_plots
+from benchmarks.suite import BENCHMARKS, Benchmark, Result
+from benchmarks.tables import show, table_of_machine, table_of_result, table_of_standings
+from benchmarks.timing import Timing
+
+__all__ = ["main"]
+
+_FORMAT = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"benchmarks: {message}\n")
+
+
+def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m benchmarks",
+        description="Measure the engine beside its peers, in turn, and print tables.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="benchmarks:\n"
+        + "\n".join(f"  {name:18} {entry.about}" for name, entry in BENCHMARKS.items()),
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a benchmark, or what the names of some begin with, up to a hyphen (default: all)",
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="write results.json and PNG plots there as well"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="cut-down models and 3 laps: shows that all works, and little about speed",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    read = parser.parse_args(arguments)
+    read.benchmarks = []
+    for name in read.names or BENCHMARKS:
+        chosen = [
+            entry
+            for known, entry in BENCHMARKS.items()
+            if known == name or known.startswith(f"{name}-")
+        ]
+        if not chosen:
+            parser.error(f"NAME: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
+        read.benchmarks += [entry for entry in chosen if entry not in read.benchmarks]
+    if read.save is not None:
+        if read.save.exists() and not read.save.is_dir():
+            parser.error(f"argument --save: expected a folder, got the file {str(read.save)!r}")
+        if find_spec("matplotlib") is None:
+            parser.error(
+                "argument --save: expected the package matplotlib: pip install 'fedavg-core[bench]'"
+            )
+    return read
+
+
+def _measure(chosen: Sequence[Benchmark], quick: bool) -> Iterator[Result]:
+    """Run benchmarks one after another, telling on the terminal which is under way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # NVFlare logs each update that it takes
+    try:
+        for number, entry in enumerate(chosen, start=1):
+            if sys.stderr.isatty():
+                print(f"[{number}/{len(chosen)}] {entry.name} …", file=sys.stderr, flush=True)
+            with np.errstate(all="ignore"):  # peers may overflow
+                yield from entry.run(quick)
+    finally:
+        logging.disable(before)
+
+
+def _document(
+    machine: dict[str, Any], quick: bool, results: Sequence[Result], found: Sequence[Standing]
+) -> dict[str, Any]:
+    """All that was found, fit for JSON."""
+    document: dict[str, Any] = _plain(
+        {
+            "format": _FORMAT,
+            "quick": quick,
+            "machine": machine,
+            "results": [
+                {
+                    "kind": "timing" if isinstance(result, Timing) else "growth",
+                    **dataclasses.asdict(result),
+                }
+                for result in results
+            ],
+            "goals": [dataclasses.asdict(standing) for standing in found],
+        }
+    )
+    return document
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for.
+
+    Args:
+        arguments: The command line without the program's name; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    read = _read_arguments(arguments)
+    machine = describe_machine()
+    results = []
+    start = time.perf_counter()
+    try:
+        if not read.json:
+            show(table_of_machine(machine), sys.stdout)
+        for result in _measure(read.benchmarks, read.quick):
+            results.append(result)
+            if not read.json:
+                show(table_of_result(result), sys.stdout)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
+    found = [] if read.quick else standings(results)
+    document = json.dumps(_document(machine, read.quick, results, found), indent=1)
+    if read.json:
+        print(document)
+    elif found:
+        show(table_of_standings(found), sys.stdout)
+    try:
+        if read.save is not None:
+            read.save.mkdir(parents=True, exist_ok=True)
+            (read.save / "results.json").write_text(document + "\n", encoding="utf-8")
+            save_plots(results, read.save)
+    except OSError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

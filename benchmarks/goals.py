@@ -1,0 +1,122 @@
+"""What the engine is held to, in one table."""
+# ruff: noqa: RUF001  (titles have the signs that printed tables have)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from benchmarks.growth import Growth
+from benchmarks.suite import Result
+from benchmarks.timing import Ratio, Row, Timing, ratio
+
+__all__ = ["GOALS", "Goal", "Standing", "standings"]
+
+Measure: TypeAlias = Literal["speed", "time", "growth"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of what is promised.
+
+    Attributes:
+        work: What is done.
+        benchmark: The one that measures it.
+        ours: The contestant that is held to it.
+        against: What it is compared with: ``"best peer"``, a peer's system, or a row's name.
+        measure: ``"speed"``: how many times as fast, at least; ``"time"``: how many times as long,
+            at most; ``"growth"``: the cost of the most work over that of the least, at most.
+        bound: The figure to be kept.
+        reach: The figure to strive for; None if there is none.
+    """
+
+    work: str
+    benchmark: str
+    ours: str
+    against: str
+    measure: Measure
+    bound: float
+    reach: float | None = None
+
+
+GOALS: tuple[Goal, ...] = (
+    Goal("float32, ResNet-50 × 10", "resnet50-float32", "float32", "best peer", "speed", 1.6, 2.5),
+    Goal("float32, LLM slice × 4", "llm-float32", "float32", "best peer", "speed", 2.0, 4.0),
+    Goal("float64, ResNet-50 × 10", "resnet50-float32", "float64", "NVFlare", "speed", 1.0, 1.5),
+    Goal("float64, LLM slice × 4", "llm-float32", "float64", "NVFlare", "speed", 1.0, 1.5),
+    Goal("exact, ResNet-50 × 10", "resnet50-float32", "exact", "best peer", "speed", 0.45, 1.0),
+    Goal("exact, LLM slice × 4", "llm-float32", "exact", "best peer", "speed", 0.9, 1.5),
+    Goal(
+        "exact, add_many of 8, ResNet-50 × 8",
+        "at-hand",
+        "exact, add_many of 8",
+        "best peer",
+        "speed",
+        0.6,
+        1.5,
+    ),
+    Goal("exact, LoRA of 1,200 × 8", "lora-float32", "exact", "best peer", "speed", 0.5, 2.0),
+    Goal("Round with the gate, ResNet-50 × 10", "round", "Round", "exact", "time", 1.15, 1.02),
+    Goal("memory, 10 → 1,000 clients", "memory", "exact", "itself", "growth", 1.02),
+    Goal("time per client, 10 → 10,000", "clients", "exact", "itself", "growth", 1.10),
+)
+"""Every promise, in the order of the printed table."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A goal, and what was measured.
+
+    Attributes:
+        goal: The goal.
+        against: What it was compared with in this run.
+        measured: The figure.
+        met: Whether it is within the bound.
+    """
+
+    goal: Goal
+    against: str
+    measured: Ratio
+    met: bool
+
+
+def standings(results: Sequence[Result]) -> list[Standing]:
+    """Hold what was measured against the goals.
+
+    Args:
+        results: Of any benchmarks.
+
+    Returns:
+        One standing for each goal that the results speak about.
+    """
+    found = []
+    for goal in GOALS:
+        for result in results:
+            measured = _measured(goal, result) if result.benchmark == goal.benchmark else None
+            if measured is not None:
+                against, figure = measured
+                kept = figure.value >= goal.bound
+                if goal.measure != "speed":
+                    kept = figure.value <= goal.bound
+                found.append(Standing(goal, against, figure, kept))
+                break
+    return found
+
+
+def _measured(goal: Goal, result: Result) -> tuple[str, Ratio] | None:
+    if isinstance(result, Growth):
+        series = result.of(goal.ours)
+        return None if series is None else (goal.against, series.growth())
+    ours, other = result.row(goal.ours), _opponent(goal, result)
+    if ours is None or other is None:
+        return None
+    if goal.measure == "time":
+        return other.name, ratio(ours.laps, other.laps)
+    return other.name, ratio(other.laps, ours.laps)
+
+
+def _opponent(goal: Goal, timing: Timing) -> Row | None:
+    if goal.against == "best peer":
+        return timing.fastest()
+    return timing.row(goal.against) or timing.fastest(goal.against)

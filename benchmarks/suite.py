@@ -1,0 +1,451 @@
+"""The benchmarks, in one table.
+
+Each is a function that takes how thorough to be and gives what it found. Inputs are made once,
+before any clock runs, and hold for all contestants of a benchmark.
+"""
+# ruff: noqa: RUF001  (titles have the signs that printed tables have)
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import fedavg_core as fc
+from benchmarks.growth import Growth, Point, Series, peak_memory, times_by_work
+from benchmarks.peers import CONTESTANTS, Server
+from benchmarks.timing import Pace, Row, Timing, take_turns
+from benchmarks.workloads import (
+    MLP_2NN,
+    ONE_TENSOR,
+    WORKLOADS,
+    Params,
+    WeightedUpdate,
+    Workload,
+    cut,
+    draw_updates,
+    resnet50,
+)
+
+__all__ = ["BENCHMARKS", "Benchmark", "Result", "averaging"]
+
+Result: TypeAlias = "Timing | Growth"
+
+_ROUND = "one round: take each client's update, then give the mean; what is kept between rounds is"
+_QUICK = Pace(least=3, most=3)
+_RING = 64  # distinct updates of a small model: 51 MB, more than the last cache holds
+_AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
+_AT_HAND_CLIENTS = 8
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One thing to run.
+
+    Attributes:
+        name: On the command line.
+        about: What it measures, in a few words.
+        run: Given whether to be quick, measures it.
+    """
+
+    name: str
+    about: str
+    run: Callable[[bool], list[Result]]
+
+
+def averaging(
+    benchmark: str,
+    workload: Workload,
+    names: Iterable[str] = _AVERAGING,
+    *,
+    pace: Pace,
+    reference: str | None = None,
+) -> Timing:
+    """Let contestants average the same updates in turn.
+
+    Args:
+        benchmark: Which one this is of.
+        workload: What to average.
+        names: The contestants; those that are not installed are named in the result.
+        pace: How long to go on.
+        reference: What to compare with; None for the fastest peer.
+
+    Returns:
+        The laps, and how many elements of each contestant's mean are not correctly rounded.
+    """
+    updates = draw_updates(workload.shapes, workload.clients, workload.dtype)
+    right = fc.weighted_mean([params for params, _ in updates], [weight for _, weight in updates])
+    tasks, absent = {}, []
+    misrounded: dict[str, float | None] = {}
+    with np.errstate(all="ignore"):
+        for name in names:
+            try:
+                server = CONTESTANTS[name].make()
+            except ImportError:
+                absent.append(name)
+                continue
+            messages = [server.message(params, weight) for params, weight in updates]
+            tasks[name] = partial(_average, server, messages)
+            mean = tasks[name]()  # the first round, in which memory is taken, is not timed
+            floor = CONTESTANTS[name].kind == "floor"
+            misrounded[name] = None if floor else _share_off(server.arrays(mean), right)
+            del mean
+        rivals = [name for name in tasks if CONTESTANTS[name].kind == "peer"]
+        laps = take_turns(tasks, pace, rivals=rivals)
+    return Timing(
+        benchmark=benchmark,
+        title=workload.title,
+        timed=f"{_ROUND} kept, its memory is warm",
+        clients=workload.clients,
+        elements=workload.clients * workload.parameters,
+        nbytes=workload.clients * workload.nbytes,
+        rows=tuple(
+            Row(name, CONTESTANTS[name].kind, laps[name], misrounded[name]) for name in tasks
+        ),
+        reference=reference,
+        absent=tuple(absent),
+    )
+
+
+def _average(server: Server, messages: Sequence[Any]) -> Any:
+    for message in messages:
+        server.add(message)
+    return server.mean()
+
+
+def _share_off(mean: Mapping[str, Any], right: Params) -> float:
+    """The share of elements that are not those of the correctly rounded mean."""
+    off = sum(
+        int(np.count_nonzero(np.asarray(mean[key]).astype(array.dtype) != array))
+        for key, array in right.items()
+    )
+    return off / sum(array.size for array in right.values())
+
+
+def _model(name: str, quick: bool) -> list[Result]:
+    workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
+    return [averaging(name, workload, pace=_QUICK if quick else Pace())]
+
+
+def _at_hand(quick: bool) -> list[Result]:
+    title = f"ResNet-50 × {_AT_HAND_CLIENTS}, float32, all at hand"
+    workload = Workload("at-hand", title, resnet50, _AT_HAND_CLIENTS, "float32")
+    pace = _QUICK if quick else Pace()
+    return [averaging("at-hand", cut(workload) if quick else workload, pace=pace)]
+
+
+def _round(quick: bool) -> list[Result]:
+    found: list[Result] = []
+    for name in ("resnet50-float32", "lora-float32"):
+        workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
+        pace = _QUICK if quick else Pace(least=5, most=25)
+        names = ("exact", "Round", "Round, norm limited", "copy")
+        found.append(averaging("round", workload, names, pace=pace, reference="exact"))
+    return found
+
+
+def _tasks(
+    benchmark: str,
+    title: str,
+    timed: str,
+    model: Params,
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    reference: str,
+    floor: str = "",
+    quick: bool,
+) -> Timing:
+    """Let a few functions that do one thing to a model take turns."""
+    for task in tasks.values():
+        task()
+    laps = take_turns(tasks, _QUICK if quick else Pace(least=5, most=15, budget=10))
+    return Timing(
+        benchmark=benchmark,
+        title=title,
+        timed=timed,
+        clients=1,
+        elements=sum(array.size for array in model.values()),
+        nbytes=sum(array.nbytes for array in model.values()),
+        rows=tuple(
+            Row(
+                name,
+                "floor" if name == floor else "peer" if name == reference else "ours",
+                laps[name],
+            )
+            for name in tasks
+        ),
+        reference=reference,
+    )
+
+
+def _one_model(quick: bool) -> tuple[str, Params]:
+    workload = cut(WORKLOADS["resnet50-float32"]) if quick else WORKLOADS["resnet50-float32"]
+    return "ResNet-50, float32" + ", cut down" * quick, draw_updates(workload.shapes, 1)[0][0]
+
+
+def _transfer(quick: bool) -> list[Result]:
+    title, base = _one_model(quick)
+    local = {key: array + np.float32(0.01) for key, array in base.items()}
+    change = fc.diff(local, base)
+    return [
+        _tasks(
+            "transfer",
+            f"{title}: the difference of two models",
+            "the difference of every tensor, into new memory",
+            base,
+            {
+                "diff": lambda: fc.diff(local, base),
+                "local - base": lambda: {key: local[key] - base[key] for key in base},
+            },
+            reference="local - base",
+            quick=quick,
+        ),
+        _tasks(
+            "transfer",
+            f"{title}: a difference applied",
+            "the sum of every tensor and its difference, into new memory",
+            base,
+            {
+                "apply": lambda: fc.apply(base, change),
+                "base + difference": lambda: {key: base[key] + change[key] for key in base},
+            },
+            reference="base + difference",
+            quick=quick,
+        ),
+    ]
+
+
+def _checkpoint(quick: bool) -> list[Result]:
+    title, model = _one_model(quick)
+    raw = b"".join(array.tobytes() for array in model.values())
+    checkpoint = fc.Checkpoint(model=model, round=1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours, numpys, floor = folder / "ours.npz", folder / "numpys.npz", folder / "raw"
+
+        def savez(flush: bool) -> None:
+            with open(numpys, "wb") as file:
+                np.savez(file, allow_pickle=False, **model)
+                _flush(file, flush)
+
+        def write() -> None:
+            with open(floor, "wb") as file:
+                file.write(raw)
+                _flush(file, True)
+
+        def load() -> Params:
+            with np.load(numpys) as stored:
+                return {key: stored[key] for key in stored.files}
+
+        return [
+            _tasks(
+                "checkpoint",
+                f"{title}: saved",
+                "the model into a file; ours is checksummed, flushed to the disk and renamed",
+                model,
+                {
+                    "save_checkpoint": lambda: fc.save_checkpoint(ours, checkpoint),
+                    "np.savez": partial(savez, False),
+                    "np.savez, then flushed": partial(savez, True),
+                    "raw bytes, then flushed": write,
+                },
+                reference="np.savez",
+                floor="raw bytes, then flushed",
+                quick=quick,
+            ),
+            _tasks(
+                "checkpoint",
+                f"{title}: loaded",
+                "the model out of a file that the system's cache holds; ours checks every byte",
+                model,
+                {
+                    "load_checkpoint": lambda: fc.load_checkpoint(ours),
+                    "np.load": load,
+                    "raw bytes": floor.read_bytes,
+                },
+                reference="np.load",
+                floor="raw bytes",
+                quick=quick,
+            ),
+        ]
+
+
+def _flush(file: Any, flush: bool) -> None:
+    file.flush()
+    if flush:
+        os.fsync(file.fileno())
+
+
+def _federation(quick: bool) -> list[Result]:
+    clients = 200 if quick else 10_000
+    (model, _), *changes = draw_updates(MLP_2NN, 1 + _RING)
+
+    def train(params: Params, context: fc.Context) -> fc.TrainResult:
+        change, weight = changes[context.index % _RING]
+        for key, array in params.items():
+            array += change[key]
+        return fc.TrainResult(params, weight, {"loss": 0.5})
+
+    names = [f"site-{number}" for number in range(clients)]
+
+    def alone() -> None:
+        for number, name in enumerate(names):
+            copy = {key: array.copy() for key, array in model.items()}
+            train(copy, fc.Context(name, number, clients, 0, 1, 0))
+
+    def federation() -> object:
+        return fc.Federation(model, dict.fromkeys(names, train), rounds=1).run()
+
+    laps = take_turns(
+        {"clients alone": alone, "Federation": federation}, Pace(least=3, most=5, budget=25)
+    )
+    elements = clients * sum(array.size for array in model.values())
+    return [
+        Timing(
+            benchmark="federation",
+            title=f"2NN × {clients:,}, float32, a federation in this process",
+            timed="one round: each client gets its copy of the model, adds an array to it and "
+            "sends it; alone, nobody averages",
+            clients=clients,
+            elements=elements,
+            nbytes=4 * elements,
+            rows=(
+                Row("clients alone", "floor", laps["clients alone"]),
+                Row("Federation", "ours", laps["Federation"]),
+            ),
+            reference="clients alone",
+        )
+    ]
+
+
+def _memory(quick: bool) -> list[Result]:
+    shapes = ONE_TENSOR if quick else MLP_2NN
+    updates = draw_updates(shapes, 4)
+    size = sum(array.nbytes for array in updates[0][0].values())
+    names = ("exact", "float64", "float32", "Round", "NVFlare aggregator", "Flower aggregate",
+             "Flower records")  # fmt: skip
+    found, absent = [], []
+    for name in names:
+        contestant = CONTESTANTS[name]
+        try:
+            peak_memory(contestant.make, updates, 2)  # what is loaded late is loaded now
+        except ImportError:
+            absent.append(name)
+            continue
+        points = [
+            Point(clients, (peak_memory(contestant.make, updates, clients) / size,))
+            for clients in (10, 30, 100, 300, 1_000)
+        ]
+        found.append(Series(name, contestant.kind, tuple(points)))
+    return [
+        Growth(
+            benchmark="memory",
+            title=f"{'One tensor' if quick else '2NN'}, float32: memory of a round",
+            measured="the most that is allocated at any moment of a round beyond what there was "
+            "before, the update that arrives and the mean included",
+            x="clients",
+            y="memory, in models",
+            series=tuple(found),
+            absent=tuple(absent),
+        )
+    ]
+
+
+def _clients(quick: bool) -> list[Result]:
+    amounts = (10, 100, 1_000) if quick else (10, 100, 1_000, 10_000)
+    updates = draw_updates(ONE_TENSOR if quick else MLP_2NN, _RING)
+    return [
+        Growth(
+            benchmark="clients",
+            title=f"{'One tensor' if quick else '2NN'}, float32: time of a client",
+            measured="a round's additions, divided by the number of clients; as many additions "
+            "for each number",
+            x="clients",
+            y="time per client, µs",
+            series=series,
+            absent=absent,
+        )
+        for series, absent in [_by_clients(updates, amounts, 3 if quick else 5)]
+    ]
+
+
+def _by_clients(
+    updates: Sequence[WeightedUpdate], amounts: Sequence[int], laps: int
+) -> tuple[tuple[Series, ...], tuple[str, ...]]:
+    tasks, units, kinds, absent = {}, {}, {}, []
+    total = amounts[-1]
+    for name in ("exact", "float32", "Round", "NVFlare aggregator"):
+        try:
+            server = CONTESTANTS[name].make()
+        except ImportError:
+            absent.append(name)
+            continue
+        kinds[name] = CONTESTANTS[name].kind
+        senders = [server.message(*updates[number % len(updates)]) for number in range(total)]
+        _average(server, senders[:10])
+        for amount in amounts:
+            tasks[name, amount] = partial(_rounds, server, senders[:amount], total // amount)
+            units[name, amount] = total
+    return times_by_work(tasks, units, kinds, Pace(laps, laps), 1e6), tuple(absent)
+
+
+def _rounds(server: Server, messages: Sequence[Any], rounds: int) -> None:
+    for _ in range(rounds):
+        _average(server, messages)
+
+
+def _sizes(quick: bool) -> list[Result]:
+    amounts = [1 << bits for bits in range(10, 18 if quick else 26, 3)]
+    tasks, units, kinds, absent = {}, {}, {}, []
+    for name in ("exact", "exact, 1 thread", "float32", "NVFlare aggregator", "copy"):
+        contestant = CONTESTANTS[name]
+        kinds[name] = contestant.kind
+        for amount in amounts:
+            try:
+                server = contestant.make()
+            except ImportError:
+                absent.append(name)
+                break
+            updates = draw_updates({"weight": (amount,)}, 4, seed=amount)
+            messages = [server.message(*update) for update in updates]
+            rounds = max(1, amounts[-1] // amount // 8)
+            _average(server, messages)
+            tasks[name, amount] = partial(_rounds, server, messages, rounds)
+            units[name, amount] = rounds * amount * len(messages)
+    return [
+        Growth(
+            benchmark="sizes",
+            title="One tensor × 4, float32: time of an element",
+            measured="one round, divided by the elements of all updates",
+            x="elements of the tensor",
+            y="time per element, ns",
+            series=times_by_work(tasks, units, kinds, Pace(3, 3 if quick else 7, 15), 1e9),
+            absent=tuple(absent),
+        )
+    ]
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        *(
+            Benchmark(name, f"{workload.title}, by everybody", partial(_model, name))
+            for name, workload in WORKLOADS.items()
+        ),
+        Benchmark("at-hand", "ResNet-50 × 8, updates that are at hand together", _at_hand),
+        Benchmark("round", "a whole round, gate included, beside the mean alone", _round),
+        Benchmark("transfer", "the difference of two models, and its application", _transfer),
+        Benchmark("checkpoint", "a checkpoint saved and loaded", _checkpoint),
+        Benchmark("federation", "a federation of 10,000 clients in this process", _federation),
+        Benchmark("memory", "memory by the number of clients", _memory),
+        Benchmark("clients", "time of a client by their number", _clients),
+        Benchmark("sizes", "time of an element by the size of the tensor", _sizes),
+    )
+}
+"""By name, in the order in which they are run."""

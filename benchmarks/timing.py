@@ -1,0 +1,178 @@
+"""Times of things done in turn, and how they stand to each other.
+
+One lap of each task, then the next lap of each: A B A B. A disturbance that lasts longer than a lap
+then falls on all of them. What is reported of two tasks is the ratio of their median times; the
+quartiles of the ratios of the single laps tell how far to trust it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import TypeAlias
+
+from benchmarks.peers import Kind
+
+__all__ = ["Laps", "Pace", "Ratio", "Row", "Timing", "middle", "ratio", "take_turns"]
+
+Laps: TypeAlias = "tuple[float, ...]"
+"""Seconds, lap by lap; NaN where the task sat out."""
+
+_FAR_BEHIND = 2.0  # times the fastest rival's median
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to go on measuring.
+
+    Attributes:
+        least: Laps that are run whatever they take.
+        most: Laps after which to stop.
+        budget: Seconds after which to stop, once the least are run.
+    """
+
+    least: int = 3
+    most: int = 15
+    budget: float = 15.0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How one thing stands to another: a ratio of medians, and the quartiles of the lap ratios."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task's laps.
+
+    Attributes:
+        name: Of the task.
+        kind: Whose it is.
+        laps: Seconds a lap.
+        misrounded: Of the elements of its mean, the share that are not the correctly rounded ones;
+            None where there is no mean to look at.
+    """
+
+    name: str
+    kind: Kind
+    laps: Laps
+    misrounded: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Tasks that did the same work in turn.
+
+    Attributes:
+        benchmark: Which one this is of.
+        title: What was worked on.
+        timed: What a lap is.
+        clients: By how many the seconds of a lap are divided where they are told per client.
+        elements: How many elements a lap reads.
+        nbytes: How many bytes a lap reads.
+        rows: The tasks.
+        reference: The row that the others are compared with; None for the fastest peer.
+        absent: Contestants that were not at hand.
+    """
+
+    benchmark: str
+    title: str
+    timed: str
+    clients: int
+    elements: int
+    nbytes: int
+    rows: tuple[Row, ...]
+    reference: str | None = None
+    absent: tuple[str, ...] = field(default=())
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, if it was at hand."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def fastest(self, prefix: str = "") -> Row | None:
+        """The peer of the least median, among those whose names begin so; None without any."""
+        peers = [row for row in self.rows if row.kind == "peer" and row.name.startswith(prefix)]
+        return min(peers, key=lambda row: middle(row.laps), default=None)
+
+    def compared_with(self) -> Row | None:
+        """The row that the others are compared with."""
+        return self.fastest() if self.reference is None else self.row(self.reference)
+
+
+def take_turns(
+    tasks: Mapping[str, Callable[[], object]],
+    pace: Pace,
+    *,
+    rivals: Collection[str] = (),
+) -> dict[str, Laps]:
+    """Run tasks in turn and time each.
+
+    Args:
+        tasks: What to run. What a task returns is let go after its clock has stopped.
+        pace: How long to go on.
+        rivals: Tasks of which only the fastest matters: those far behind it sit out the laps after
+            the least ones.
+
+    Returns:
+        The laps of each task, as many for each.
+    """
+    laps: dict[str, list[float]] = {name: [] for name in tasks}
+    out: set[str] = set()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for lap in range(pace.most):
+            if lap >= pace.least and time.perf_counter() - start > pace.budget:
+                break
+            if lap == pace.least and rivals:
+                best = min(median(laps[name]) for name in rivals)
+                out = {name for name in rivals if median(laps[name]) > _FAR_BEHIND * best}
+            for name, task in tasks.items():
+                laps[name].append(math.nan if name in out else _timed(task))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: tuple(seconds) for name, seconds in laps.items()}
+
+
+def _timed(task: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = task()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+def middle(laps: Sequence[float]) -> float:
+    """The median of the laps that were run."""
+    return median(seconds for seconds in laps if not math.isnan(seconds))
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """How two tasks that took turns stand to each other.
+
+    Args:
+        above: The laps of one.
+        below: The laps of the other.
+
+    Returns:
+        The first over the second, from the laps that both ran.
+    """
+    pairs = [
+        (a, b) for a, b in zip(above, below, strict=True) if not (math.isnan(a) or math.isnan(b))
+    ]
+    value = median(a for a, _ in pairs) / median(b for _, b in pairs)
+    if len(pairs) == 1:
+        return Ratio(value, value, value)
+    lower, _, upper = quantiles((a / b for a, b in pairs), n=4, method="inclusive")
+    return Ratio(value, lower, upper)
