@@ -202,7 +202,7 @@ class CustomAggregator(Aggregator):
             with self._lock:
                 if number != self._number or number is None:
                     raise fc.UsageError(
-                        f"expected a result for round {self._number}, got one for {number!r}"
+                        f"expected a result for round {self._number}, got one for {quoted(number)}"
                     )
                 if not isinstance(self._inner, ModelAggregator):
                     return bool(self._inner.accept(shareable, fl_ctx))

@@ -6,6 +6,7 @@ import gc
 import importlib
 import inspect
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -223,21 +224,20 @@ def test_the_initial_model_is_a_file_of_the_job_to_the_bit(
 ) -> None:
     app = exported(tmp_path, initial_model=given)
     persistor = next(c for c in server_config(app)["components"] if c["id"] == "persistor")
-    shipped = app / "config" / persistor["args"]["initial_file"]
+    (shipped,) = app.rglob(persistor["args"]["initial_file"])
     assert fc.same_bits(fc.load_checkpoint(shipped).model, expected)
 
 
-def test_the_initial_models_file_goes_with_the_recipe() -> None:
+def test_the_initial_models_file_goes_with_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = recipe(initial_model=MODEL)
-    folders = [Path(one[0]).parent for one in server_files(made)]
-    assert [folder.is_dir() for folder in folders] == [True]
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["initial_model.npz"]
     del made
     gc.collect()
-    assert [folder.is_dir() for folder in folders] == [False]
-
-
-def server_files(made: Any) -> Any:
-    return made._fed_job._deploy_map["server"].app_config.file_sources
+    assert not folder.exists()
 
 
 def built(component: Any) -> Any:

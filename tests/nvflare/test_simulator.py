@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +170,33 @@ def test_a_users_model_aggregator_makes_the_model(tmp_path: Path) -> None:
         aggregator=WithoutSecond(),
     )
     assert fc.same_bits(model, {"w": np.full(3, 12.0)})
+
+
+def processes_that_name(text: str) -> list[str]:
+    """The command lines, of all processes of this machine, that have the text in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if text in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks into Linux's /proc")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
+    arguments = [sys.executable, "-m", "nvflare_adapter", "--rounds", "200", "--output", "out"]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None
+        lines = iter(job.stdout.readline, "")
+        assert any(line.split()[0] == "0" for line in lines)
+        assert len(processes_that_name(str(tmp_path))) > 2
+        job.send_signal(sent)
+        _, error = job.communicate(timeout=60)
+    assert error == "nvflare_adapter: stopped\n"
+    assert job.returncode == 130
+    deadline = time.monotonic() + 20
+    while processes_that_name(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_that_name(str(tmp_path)) == []
