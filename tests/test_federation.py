@@ -1,0 +1,663 @@
+"""The federation: rounds, selection, evaluation, stopping, storing and resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import settings
+
+from fedavg_core.accumulator import weighted_mean
+from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from fedavg_core.client import Client, Context, TrainResult, contributor_seed, draw_contributors
+from fedavg_core.errors import CheckpointError, Reason, UsageError
+from fedavg_core.federation import Federation
+from fedavg_core.gate import Limits
+from fedavg_core.model import same_bits
+from fedavg_core.observer import Observer
+from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.update import TransferType
+
+FULL, DIFF = TransferType.FULL, TransferType.DIFF
+KILLS = settings().max_examples // 50
+"""How often a run is killed: 2 times by default, 20 in ci."""
+
+
+def model() -> dict[str, npt.NDArray[Any]]:
+    return {"w": np.zeros((3, 4), np.float32), "b": np.ones(2)}
+
+
+def train(params: dict[str, Any], context: Context) -> TrainResult:
+    """A client whose every bit comes from its seed; some fail, and some send what is unfit."""
+    rng = np.random.default_rng(context.seed)
+    if context.seed % 11 == 0:
+        raise RuntimeError("no data this time")
+    for array in params.values():
+        array += rng.normal(size=array.shape).astype(array.dtype)
+    if context.seed % 7 == 0:
+        params["w"][0, 0] = math.nan
+    return TrainResult(params, int(rng.integers(1, 100)), {"loss": float(rng.random())})
+
+
+def federation(rounds: int = 4, **more: Any) -> Federation:
+    names = [f"site-{number}" for number in range(1, 11)]
+    fields = {"model": model(), "clients": dict.fromkeys(names, train), "rounds": rounds}
+    return Federation(**{**fields, **more})
+
+
+def adding(step: float, weight: float = 1, **metrics: Any) -> Client:
+    def client(params: dict[str, Any], context: Context) -> TrainResult:
+        moved = {key: value + value.dtype.type(step) for key, value in params.items()}
+        return TrainResult(moved, weight, metrics)
+
+    return client
+
+
+def scores(*values: float) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """An evaluation that gives these scores, one after the other."""
+    left = list(values)
+    return lambda params: {"score": left.pop(0)}
+
+
+class TestARun:
+    """Rounds and their outcomes."""
+
+    def test_each_round_starts_from_the_outcome_of_the_one_before(self) -> None:
+        fed = Federation(model(), {"a": adding(1), "b": adding(4, weight=2)}, 3)
+        outcomes = list(fed)
+        assert [outcome.round for outcome in outcomes] == [0, 1, 2]
+        assert [outcome.model["w"][0, 0] for outcome in outcomes] == [3.0, 6.0, 9.0]
+        assert same_bits(fed.model, outcomes[-1].model)
+        assert (fed.round, fed.stopped, fed.best) == (3, None, None)
+
+    def test_it_can_be_left_and_taken_up_again(self) -> None:
+        fed, whole = federation(), federation()
+        for outcome in fed:
+            if outcome.round == 1:
+                break
+        rest = fed.run()
+        assert [outcome.round for outcome in rest] == [2, 3]
+        assert fed.run() == []
+        whole.run()
+        assert same_bits(fed.model, whole.model)
+
+    def test_what_is_done_to_an_outcome_does_not_touch_the_run(self) -> None:
+        given, fed = model(), federation(2, model=model())
+        spoilt = Federation(given, dict.fromkeys((f"site-{n}" for n in range(1, 11)), train), 2)
+        given["w"][:] = 7
+        for outcome in spoilt:
+            outcome.model["w"][:] = math.nan
+            spoilt.model["w"][:] = math.nan
+        fed.run()
+        assert same_bits(spoilt.model, fed.model)
+
+    def test_each_client_has_its_own_copy_to_write_to(self) -> None:
+        seen = []
+
+        def client(params: dict[str, Any], context: Context) -> TrainResult:
+            seen.append(float(params["b"][0]))
+            params["b"] *= 0
+            del params["w"]
+            return TrainResult({"b": np.full(2, 5.0)}, 1)
+
+        list(Federation(model(), {"a": client, "b": client}, 2))
+        assert seen == [1.0, 1.0, 5.0, 5.0]
+
+    def test_clients_are_told_where_they_are(self) -> None:
+        told: list[Context] = []
+
+        def client(params: dict[str, Any], context: Context) -> TrainResult:
+            told.append(context)
+            return TrainResult(params, 1)
+
+        names = ["site-10", "site-2", "site-1"]
+        Federation(model(), dict.fromkeys(names, client), 2, seed=5, participation=2).run()
+        for number in range(2):
+            drawn = draw_contributors(names, 2, 5, number)
+            for context in told[2 * number : 2 * number + 2]:
+                assert context.contributor == drawn.pop(0)
+                assert context.index == ["site-1", "site-2", "site-10"].index(context.contributor)
+                assert (context.num_contributors, context.num_rounds) == (3, 2)
+                assert context.round == number
+                assert context.seed == contributor_seed(5, number, context.contributor)
+
+    def test_full_and_diff_agree_where_differences_are_exact(self) -> None:
+        clients = {"a": adding(1), "b": adding(2, weight=2), "c": adding(5, weight=5)}
+        runs = [Federation(model(), clients, 3, transfer=transfer) for transfer in TransferType]
+        for run in runs:
+            run.run()
+        assert same_bits(runs[0].model, runs[1].model)
+        assert not same_bits(runs[0].model, model())
+
+    def test_the_model_is_the_exact_mean_of_what_was_accepted(self) -> None:
+        (outcome,) = federation(1, seed=3)
+        sent, weights = [], []
+        for receipt in outcome.accepted:
+            number = int(receipt.contributor[5:]) - 1
+            seed = contributor_seed(3, 0, receipt.contributor)
+            result = train(model(), Context(receipt.contributor, number, 10, 0, 1, seed))
+            sent.append(result.params)
+            weights.append(result.weight)
+        assert same_bits(outcome.model, weighted_mean(sent, weights))
+
+    def test_clients_may_bring_the_first_model(self) -> None:
+        def client(params: dict[str, Any], context: Context) -> TrainResult:
+            start = params.get("w", np.array([1.0]))
+            return TrainResult({"w": start + context.index}, 1)
+
+        fed = Federation(None, {"a": client, "b": client}, 2)
+        assert fed.model == {}
+        assert [outcome.model["w"].tolist() for outcome in fed] == [[1.5], [2.0]]
+
+    @pytest.mark.parametrize("accumulator", ["float64", "float32"])
+    def test_other_arithmetic_is_used_where_asked_for(self, accumulator: Any) -> None:
+        assert len(federation(accumulator=accumulator).run()) == 4
+
+
+class TestClientsThatFail:
+    """They are reported and left out, and the run goes on."""
+
+    def test_one_that_raises_is_reported(self) -> None:
+        def raising(params: dict[str, Any], context: Context) -> TrainResult:
+            raise OSError("disk\ngone")
+
+        fed = Federation(model(), {"a": raising, "b": adding(2)}, 2)
+        for outcome in fed:
+            assert outcome.failed == (Failure("a", outcome.round, "'OSError: disk\\ngone'"),)
+            assert [receipt.contributor for receipt in outcome.accepted] == ["b"]
+        assert fed.model["b"].tolist() == [5.0, 5.0]
+
+    def test_one_whose_update_is_unfit_is_refused(self) -> None:
+        fed = Federation(model(), {"a": adding(math.nan), "b": adding(2), "c": adding(1, -1)}, 1)
+        (outcome,) = fed
+        assert [receipt.reason for receipt in outcome.refused] == [
+            Reason.NON_FINITE,
+            Reason.BAD_WEIGHT,
+        ]
+        assert fed.model["b"].tolist() == [3.0, 3.0]
+
+    def test_too_few_keep_the_model_and_the_run_goes_on(self) -> None:
+        def raising_first(params: dict[str, Any], context: Context) -> TrainResult:
+            if context.round == 0:
+                raise RuntimeError
+            return adding(1)(params, context)
+
+        fed = Federation(model(), {"a": raising_first, "b": adding(1)}, 2, min_updates=2)
+        first, second = fed
+        assert (first.enough, second.enough) == (False, True)
+        assert first.problem == (
+            "round 0: 1 accepted where at least 2 are needed; the model keeps its values"
+        )
+        assert same_bits(first.model, model())
+        assert fed.model["b"].tolist() == [2.0, 2.0]
+
+    def test_retries_are_made(self) -> None:
+        tries = []
+
+        def flaky(params: dict[str, Any], context: Context) -> TrainResult:
+            tries.append(context.round)
+            if len(tries) % 2:
+                raise RuntimeError
+            return TrainResult(params, 1)
+
+        assert all(outcome.enough for outcome in Federation(model(), {"a": flaky}, 3, retries=1))
+        assert tries == [0, 0, 1, 1, 2, 2]
+
+    def test_one_that_is_late_is_reported(self) -> None:
+        def slow(params: dict[str, Any], context: Context) -> TrainResult:
+            time.sleep(0.5)
+            return TrainResult(params, 1)
+
+        with ThreadPoolExecutor(2) as executor:
+            fed = Federation(
+                model(), {"a": slow, "b": adding(1)}, 1, executor=executor, deadline=0.1
+            )
+            (outcome,) = fed
+        assert [failure.contributor for failure in outcome.failed] == ["a"]
+        assert outcome.failed[0].problem.startswith("late")
+        assert outcome.enough
+
+
+class TestWhereClientsRun:
+    """In line, on threads, on processes: the same outcomes to the bit."""
+
+    @pytest.mark.parametrize("transfer", TransferType)
+    @pytest.mark.parametrize(
+        "make", [lambda: ThreadPoolExecutor(4), lambda: ProcessPoolExecutor(2)]
+    )
+    def test_the_outcomes_are_the_same(
+        self, make: Callable[[], Executor], transfer: TransferType
+    ) -> None:
+        fixed: dict[str, Any] = {"transfer": transfer, "participation": 0.7, "seed": 9}
+        expected = federation(5, **fixed).run()
+        assert any(outcome.failed for outcome in expected)
+        assert any(outcome.refused for outcome in expected)
+        with make() as executor:
+            found = federation(5, **fixed, executor=executor, in_flight=3).run()
+        for a, b in zip(expected, found, strict=True):
+            assert same_bits(a.model, b.model)
+            assert (a.metrics, a.accepted, a.refused) == (b.metrics, b.accepted, b.refused)
+            assert (a.failed, a.total_weight) == (b.failed, b.total_weight)
+
+    def test_many_clients_take_no_more_memory_than_few(self) -> None:
+        big = {"w": np.zeros(20_000)}
+
+        def client(params: dict[str, Any], context: Context) -> TrainResult:
+            return TrainResult(params, 1)
+
+        peaks = []
+        for count in (50, 1_000):
+            fed = Federation(big, {f"s{n}": client for n in range(count)}, 2)
+            tracemalloc.start()
+            fed.run()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        # Receipts grow, at some hundreds of bytes each; 950 models would be 152 MB.
+        assert peaks[1] - peaks[0] < 950 * 2_000
+
+
+class TestParticipation:
+    """Who is selected."""
+
+    @pytest.mark.parametrize(
+        ("participation", "count"),
+        [(None, 10), (1, 1), (4, 4), (10, 10), (1.0, 10), (0.5, 5), (0.44, 4), (0.01, 1)],
+    )
+    def test_so_many_are_selected(self, participation: Any, count: int) -> None:
+        for outcome in federation(participation=participation):
+            assert len(outcome.accepted + outcome.refused + outcome.failed) == count
+
+    def test_the_draw_is_by_the_seed_and_the_round(self) -> None:
+        def who(outcome: Outcome) -> list[str]:
+            answers = outcome.accepted + outcome.refused + outcome.failed
+            return sorted(answer.contributor for answer in answers)
+
+        names = [f"site-{number}" for number in range(1, 11)]
+        for seed in (0, 1):
+            for outcome in federation(participation=3, seed=seed):
+                assert who(outcome) == sorted(draw_contributors(names, 3, seed, outcome.round))
+
+    @pytest.mark.parametrize("participation", [0, 11, -1, 0.0, 1.1, -0.5, math.nan, True, "all"])
+    def test_one_without_meaning_is_a_usage_error(self, participation: Any) -> None:
+        with pytest.raises(UsageError, match="participation: expected a number of clients from 1"):
+            federation(participation=participation)
+
+
+class TestEvaluation:
+    """What the new model is worth."""
+
+    def test_it_is_in_the_outcome(self) -> None:
+        def evaluate(params: dict[str, Any]) -> dict[str, Any]:
+            return {"mean": params["b"].mean()}
+
+        fed = Federation(model(), {"a": adding(1)}, 2, evaluate=evaluate)
+        assert [outcome.evaluation for outcome in fed] == [{"mean": 2.0}, {"mean": 3.0}]
+
+    def test_the_model_cannot_be_written_to(self) -> None:
+        def evaluate(params: dict[str, Any]) -> dict[str, float]:
+            with pytest.raises(ValueError, match="read-only"):
+                params["b"][:] = 0
+            params.clear()
+            return {}
+
+        (outcome,) = Federation(model(), {"a": adding(1)}, 1, evaluate=evaluate)
+        assert outcome.model["b"].flags.writeable
+        assert outcome.model["b"].tolist() == [2.0, 2.0]
+
+    def test_it_is_made_every_so_many_rounds_and_in_the_last(self) -> None:
+        outcomes = federation(8, evaluate=lambda params: {"x": 1}, evaluate_every=3).run()
+        assert [o.round for o in outcomes if o.evaluation] == [2, 5, 7]
+
+    def test_what_it_raises_ends_the_run_before_the_round_counts(self) -> None:
+        calls = []
+
+        def evaluate(params: dict[str, Any]) -> dict[str, float]:
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no test data")
+            return {}
+
+        fed = Federation(model(), {"a": adding(1)}, 3, evaluate=evaluate)
+        with pytest.raises(RuntimeError, match="no test data"):
+            fed.run()
+        assert fed.round == 1
+        assert fed.model["b"].tolist() == [2.0, 2.0]
+        assert [outcome.round for outcome in fed] == [1, 2]
+
+
+class TestStopping:
+    """Early, by the caller's word or for want of progress."""
+
+    def test_it_stops_when_told_to(self) -> None:
+        fed = federation(9, stop_when=lambda outcome: outcome.round == 2)
+        assert len(fed.run()) == 3
+        assert fed.stopped == "stop_when said so after round 2"
+        assert fed.run() == []
+
+    @pytest.mark.parametrize(
+        ("mode", "values", "rounds", "best"),
+        [
+            ("max", [1, 2, 2, 1, 9], 4, 1),
+            ("max", [1, 2, 1, 3, 0, 0], 6, 3),
+            ("min", [1, 2, 2, 0], 3, 0),
+            ("min", [3, 2, 1, 0], 4, 3),
+            ("max", [1, math.nan, math.nan, 5], 3, 0),
+            ("max", [math.nan, 1, math.inf, 0, 0], 5, 2),
+        ],
+    )
+    def test_it_stops_without_progress(
+        self, mode: Any, values: list[float], rounds: int, best: int
+    ) -> None:
+        fed = Federation(
+            model(), {"a": adding(1)}, len(values), evaluate=scores(*values),
+            monitor="score", mode=mode, patience=2,
+        )  # fmt: skip
+        outcomes = fed.run()
+        assert len(outcomes) == rounds
+        assert fed.best is not None
+        assert (fed.best.round, fed.best.value) == (best, values[best])
+        assert same_bits(fed.best.model, outcomes[best].model)
+        if rounds < len(values):
+            assert fed.stopped == "score was not better for 2 rounds"
+
+    def test_a_metric_of_the_contributors_can_be_monitored(self) -> None:
+        clients = {"a": adding(1, loss=2.0)}
+        fed = Federation(model(), clients, 9, monitor="loss", mode="min", patience=3)
+        assert len(fed.run()) == 4
+
+    def test_the_evaluation_comes_before_the_contributors_word(self) -> None:
+        fed = Federation(
+            model(), {"a": adding(1, score=100)}, 2, evaluate=scores(1, 2), monitor="score"
+        )
+        fed.run()
+        assert fed.best is not None
+        assert fed.best.value == 2
+
+    def test_a_round_without_the_metric_does_not_count(self) -> None:
+        fed = Federation(
+            model(), {"a": adding(1)}, 8, evaluate=scores(3, 2, 1, 0), evaluate_every=2,
+            monitor="score", patience=2,
+        )  # fmt: skip
+        assert len(fed.run()) == 6
+        assert federation(3, monitor="no such metric", patience=1).run()[-1].round == 2
+
+
+class Notes(Observer):
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def round_started(self, round: int, contributors: Sequence[str]) -> None:
+        self.told.append(("started", (round, *contributors)))
+
+    def update_judged(self, receipt: Receipt) -> None:
+        self.told.append(("judged", (receipt.contributor, receipt.accepted)))
+
+    def client_failed(self, failure: Failure) -> None:
+        self.told.append(("failed", failure.contributor))
+
+    def round_ended(self, outcome: Outcome) -> None:
+        self.told.append(("ended", outcome.round))
+
+
+class TestObservers:
+    """They are told what happens."""
+
+    def test_they_are_told_everything_in_order(self) -> None:
+        def raising(params: dict[str, Any], context: Context) -> TrainResult:
+            raise RuntimeError
+
+        notes = Notes()
+        clients = {"a": adding(1), "b": raising, "c": adding(math.nan)}
+        Federation(model(), clients, 2, observers=[Observer(), notes]).run()
+        assert notes.told == [
+            event
+            for round in range(2)
+            for event in (
+                ("started", (round, "a", "b", "c")),
+                ("judged", ("a", True)),
+                ("failed", "b"),
+                ("judged", ("c", False)),
+                ("ended", round),
+            )
+        ]
+
+
+class TestStoringAndResuming:
+    """Checkpoints, and going on from them."""
+
+    def test_each_round_is_stored(self, tmp_path: Path) -> None:
+        fed = federation(checkpoint=tmp_path, evaluate=lambda params: {"x": 0.5})
+        for outcome in fed:
+            found = CheckpointStore(tmp_path).load()
+            assert found.round == outcome.round + 1
+            assert same_bits(found.model, outcome.model)
+            assert found.metrics == {**outcome.metrics, "x": 0.5}
+
+    def test_every_so_many_and_the_last_are_stored(self, tmp_path: Path) -> None:
+        federation(5, checkpoint=tmp_path, checkpoint_every=2, keep=9).run()
+        assert [load_checkpoint(path).round for path in CheckpointStore(tmp_path).paths()] == [
+            2,
+            4,
+            5,
+        ]
+
+    def test_the_best_is_stored_and_kept(self, tmp_path: Path) -> None:
+        fed = federation(
+            6, checkpoint=tmp_path, keep=1, evaluate=scores(1, 5, 4, 3, 2, 1), monitor="score",
+            checkpoint_every=9,
+        )  # fmt: skip
+        outcomes = fed.run()
+        best = CheckpointStore(tmp_path).load_best()
+        assert best is not None
+        assert best.round == 2
+        assert same_bits(best.model, outcomes[1].model)
+
+    @pytest.mark.parametrize("stop", range(1, 6))
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_a_resumed_run_ends_with_the_same_bits(
+        self, tmp_path: Path, stop: int, every: int
+    ) -> None:
+        fixed: dict[str, Any] = {
+            "participation": 0.6, "seed": 4, "monitor": "loss", "mode": "min", "patience": 4,
+        }  # fmt: skip
+        whole = federation(6, **fixed)
+        expected = whole.run()
+        stored: dict[str, Any] = {**fixed, "checkpoint": tmp_path, "checkpoint_every": every}
+        for outcome in federation(6, **stored):
+            if outcome.round + 1 == stop:
+                break
+        resumed = federation(6, **stored, resume=True)
+        assert resumed.round <= stop
+        rest = resumed.run()
+        for a, b in zip(expected[::-1], rest[::-1], strict=False):
+            assert same_bits(a.model, b.model)
+            assert (a.round, a.metrics, a.accepted) == (b.round, b.metrics, b.accepted)
+        assert same_bits(resumed.model, whole.model)
+        assert resumed.stopped == whole.stopped
+        assert whole.best is not None
+        assert resumed.best is not None
+        assert (resumed.best.round, resumed.best.value) == (whole.best.round, whole.best.value)
+        assert same_bits(resumed.best.model, whole.best.model)
+
+    def test_an_empty_folder_is_resumed_from_the_beginning(self, tmp_path: Path) -> None:
+        assert len(federation(2, checkpoint=tmp_path, resume=True).run()) == 2
+
+    def test_a_finished_run_has_nothing_left_and_can_be_made_longer(self, tmp_path: Path) -> None:
+        federation(2, checkpoint=tmp_path).run()
+        assert federation(2, checkpoint=tmp_path, resume=True).run() == []
+        longer = federation(4, checkpoint=tmp_path, resume=True)
+        assert [outcome.round for outcome in longer] == [2, 3]
+
+    def test_a_run_that_stopped_early_stays_stopped(self, tmp_path: Path) -> None:
+        stop: dict[str, Any] = {"stop_when": lambda outcome: True, "checkpoint": tmp_path}
+        assert len(federation(4, **stop).run()) == 1
+        resumed = federation(4, **stop, resume=True)
+        assert resumed.run() == []
+        assert resumed.stopped == "stop_when said so after round 0"
+
+    def test_a_folder_that_is_in_use_is_not_overwritten(self, tmp_path: Path) -> None:
+        federation(1, checkpoint=tmp_path).run()
+        with pytest.raises(UsageError, match="resume=True to go on with the run that is stored in"):
+            federation(1, checkpoint=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 1}, "seed 0 to resume, got 1"),
+            ({"transfer": DIFF}, "transfer 'FULL' to resume, got 'DIFF'"),
+            ({"participation": 3}, "selected 10 to resume, got 3"),
+            ({"clients": {"a": train}}, "selected 10"),
+            ({"clients": {f"x{n}": train for n in range(10)}}, "with clients"),
+            ({"min_updates": 2}, "min_updates 1 to resume, got 2"),
+            ({"accumulator": "float64"}, "accumulator 'exact' to resume, got 'float64'"),
+            ({"limits": Limits(max_weight=5)}, "with limits"),
+            ({"monitor": "loss"}, "monitor None to resume, got 'loss'"),
+            ({"mode": "min"}, "mode 'max' to resume, got 'min'"),
+            ({"model": {"w": np.zeros(3)}}, "the stored model has other parameters"),
+        ],
+    )
+    def test_another_run_cannot_be_resumed(
+        self, tmp_path: Path, change: dict[str, Any], named: str
+    ) -> None:
+        federation(1, checkpoint=tmp_path).run()
+        with pytest.raises(UsageError, match=named):
+            federation(2, checkpoint=tmp_path, resume=True, **change)
+
+    def test_the_model_need_not_be_given_again(self, tmp_path: Path) -> None:
+        federation(2, checkpoint=tmp_path).run()
+        resumed = federation(4, model=None, checkpoint=tmp_path, resume=True)
+        resumed.run()
+        whole = federation(4)
+        whole.run()
+        assert same_bits(resumed.model, whole.model)
+
+    def test_a_damaged_checkpoint_is_an_error_and_never_a_new_beginning(
+        self, tmp_path: Path
+    ) -> None:
+        federation(3, checkpoint=tmp_path).run()
+        paths = CheckpointStore(tmp_path).paths()
+        paths[-1].write_bytes(paths[-1].read_bytes()[:-9])
+        with pytest.raises(CheckpointError) as error:
+            federation(4, checkpoint=tmp_path, resume=True)
+        assert error.value.newest_good == paths[-2]
+        paths[-1].unlink()
+        assert federation(4, checkpoint=tmp_path, resume=True).round == 2
+
+    def test_a_best_model_that_is_gone_is_an_error(self, tmp_path: Path) -> None:
+        fixed: dict[str, Any] = {"checkpoint": tmp_path, "monitor": "score"}
+        federation(2, evaluate=scores(2, 1), **fixed).run()
+        (tmp_path / "round-00000001-best.npz").unlink()
+        with pytest.raises(CheckpointError, match="the best model of the run, that of round 0, is"):
+            federation(3, evaluate=scores(2, 1), **fixed, resume=True)
+
+    def test_other_checkpoints_are_a_usage_error(self, tmp_path: Path) -> None:
+        CheckpointStore(tmp_path).save(Checkpoint(model(), 1))
+        with pytest.raises(UsageError, match="its checkpoints are not those of a federation"):
+            federation(2, checkpoint=tmp_path, resume=True)
+
+    def test_two_runs_cannot_share_a_folder(self, tmp_path: Path) -> None:
+        first, second = (federation(2, checkpoint=tmp_path) for _ in range(2))
+        rounds = iter(first)
+        next(rounds)
+        with pytest.raises(CheckpointError, match="another writer is at work"):
+            second.run()
+        assert len(list(rounds)) == 1
+
+
+RUN = """
+import json, sys, time
+from tests.test_federation import federation, train
+def slow(params, context):
+    time.sleep(0.002)
+    return train(params, context)
+names = [f"site-{number}" for number in range(1, 11)]
+fed = federation(
+    30, clients=dict.fromkeys(names, slow), participation=0.5, seed=8, monitor="loss",
+    checkpoint=sys.argv[1], resume=True, keep=2,
+)
+print(fed.round, flush=True)
+fed.run()
+print("done", flush=True)
+"""
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not(
+    tmp_path: Path,
+) -> None:
+    whole = federation(30, participation=0.5, seed=8, monitor="loss")
+    whole.run()
+    choice = random.Random(3)
+    kills, number = 0, 0
+    while kills < KILLS:
+        folder, done = tmp_path / str(number), False
+        number += 1
+        while not done:
+            child = subprocess.Popen(
+                [sys.executable, "-c", RUN, str(folder)], stdout=subprocess.PIPE, text=True
+            )
+            assert child.stdout is not None
+            child.stdout.readline()
+            if kills < KILLS:
+                time.sleep(choice.random() * 0.4)
+                child.send_signal(signal.SIGKILL)
+            rest = child.stdout.read()
+            child.stdout.close()
+            code = child.wait()
+            assert code in (0, -signal.SIGKILL)
+            done = rest == "done\n"
+            kills += code != 0
+        found = CheckpointStore(folder).load()
+        assert found.round == 30
+        assert same_bits(found.model, whole.model)
+        best = CheckpointStore(folder).load_best()
+        assert best is not None
+        assert whole.best is not None
+        assert same_bits(best.model, whole.best.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "rounds: expected at least 1, got 0"),
+        ({"rounds": 2.0}, r"rounds: expected a whole number, got 2\.0"),
+        ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
+        ({"evaluate_every": 0}, "evaluate_every: expected at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1"),
+        ({"patience": 2}, "patience: expected the name of the metric to monitor"),
+        ({"patience": 0, "monitor": "x"}, "patience: expected at least 1"),
+        ({"mode": "best"}, "mode: expected 'max' or 'min', got 'best'"),
+        ({"clients": {}}, "clients: expected a mapping of at least one"),
+        ({"clients": [train]}, "clients: expected a mapping"),
+        ({"clients": {"a\n": train}}, "clients: expected a mapping of at least one printable"),
+        ({"model": [1.0]}, "expected a model as a mapping"),
+        ({"model": None, "transfer": DIFF}, "differences need a model"),
+        ({"transfer": "FULL"}, "transfer: expected a TransferType"),
+        ({"min_updates": 0}, "min_updates: expected an integer of at least 1"),
+        ({"accumulator": "half"}, "expected accumulator 'exact'"),
+        ({"retries": -1}, "retries: expected at least 0"),
+        ({"deadline": 1.0}, "deadline: expected an executor as well"),
+    ],
+)
+def test_an_argument_without_meaning_is_a_usage_error(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        federation(**change)
+
+
+def test_the_settings_that_are_stored_are_json() -> None:
+    settings = federation(limits=Limits(roster=frozenset({"site-1"})))._settings()
+    assert json.loads(json.dumps(settings)) == settings
