@@ -261,7 +261,7 @@ def test_the_end_of_the_range_is_half_a_step_beyond_the_largest(
             oracle([{"w": half * 1.5}], [1], base=base)
         # Exactly half a step: to even, which is the number beyond if the largest's code is odd.
         exact = outcome(oracle, [{"w": half}], [1], base=base)
-        assert agree(exact, "out of range" if codes[0] % 2 else base)
+        assert agree(exact, "out of range" if int(codes[0]) % 2 else base)
 
 
 @both
