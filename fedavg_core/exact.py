@@ -28,6 +28,7 @@ A negative weight undoes an addition exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from math import frexp, ldexp
 from typing import Any, TypeAlias
@@ -85,13 +86,14 @@ class ExactSum:
         size: n, at least 1.
     """
 
-    __slots__ = ("_bounds", "_limbs", "origin", "size")
+    __slots__ = ("_bounds", "_journal", "_limbs", "origin", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.origin: int | None = None
         self._limbs: dict[int, Floats] = {}
         self._bounds: dict[int, int] = {}
+        self._journal: list[tuple[int, Indices | None, Floats]] = []
 
     def reset(self) -> None:
         """Make the sum zero again; the memory is kept for the next one."""
@@ -102,7 +104,7 @@ class ExactSum:
                 self._bounds[k] = 0
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
-        """Add ``weight · values``, exactly.
+        """Add ``weight · values``, exactly; with any error nothing is added.
 
         Args:
             values: One dimension, n elements, contiguous; float32 or float64. Only read.
@@ -110,20 +112,21 @@ class ExactSum:
             scratch: Buffers of at least n elements; their contents are overwritten.
 
         Raises:
-            NonFiniteError: An element is NaN or infinite; the sum is unchanged.
+            NonFiniteError: An element is NaN or infinite.
         """
-        odd, shift = _dyadic(weight)
-        if values.dtype == np.float32:
-            if self._add_float32(values, odd, shift, scratch):
-                return
-        else:
-            largest = float(np.abs(values, out=scratch.product[: self.size]).max())
-            if not largest < np.inf:
-                raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
-        self._add_general(None, values, odd, shift)
+        with self._undone_if_it_fails():
+            odd, shift = _dyadic(weight)
+            if values.dtype == np.float32:
+                if self._add_float32(values, odd, shift, scratch):
+                    return
+            else:
+                largest = float(np.abs(values, out=scratch.product[: self.size]).max())
+                if not largest < np.inf:
+                    raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
+            self._add_general(None, values, odd, shift)
 
     def add_sum(self, other: ExactSum, sign: int = 1, at: slice | None = None) -> None:
-        """Add another sum, exactly.
+        """Add another sum, exactly; with any error nothing is added.
 
         Args:
             other: Another sum; only read.
@@ -135,12 +138,13 @@ class ExactSum:
         if self.origin is None:
             self.origin = other.origin
         where = None if at is None else np.arange(self.size)[at]
-        for k in other._used():
-            limb, bound = other._limbs[k], other._bounds[k]
-            if self.origin == other.origin and bound < _CAPACITY >> 1:
-                self._deposit(k, where, limb * sign, bound)
-            else:
-                self._add_slices(where, limb, sign, other.origin + STEP * k)
+        with self._undone_if_it_fails():
+            for k in other._used():
+                limb, bound = other._limbs[k], other._bounds[k]
+                if self.origin == other.origin and bound < _CAPACITY >> 1:
+                    self._deposit(k, where, limb * sign, bound)
+                else:
+                    self._add_slices(where, limb, sign, other.origin + STEP * k)
 
     def take(self, where: Indices | slice) -> ExactSum:
         """The sums of some of the elements.
@@ -434,6 +438,20 @@ class ExactSum:
             limb += part
         else:
             limb[where] += part
+        self._journal.append((k, where, part))
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Take back what is deposited inside if it is left by an error, such as MemoryError."""
+        self._journal.clear()
+        try:
+            yield
+        except BaseException:
+            for k, where, part in self._journal:
+                self._limbs[k][slice(None) if where is None else where] -= part
+            raise
+        finally:
+            self._journal.clear()
 
     def _carry(self, k: int) -> None:
         """Move the upper part of limb k to the limb above."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -211,3 +212,35 @@ def test_an_empty_sum_has_no_leading_values_and_no_digits() -> None:
     cancelled.reset()
     cancelled.origin = 0
     assert list(cancelled.leading()) == []
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("method", ["_room", "_deposit", "_cut", "_carry"])
+def test_an_addition_that_fails_at_any_step_leaves_the_sum_as_it_was(
+    method: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, other = from_bits(3, np.float64), summed((from_bits(4, np.float64), 3))
+    total = summed((from_bits(1, np.float32), 600), (from_bits(2, np.float64), 1))
+    total._bounds.update(dict.fromkeys(total._bounds, 1 << 53))
+    before = values_of(total)
+    real, calls = getattr(ExactSum, method), [0]
+
+    def failing(self: ExactSum, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            raise MemoryError
+        return real(self, *args)
+
+    additions: list[Callable[[], None]] = [
+        lambda: total.add(wide, Fraction(0.1), Scratch(SIZE)),
+        lambda: total.add_sum(other),
+    ]
+    for addition in additions:
+        calls[0] = 0
+        monkeypatch.setattr(ExactSum, method, failing)
+        with contextlib.suppress(MemoryError):
+            addition()
+            monkeypatch.undo()
+            before = values_of(total)
+        monkeypatch.undo()
+        assert values_of(total) == before
