@@ -33,8 +33,8 @@ from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import same_bits
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint-format-1.npz"
-KILLS = settings().max_examples // 10
-"""How often a writing child is killed: 10 times by default, 100 in ci."""
+KILLS = 100 if settings().max_examples >= 1_000 else 5
+"""How often a writing child is killed; 100 times in ci."""
 
 
 def checkpoint(number: int, **more: Any) -> Checkpoint:
