@@ -14,8 +14,8 @@ ALLOWED = {"numpy", "fedavg_core"}
 def foreign_imports(statement: str) -> set[str]:
     """The top-level packages, other than allowed ones, that a statement loads in a new process."""
     program = (
-        "import sys\n"
-        "before = set(sys.modules)\n"  # what the interpreter itself loads, .pth files included
+        "import sys, numpy\n"
+        "before = set(sys.modules)\n"  # what the interpreter and NumPy themselves load
         f"{statement}\n"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(loaded - set(sys.stdlib_module_names)))"
