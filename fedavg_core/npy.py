@@ -34,7 +34,7 @@ _HEADER = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How an array lies in bytes.
 
@@ -42,7 +42,7 @@ class Layout:
         shape: Its shape.
         stored: The dtype that its bytes are read as, in their byte order.
         dtype: The dtype that they mean, in native byte order.
-        fortran: Whether the first index runs fastest.
+        fortran: Whether the first index runs fastest, where that makes a difference.
         start: How many bytes come before the first element.
     """
 
@@ -96,7 +96,8 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
     if order == ">":
         stored = stored.newbyteorder(">")
     shape = tuple(int(dim) for dim in re.findall("[0-9]+", dims))
-    layout = Layout(shape, stored, meant, fortran == "True", 8 + width + length)
+    columns = fortran == "True" and sum(dim != 1 for dim in shape) > 1
+    layout = Layout(shape, stored, meant, columns, 8 + width + length)
     left = size - layout.start
     require(
         len(shape) <= 32 and layout.nbytes == left,

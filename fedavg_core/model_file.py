@@ -1,0 +1,283 @@
+"""A model in a file, read piece by piece.
+
+Three formats are read: npz (members as they are, or deflated), safetensors, and npy, which holds
+one array without a name, here called ``arr_0`` as `numpy.savez` calls it. The name's suffix says
+which it is, or the first bytes if the suffix says nothing.
+
+A `ModelFile` is open only while it is visited, so that any number of them can be at hand. The first
+look at one checks the container and each array's header; from then on the file may not change. A
+visit reads, of some arrays, runs of elements in C order. How, depends on how an array lies:
+
+* The elements of npy and safetensors lie there as they are, and any run is read directly. (By plain
+  reads and not by a memory map: a map of a file that someone cuts short ends the process by a
+  signal, and the pages that were touched count as memory of the process.)
+* A member of an npz has a checksum over all of it, so it is read from its first element to its last
+  in turn. Where one visit ends, the next goes on.
+* Two kinds cannot be read in turn from where they lie: a deflated member for which the allowance
+  has no zlib state left, and a member in Fortran order of which a visit does not want all. They are
+  first unpacked to a scratch file, once, which is taken away when its last element has been read.
+  At any time there is at most one for each model file.
+
+Nothing a file declares is believed, and whatever is wrong with it is a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.archive import Damaged, check_archive, require
+from fedavg_core.codec import damage_told, list_npz
+from fedavg_core.errors import CheckpointError, quoted
+from fedavg_core.model import check_array
+from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
+from fedavg_core.safetensors import list_safetensors
+from fedavg_core.stored_array import DeflatedMember, Member, OpenBytes, StoredArray, Unpacked
+
+__all__ = ["Allowance", "ModelFile"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_SUFFIXES = {".npz", ".npy", ".safetensors"}
+_UNBOUNDED = 1 << 62
+_LOCAL_HEADER = struct.Struct("<26x2H")
+_NPY_NAME = "arr_0"
+
+
+class Allowance:
+    """What the files that are read together may use together. A context manager.
+
+    Args:
+        scratch: The folder for scratch files; one is made in it when the first is needed, and taken
+            away when the context is left.
+        inflaters: How many unfinished deflated members may keep their state.
+        entries: How many arrays' places may be kept in memory from one visit to the next.
+        header: The longest safetensors header to read, in bytes.
+    """
+
+    def __init__(self, scratch: Path, *, inflaters: int, entries: int, header: int) -> None:
+        self.inflaters = inflaters
+        self.entries = entries
+        self.header = header
+        self._scratch = scratch
+        self._stack = contextlib.ExitStack()
+        self._folder: str | None = None
+        self._layouts: dict[Layout, Layout] = {}
+
+    def __enter__(self) -> Allowance:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def shared(self, layout: Layout) -> Layout:
+        """One object for equal layouts, since the models of a federation are alike."""
+        if len(self._layouts) < self.entries:
+            return self._layouts.setdefault(layout, layout)
+        return self._layouts.get(layout, layout)
+
+    @contextlib.contextmanager
+    def scratch_file(self) -> Iterator[tuple[IO[bytes], Path]]:
+        """A new scratch file, open for writing.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        try:
+            if self._folder is None:
+                folder = tempfile.TemporaryDirectory(
+                    prefix=".fedavg-", dir=self._scratch, ignore_cleanup_errors=True
+                )
+                self._folder = self._stack.enter_context(folder)
+            handle, name = tempfile.mkstemp(dir=self._folder)
+            with open(handle, "wb") as file:
+                yield file, Path(name)
+        except OSError as error:
+            raise CheckpointError(
+                self._scratch, f"a scratch file could not be written ({error.strerror or error})"
+            ) from error
+
+
+class ModelFile:
+    """A model file, checked.
+
+    Args:
+        path: The file.
+        allowance: What it may use, shared with others.
+
+    Raises:
+        CheckpointError: It is not there, or is damaged.
+        RefusedUpdate: It holds something else than arrays of real numbers (DTYPE).
+    """
+
+    def __init__(self, path: Path, allowance: Allowance) -> None:
+        self.path = path
+        self._allowance = allowance
+        self._identity: tuple[int, ...] | None = None
+        self._sealed: bool | None = None
+        self._arrays: dict[str, StoredArray] | None = None
+        self._under_way: tuple[str, int, Member | Unpacked] | None = None
+        arrays = self._list()
+        if len(arrays) <= allowance.entries:
+            allowance.entries -= len(arrays)
+            self._arrays = arrays
+
+    def arrays(self) -> Mapping[str, StoredArray]:
+        """The arrays that the file holds, in its order.
+
+        Raises:
+            CheckpointError: The file has changed, or is no longer there.
+        """
+        return self._list() if self._arrays is None else self._arrays
+
+    def read(self, runs: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
+        """Visit the file: read runs of elements.
+
+        It is quick where a member of an npz is read in turn from its first element to its last,
+        from visit to visit, and to its end before the next one is begun.
+
+        Args:
+            runs: From array to the first element of the run, in C order, and their number (at least
+                one). Arrays that the file does not hold are passed over.
+
+        Returns:
+            The elements, one dimension each, as new memory in native byte order.
+
+        Raises:
+            CheckpointError: The file is damaged or has changed, or a scratch file could not be
+                written.
+        """
+        arrays = self.arrays()
+        if arrays.keys().isdisjoint(runs):
+            return {}
+        with self._opened(buffering=0) as file:
+            return {
+                key: self._run(file, key, arrays[key], start, size)
+                for key, (start, size) in runs.items()
+                if key in arrays
+            }
+
+    @contextlib.contextmanager
+    def _opened(self, buffering: int = -1) -> Iterator[IO[bytes]]:
+        """The file, open, and known to be the one that was opened before."""
+        try:
+            regular = stat.S_ISREG(os.stat(self.path).st_mode)
+            file = open(self.path, "rb", buffering) if regular else None  # noqa: SIM115
+        except OSError as error:
+            raise CheckpointError(
+                self.path, f"could not be read ({error.strerror or error})"
+            ) from error
+        if file is None:
+            raise CheckpointError(self.path, "expected a file, got a folder or a device")
+        with file, damage_told(str(self.path)):
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            require(self._identity in (None, identity), "it has changed while it was read")
+            self._identity = identity
+            yield file
+
+    def _list(self) -> dict[str, StoredArray]:
+        """Find the arrays; the container as a whole is checked the first time only."""
+        with self._opened() as file:
+            size = os.fstat(file.fileno()).st_size
+            kind = self.path.suffix.lower()
+            if kind not in _SUFFIXES:
+                start = file.read(len(MAGIC))
+                kind = ".npz" if start[:2] == b"PK" else ".safetensors"
+                kind = ".npy" if start == MAGIC else kind
+                file.seek(0)
+            if kind == ".npz":
+                if self._sealed is None:
+                    self._sealed = check_archive(file, _UNBOUNDED)
+                arrays = _list_npz(file, self._sealed)
+            elif kind == ".npy":
+                layout = read_layout(file, size, None, "the file")
+                arrays = {_NPY_NAME: StoredArray(layout, 0, size)}
+            else:
+                layouts = list_safetensors(file, size, self._allowance.header)
+                arrays = {key: StoredArray(layout, 0, size) for key, layout in layouts.items()}
+            for key, array in arrays.items():
+                check_array(key, np.empty(0, array.layout.dtype))
+            return {
+                sys.intern(key): replace(array, layout=self._allowance.shared(array.layout))
+                for key, array in arrays.items()
+            }
+
+    def _run(self, file: IO[bytes], key: str, array: StoredArray, start: int, size: int) -> Array:
+        """Read a run of one array."""
+        layout = array.layout
+        shown = f"key {quoted(key)}"
+        if array.crc is None:
+            return decoded(OpenBytes(layout).read(file, start, size), layout, shown)
+        try:
+            source = self._resumed(file, key, start) or self._begun(file, array, start, size)
+            values = source.read(file, start, size)
+            if start + size == layout.size:
+                source.finish(file)
+        except (Damaged, EOFError, zlib.error) as problem:
+            raise Damaged(f"{shown}: {problem}") from None
+        if start + size < layout.size:
+            self._allowance.inflaters -= isinstance(source, DeflatedMember)
+            self._under_way = key, start + size, source
+        return decoded(values, layout, shown)
+
+    def _resumed(self, file: IO[bytes], key: str, start: int) -> Member | Unpacked | None:
+        """The member under way, if this is where it goes on; it is then no longer under way."""
+        if self._under_way is None:
+            return None
+        *place, source = self._under_way
+        self._under_way = None
+        self._allowance.inflaters += isinstance(source, DeflatedMember)
+        if place == [key, start]:
+            return source
+        if isinstance(source, Unpacked):
+            source.finish(file)
+        return None
+
+    def _begun(
+        self, file: IO[bytes], array: StoredArray, start: int, size: int
+    ) -> Member | Unpacked:
+        """A member, to be read from some element on."""
+        member = DeflatedMember(array) if array.deflated else Member(array)
+        kept = start + size < array.layout.size
+        in_turn = not array.layout.fortran or size == array.layout.size
+        if in_turn and not (kept and array.deflated and self._allowance.inflaters < 1):
+            member.skip(file, start)
+            return member
+        with self._allowance.scratch_file() as (out, path):
+            member.unpack(file, out)
+        return Unpacked(path, array.layout)
+
+
+def _list_npz(file: IO[bytes], sealed: bool) -> dict[str, StoredArray]:
+    """Find the arrays of an npz file that has been checked as a container."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        for entry in list_npz(archive, sealed)[0]:
+            member = entry.member
+            with archive.open(member) as stream:
+                shown = f"member {quoted(member.filename)}"
+                layout = read_layout(stream, member.file_size, entry.dtype, shown)
+            file.seek(member.header_offset)
+            *_, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            arrays[entry.name] = StoredArray(
+                layout,
+                member.header_offset + _LOCAL_HEADER.size + name_length + extra_length,
+                member.compress_size,
+                member.compress_type == zipfile.ZIP_DEFLATED,
+                member.CRC,
+            )
+    return arrays
