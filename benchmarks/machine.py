@@ -17,7 +17,7 @@ _TUNING = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "NPY_", "MALLOC_")
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor, its caches, memory, versions, and what in the environment tunes NumPy.
+    """The processor, its caches, load and memory, versions, and variables that tune NumPy.
 
     Returns:
         What JSON can hold; what cannot be found out is None or left out.
@@ -29,6 +29,7 @@ def describe_machine() -> dict[str, Any]:
         else os.cpu_count(),
         "caches": _caches(),
         "memory_gib": _memory_gib(),
+        "load": _load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
@@ -74,6 +75,14 @@ def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _load() -> float | None:
+    """How many processes wanted to run, on the average of the last minute."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except (AttributeError, OSError):
         return None
 
 

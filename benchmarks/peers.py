@@ -93,11 +93,8 @@ class _Streaming(_Plain):
 class _AtHand(_Streaming):
     """The same, given the updates a few at a time."""
 
-    def __init__(self, accumulator: Accumulator, **options: Any) -> None:
-        super().__init__(accumulator, **options)
-        self._add_many = getattr(self._mean, "add_many", None)
-        if self._add_many is None:
-            raise ImportError("this version has no add_many")
+    def __init__(self, accumulator: Accumulator) -> None:
+        super().__init__(accumulator)
         self._waiting: list[Any] = []
 
     def add(self, message: Any) -> None:
@@ -106,7 +103,7 @@ class _AtHand(_Streaming):
             self._flush()
 
     def _flush(self) -> None:
-        self._add_many(self._waiting)
+        self._mean.add_many(self._waiting)
         self._waiting = []
 
     def mean(self) -> Any:

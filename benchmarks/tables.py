@@ -59,7 +59,7 @@ def _of_timing(timing: Timing) -> Table:
     against = "reference" if reference is None else reference.name
     looked_at = any(row.misrounded is not None for row in timing.rows)
     columns = ["", "ms a client" if timing.clients > 1 else "ms", "ns an element", "GB/s"]
-    columns += [f"× as fast as {against}", "quartiles"]
+    columns += [f"× as fast as {against}", "quartiles", "fastest laps"]
     rows = []
     for row in timing.rows:
         seconds = middle(row.laps)
@@ -71,9 +71,10 @@ def _of_timing(timing: Timing) -> Table:
             f"{timing.nbytes / seconds / 1e9:.2f}",
             "" if figures is None else f"{figures.value:.2f}",
             "" if figures is None or row is reference else _quartiles(figures),
+            "" if figures is None or row is reference else f"{figures.best:.2f}",
         ]
         if looked_at:
-            cells.append("" if row.misrounded is None else f"{row.misrounded:.1%}")
+            cells.append("" if row.misrounded is None else _share(row.misrounded))
         rows.append((row.kind, tuple(cells)))
     if looked_at:
         columns.append("misrounded")
@@ -99,6 +100,10 @@ def _of_growth(growth: Growth) -> Table:
     )
 
 
+def _share(share: float) -> str:
+    return "none" if share == 0 else "< 0.1%" if share < 0.001 else f"{share:.1%}"
+
+
 def _quartiles(figures: Ratio) -> str:
     return f"{figures.lower:.2f}–{figures.upper:.2f}"
 
@@ -122,6 +127,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
             standing.against,
             f"{standing.measured.value:.3g}×",
             _quartiles(standing.measured),
+            f"{standing.measured.best:.3g}×",
             f"{sign} {goal.bound:g}×",
             "" if goal.reach is None else f"{goal.reach:g}×",
             verdict,
@@ -129,7 +135,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
         rows.append((verdict, cells))
     return Table(
         "What it is held to",
-        ("", "against", "measured", "quartiles", "bound", "reach", ""),
+        ("", "against", "measured", "quartiles", "fastest laps", "bound", "reach", ""),
         tuple(rows),
         ("speeds: how many times as fast; the others: how many times as much of time or memory",),
     )
@@ -148,6 +154,7 @@ def table_of_machine(machine: dict[str, Any]) -> Table:
         "processor": f"{machine['processor']}, {machine['processors']} usable",
         "caches": ", ".join(machine["caches"]),
         "memory": f"{machine['memory_gib']} GiB",
+        "load": f"{machine['load']} processes when this began" if machine["load"] else "",
         "system": f"{machine['system']}, Python {machine['python']}",
         "versions": ", ".join(f"{name} {found}" for name, found in machine["versions"].items()),
         "SIMD": " ".join(machine["simd"]),

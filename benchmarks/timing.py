@@ -2,7 +2,8 @@
 
 One lap of each task, then the next lap of each: A B A B. A disturbance that lasts longer than a lap
 then falls on all of them. What is reported of two tasks is the ratio of their median times; the
-quartiles of the ratios of the single laps tell how far to trust it.
+quartiles of the ratios of the single laps tell how far to trust it, and the ratio of the fastest
+laps is what is left when every disturbance, which can only add time, has been escaped once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Laps: TypeAlias = "tuple[float, ...]"
 """Seconds, lap by lap; NaN where the task sat out."""
 
 _FAR_BEHIND = 2.0  # times the fastest rival's median
+_TRIAL = 2  # laps after which rivals may be far behind
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,26 @@ class Pace:
         budget: Seconds after which to stop, once the least are run.
     """
 
-    least: int = 3
-    most: int = 15
+    least: int = 5
+    most: int = 20
     budget: float = 15.0
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How one thing stands to another: a ratio of medians, and the quartiles of the lap ratios."""
+    """How one thing stands to another.
+
+    Attributes:
+        value: The ratio of the medians.
+        lower: The lower quartile of the ratios lap by lap.
+        upper: The upper one.
+        best: The ratio of the least.
+    """
 
     value: float
     lower: float
     upper: float
+    best: float
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,8 @@ def take_turns(
     Args:
         tasks: What to run. What a task returns is let go after its clock has stopped.
         pace: How long to go on.
-        rivals: Tasks of which only the fastest matters: those far behind it sit out the laps after
-            the least ones.
+        rivals: Tasks of which only the fastest matters: those that are far behind it after two
+            laps sit out the others.
 
     Returns:
         The laps of each task, as many for each.
@@ -134,7 +144,7 @@ def take_turns(
         for lap in range(pace.most):
             if lap >= pace.least and time.perf_counter() - start > pace.budget:
                 break
-            if lap == pace.least and rivals:
+            if lap == _TRIAL and rivals:
                 best = min(median(laps[name]) for name in rivals)
                 out = {name for name in rivals if median(laps[name]) > _FAR_BEHIND * best}
             for name, task in tasks.items():
@@ -172,7 +182,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
         (a, b) for a, b in zip(above, below, strict=True) if not (math.isnan(a) or math.isnan(b))
     ]
     value = median(a for a, _ in pairs) / median(b for _, b in pairs)
+    best = min(a for a, _ in pairs) / min(b for _, b in pairs)
     if len(pairs) == 1:
-        return Ratio(value, value, value)
+        return Ratio(value, value, value, best)
     lower, _, upper = quantiles((a / b for a, b in pairs), n=4, method="inclusive")
-    return Ratio(value, lower, upper)
+    return Ratio(value, lower, upper, best)
