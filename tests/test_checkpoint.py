@@ -33,6 +33,7 @@ from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import same_bits
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint-format-1.npz"
+ROOT = Path(__file__).parents[1]
 KILLS = 100 if settings().max_examples >= 1_000 else 5
 """How often a writing child is killed; 100 times in ci."""
 
@@ -190,7 +191,11 @@ class TestASingleFile:
             "except CheckpointError as error: print(error)\n"
         )
         shown = subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
         )
         assert shown.stdout == (
             f"{path}: could not be written (File too large); what was there before is as it was\n"
@@ -477,7 +482,7 @@ with CheckpointStore(sys.argv[1], keep=2) as store:
 
 def start_writer(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
 
 

@@ -32,6 +32,7 @@ from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.update import TransferType
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
+ROOT = Path(__file__).parents[1]
 KILLS = 20 if settings().max_examples >= 1_000 else 2
 """How often a run is killed; 20 times in ci."""
 
@@ -608,7 +609,10 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         number += 1
         while not done:
             child = subprocess.Popen(
-                [sys.executable, "-c", RUN, str(folder)], stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", RUN, str(folder)],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
             )
             assert child.stdout is not None
             child.stdout.readline()

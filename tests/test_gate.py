@@ -58,6 +58,17 @@ def test_a_bad_update_is_refused_for_its_reason_and_changes_nothing(bad: Bad) ->
     assert len(receipt.contributor) <= 256
 
 
+@pytest.mark.parametrize("bad", NUMBERED)
+def test_the_gate_alone_refuses_all_but_what_is_not_finite(bad: Bad) -> None:
+    gate = Gate(model(), ROUND, bad.limits)
+    if bad.reason is Reason.NON_FINITE:
+        assert gate.judge(bad.update(), transfer=bad.transfer)
+        return
+    with pytest.raises(RefusedUpdate) as refusal:
+        gate.judge(bad.update(), transfer=bad.transfer)
+    assert refusal.value.reason is bad.reason
+
+
 def test_the_table_of_bad_updates_covers_every_reason_often() -> None:
     counts = Counter(bad.reason for bad in BAD_UPDATES)
     assert len(BAD_UPDATES) >= 72
