@@ -1,0 +1,299 @@
+"""The weighted mean of models in files, in memory that is bounded.
+
+No accumulator of the size of a model is kept, in memory or on disk. The model is worked through in
+passes. A pass takes as many blocks of elements as there is memory for exact sums of them, visits
+each file in turn, reads those elements of it and adds them, and then divides, rounds, and writes
+that part of the result. So each byte of each file is read once, in long runs, one file is open at a
+time, however many there are, and memory depends on neither their size nor their number. Since the
+sums are exact, how the passes are cut leaves no trace in the result: it has the bits of
+`weighted_mean` over the same models in memory.
+
+How much memory an exact sum takes depends on the values: a limb for each 24 bits between the
+largest and the smallest. A pass is cut for the most that the dtypes and the weights could ask for
+(some 110 bytes an element for float32 with whole weights), so the bound holds whatever the files
+hold. What is planned for, out of the limit:
+
+* half: the exact sums of a pass, and the elements of one file that are read for it;
+* an eighth: the buffers of one block, and what dividing and rounding it takes;
+* an eighth: the state of zlib for deflated members that continue in the next pass (where it ends,
+  they are unpacked to a scratch file, see `model_file`);
+* an eighth: where in the files the arrays lie (where it ends, it is looked up at each visit);
+* the rest: the names and shapes of the parameters, and what the interpreter takes for itself.
+
+The result is written as it comes, into a temporary file that replaces the output at the end. Until
+then an error of any kind leaves the output as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.accumulator import exact_weight
+from fedavg_core.blocks import Buffers
+from fedavg_core.checkpoint import replacing
+from fedavg_core.codec import NpzWriter
+from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.model import ArraySpec, ModelSpec
+from fedavg_core.model_file import Allowance, ModelFile
+from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
+from fedavg_core.safetensors import SafetensorsWriter, aligned
+from fedavg_core.stored_array import INFLATER_BYTES
+from fedavg_core.sums import Weight
+
+__all__ = ["aggregate_files"]
+
+Array: TypeAlias = npt.NDArray[Any]
+PathLike: TypeAlias = "str | os.PathLike[str]"
+_Progress: TypeAlias = "Callable[[int, int], None]"
+
+_PASS_SHARE = 2
+_BLOCK_SHARE = _INFLATER_SHARE = _ENTRY_SHARE = 8
+_HEADER_SHARE = 32  # a safetensors header takes up to this many times its length when parsed
+_LARGEST_BLOCK = 1 << 16
+_SMALLEST_BLOCK = 1 << 8
+_ENTRY_BYTES = 320  # an array's place in one file
+_PARAMETER_BYTES = 2048
+_FILE_BYTES = 1024
+
+
+@dataclass
+class _Parameter:
+    """What is known about one parameter when all files have been looked at.
+
+    Attributes:
+        spec: Its shape, and the dtype of the result.
+        weight: The sum of the weights of the files that have it.
+        dtypes: The dtypes that it has in files, the base among them.
+    """
+
+    spec: ArraySpec
+    weight: Weight = 0
+    dtypes: set[np.dtype[Any]] = field(default_factory=set)
+
+
+def aggregate_files(
+    paths: Sequence[PathLike],
+    weights: Sequence[float],
+    output: PathLike,
+    *,
+    base: PathLike | None = None,
+    memory_limit: int = 256 * 2**20,
+    scratch: PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelSpec:
+    """The weighted mean of models in files, exactly as `weighted_mean` gives it.
+
+    The files may be larger than memory, many, and of several formats: npz (compressed or not),
+    safetensors, and npy (one array, which is called ``arr_0``). A parameter that some files lack
+    has its own denominator. A file that is given twice counts twice.
+
+    Args:
+        paths: The files; only read. They must not change meanwhile.
+        weights: As many weights: finite numbers above zero, taken at their exact values.
+        output: The file for the result: npz or safetensors, as its suffix says. An old one is
+            replaced, at the end and in one commit; it may be one of the inputs.
+        base: The file of a model that the others are differences from. The result is then the base
+            plus their mean, rounded once, with the base's parameters and dtypes; those that no file
+            has are copied. Without it a parameter has the dtype of the first file that has it.
+        memory_limit: The most bytes of memory to take, beyond those that the process has already.
+        scratch: A folder for files that serve as scratch, which some compressed inputs need (see
+            `model_file`); by default that of the output. Nothing is left in it.
+        progress: Called after each read with the bytes of arrays read so far and those in all.
+
+    Returns:
+        What was written: names, shapes and dtypes.
+
+    Raises:
+        UsageError: There are no files, or not as many weights; the output's suffix is another, or
+            its format has no such dtype; the memory limit is too small for the names and shapes;
+            the base is not finite.
+        RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`. The
+            contributor is the name of the file (its whole path where two have the same name).
+        CheckpointError: A file is damaged, not there, or has changed, or the output could not be
+            written.
+        OutOfRange: A result is beyond the largest number of its dtype.
+    """
+    inputs = [Path(path) for path in paths]
+    target = Path(output)
+    if not inputs or len(inputs) != len(weights):
+        raise UsageError(
+            f"expected files, and one weight for each, got {len(inputs)} files and "
+            f"{len(weights)} weights"
+        )
+    if target.suffix.lower() not in (".npz", ".safetensors"):
+        raise UsageError(f"expected an output with suffix .npz or .safetensors, got {target}")
+    if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
+        raise UsageError(f"memory_limit: expected a number of bytes, got {quoted(memory_limit)}")
+    allowance = Allowance(
+        target.parent if scratch is None else Path(scratch),
+        inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,
+        entries=memory_limit // _ENTRY_SHARE // _ENTRY_BYTES,
+        header=memory_limit // _HEADER_SHARE,
+    )
+    with allowance:
+        start = None if base is None else Path(base)
+        return _Aggregation(inputs, weights, start, allowance).write(target, memory_limit, progress)
+
+
+class _Aggregation:
+    """The files, looked at, and what is to be made of them."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        weights: Sequence[float],
+        base: Path | None,
+        allowance: Allowance,
+    ) -> None:
+        self._parameters: dict[str, _Parameter] = {}
+        self._files: list[tuple[str, ModelFile, Weight]] = []
+        self._bytes = self._done = 0
+        self._base = None if base is None else self._open_base(base, allowance)
+        names = Counter(path.name for path in paths)
+        for path, given in zip(paths, weights, strict=True):
+            name = path.name if names[path.name] == 1 else str(path)
+            try:
+                weight = exact_weight(given)
+                file = ModelFile(path, allowance)
+                self._take_in(file, weight)
+            except RefusedUpdate as refusal:
+                raise _from(name, refusal) from None
+            self._files.append((name, file, weight))
+        self._least = min(exponents(weight)[0] for _, _, weight in self._files)
+
+    def _open_base(self, path: Path, allowance: Allowance) -> ModelFile:
+        try:
+            file = ModelFile(path, allowance)
+        except RefusedUpdate as refusal:
+            raise UsageError(f"the base, {path}: {refusal}") from None
+        for key, array in file.arrays().items():
+            layout = array.layout
+            self._parameters[key] = _Parameter(
+                ArraySpec(layout.shape, layout.dtype), dtypes={layout.dtype}
+            )
+            self._bytes += layout.nbytes
+        return file
+
+    def _take_in(self, file: ModelFile, weight: Weight) -> None:
+        """Refuse what can be refused without reading the values."""
+        arrays = file.arrays()
+        if not arrays:
+            raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
+        for key, array in arrays.items():
+            layout = array.layout
+            if key not in self._parameters and self._base is not None:
+                raise RefusedUpdate(
+                    Reason.UNEXPECTED_KEYS,
+                    key=key,
+                    expected="parameters of the base",
+                    got="another",
+                )
+            parameter = self._parameters.setdefault(
+                key, _Parameter(ArraySpec(layout.shape, layout.dtype))
+            )
+            if layout.shape != parameter.spec.shape:
+                raise RefusedUpdate(
+                    Reason.SHAPE,
+                    key=key,
+                    expected=f"shape {parameter.spec.shape}",
+                    got=f"{layout.shape}",
+                )
+            parameter.weight += weight
+            parameter.dtypes.add(layout.dtype)
+            self._bytes += layout.nbytes
+
+    def write(self, target: Path, memory_limit: int, progress: _Progress | None) -> ModelSpec:
+        """Work through the model, and write the result."""
+        spec = ModelSpec({key: parameter.spec for key, parameter in self._parameters.items()})
+        safetensors = target.suffix.lower() == ".safetensors"
+        if safetensors:
+            spec = ModelSpec({key: spec[key] for key in aligned(spec)})
+        kinds = {key: self._kind(self._parameters[key]) for key in spec}
+        per_element = max((kind.block_bytes for kind in kinds.values()), default=1)
+        free = memory_limit - _PARAMETER_BYTES * len(spec) - _FILE_BYTES * len(self._files)
+        lacking = _BLOCK_SHARE * _SMALLEST_BLOCK * per_element - free
+        if lacking > 0:
+            raise UsageError(
+                f"memory_limit: expected at least {memory_limit + lacking} bytes for {len(spec)} "
+                f"parameters in {len(self._files)} files, got {memory_limit}"
+            )
+        capacity = min(_LARGEST_BLOCK, free // _BLOCK_SHARE // per_element)
+        buffers = Buffers(capacity)
+        with replacing(target) as file:
+            writer = SafetensorsWriter(file, spec) if safetensors else NpzWriter(file, spec)
+            with writer:
+                for part in cut(spec, kinds, capacity, free // _PASS_SHARE):
+                    for values in self._results(part, buffers, progress):
+                        writer.write(values)
+        return spec
+
+    def _kind(self, parameter: _Parameter) -> Kind:
+        weight, dtypes = parameter.weight, parameter.dtypes
+        return Kind(
+            weight,
+            ArraySpec((), parameter.spec.dtype),
+            sum_bytes(dtypes, weight, self._least) if weight else 0,
+            max(dtype.itemsize for dtype in dtypes),
+        )
+
+    def _results(self, part: Pass, buffers: Buffers, progress: _Progress | None) -> Iterator[Array]:
+        """Work through one pass."""
+        for name, file, weight in self._files:
+            values = self._read(file, part, progress)
+            try:
+                part.add(values, weight, buffers)
+            except NotFinite as place:
+                raise RefusedUpdate(
+                    Reason.NON_FINITE,
+                    contributor=name,
+                    key=place.key,
+                    expected="finite numbers",
+                    got=self._shown(place, part, values),
+                ) from None
+        values = {} if self._base is None else self._read(self._base, part, progress)
+        try:
+            yield from part.means(values, buffers)
+        except NotFinite as place:
+            raise UsageError(
+                f"key {quoted(place.key)}: expected a base of finite numbers, got "
+                f"{self._shown(place, part, values)}"
+            ) from None
+        except BeyondRange as place:
+            spec = self._parameters[place.key].spec
+            raise OutOfRange(
+                f"key {quoted(place.key)}: the result at {_position(spec, place.index)} is beyond "
+                f"the largest number of {spec.dtype}"
+            ) from None
+
+    def _shown(self, place: NotFinite, part: Pass, values: Mapping[str, Array]) -> str:
+        value = values[place.key][place.index - part.runs[place.key][0]]
+        return f"{float(value)} at {_position(self._parameters[place.key].spec, place.index)}"
+
+    def _read(self, file: ModelFile, part: Pass, progress: _Progress | None) -> dict[str, Array]:
+        values = file.read(part.runs)
+        self._done += sum(array.nbytes for array in values.values())
+        if progress is not None:
+            progress(self._done, self._bytes)
+        return values
+
+
+def _position(spec: ArraySpec, index: int) -> str:
+    return str([int(i) for i in np.unravel_index(index, spec.shape)])
+
+
+def _from(name: str, refusal: RefusedUpdate) -> RefusedUpdate:
+    return RefusedUpdate(
+        refusal.reason,
+        contributor=name,
+        key=refusal.key,
+        expected=refusal.expected,
+        got=refusal.got,
+    )
