@@ -76,12 +76,14 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"NAME: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
         read.benchmarks += [entry for entry in chosen if entry not in read.benchmarks]
     if read.save is not None:
-        if read.save.exists() and not read.save.is_dir():
-            parser.error(f"argument --save: expected a folder, got the file {str(read.save)!r}")
         if find_spec("matplotlib") is None:
             parser.error(
                 "argument --save: expected the package matplotlib: pip install 'fedavg-core[bench]'"
             )
+        try:
+            read.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --save: expected a folder to write to: {error}")
     return read
 
 
@@ -162,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(table_of_standings(found), sys.stdout)
     try:
         if read.save is not None:
-            read.save.mkdir(parents=True, exist_ok=True)
             (read.save / "results.json").write_text(document + "\n", encoding="utf-8")
             save_plots(results, read.save)
     except OSError as error:

@@ -189,6 +189,10 @@ def _one_model(quick: bool) -> tuple[str, Params]:
     return "ResNet-50, float32" + ", cut down" * quick, draw_updates(workload.shapes, 1)[0][0]
 
 
+def _small(quick: bool) -> str:
+    return "One tensor" if quick else "2NN"
+
+
 def _transfer(quick: bool) -> list[Result]:
     title, base = _one_model(quick)
     local = {key: array + np.float32(0.01) for key, array in base.items()}
@@ -283,8 +287,8 @@ def _flush(file: Any, flush: bool) -> None:
 
 
 def _federation(quick: bool) -> list[Result]:
-    clients = 200 if quick else 10_000
-    (model, _), *changes = draw_updates(MLP_2NN, 1 + _RING)
+    clients = 100 if quick else 10_000
+    (model, _), *changes = draw_updates(ONE_TENSOR if quick else MLP_2NN, 1 + _RING)
 
     def train(params: Params, context: fc.Context) -> fc.TrainResult:
         change, weight = changes[context.index % _RING]
@@ -309,7 +313,7 @@ def _federation(quick: bool) -> list[Result]:
     return [
         Timing(
             benchmark="federation",
-            title=f"2NN × {clients:,}, float32, a federation in this process",
+            title=f"{_small(quick)} × {clients:,}, float32, a federation in this process",
             timed="one round: each client gets its copy of the model, adds an array to it and "
             "sends it; alone, nobody averages",
             clients=clients,
@@ -340,13 +344,13 @@ def _memory(quick: bool) -> list[Result]:
             continue
         points = [
             Point(clients, (peak_memory(contestant.make, updates, clients) / size,))
-            for clients in (10, 30, 100, 300, 1_000)
+            for clients in ((10, 30, 100) if quick else (10, 30, 100, 300, 1_000))
         ]
         found.append(Series(name, contestant.kind, tuple(points)))
     return [
         Growth(
             benchmark="memory",
-            title=f"{'One tensor' if quick else '2NN'}, float32: memory of a round",
+            title=f"{_small(quick)}, float32: memory of a round",
             measured="the most that is allocated at any moment of a round beyond what there was "
             "before, the update that arrives and the mean included",
             x="clients",
@@ -358,12 +362,12 @@ def _memory(quick: bool) -> list[Result]:
 
 
 def _clients(quick: bool) -> list[Result]:
-    amounts = (10, 100, 1_000) if quick else (10, 100, 1_000, 10_000)
+    amounts = (10, 100) if quick else (10, 100, 1_000, 10_000)
     updates = draw_updates(ONE_TENSOR if quick else MLP_2NN, _RING)
     return [
         Growth(
             benchmark="clients",
-            title=f"{'One tensor' if quick else '2NN'}, float32: time of a client",
+            title=f"{_small(quick)}, float32: time of a client",
             measured="a round's additions, divided by the number of clients; as many additions "
             "for each number",
             x="clients",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import prod, sqrt
 from typing import Any, TypeAlias
 
@@ -185,20 +186,21 @@ WORKLOADS: dict[str, Workload] = {
 """Every model in every dtype, by its name on the command line."""
 
 
-def cut(workload: Workload, most: int = 1 << 12, clients: int = 3) -> Workload:
+def cut(workload: Workload, most: int = 1 << 10, tensors: int = 100, clients: int = 3) -> Workload:
     """The same workload, smaller.
 
     Args:
         workload: The whole one.
         most: No tensor keeps more elements than this, if its first row has fewer.
+        tensors: No more tensors than this are kept.
         clients: No more clients than this are kept.
 
     Returns:
-        One with the same tensors, the large ones with their first rows only.
+        One with the first tensors of the same names, the large ones with their first rows only.
     """
     shapes = {
         key: (max(1, min(shape[0], most // prod(shape[1:]))), *shape[1:])
-        for key, shape in workload.shapes.items()
+        for key, shape in islice(workload.shapes.items(), tensors)
     }
     kept = min(clients, workload.clients)
     title = f"{workload.title}, cut down to {kept} clients of {sum(map(prod, shapes.values())):,}"
