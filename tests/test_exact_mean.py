@@ -17,8 +17,12 @@ import numpy.typing as npt
 import pytest
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.model import same_bits
-from fedavg_core.testing import averaged_dtypes, exact_weighted_mean_by_mantissas
+from fedavg_core.model import ArraySpec, ModelSpec, same_bits
+from fedavg_core.testing import (
+    averaged_dtypes,
+    exact_weighted_mean,
+    exact_weighted_mean_by_mantissas,
+)
 
 ROOT = Path(__file__).parent.parent
 NARROW = [dtype for dtype in averaged_dtypes() if dtype.itemsize <= 2 and dtype.kind not in "iu"]
@@ -188,6 +192,43 @@ def test_a_thousand_random_merge_trees_end_in_the_same_bits() -> None:
         assert same_bits(parts[0].mean(), expected), tree
         if tree % 20 == 0:
             assert parts[0].digest() == digest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("weight_bits", [1, 29, 53])
+def test_hundreds_of_full_significands_add_up_without_losing_a_bit(
+    dtype: str, weight_bits: int
+) -> None:
+    # All of one sign and size, so that the sums grow by ten bits; told by a float64, whose last
+    # bits would show what a sum loses.
+    source = random.Random(f"{dtype} {weight_bits}")
+    spec = ModelSpec({"w": ArraySpec((6,), np.dtype(np.float64))})
+    models = []
+    for _ in range(1_000):
+        numbers = [1 + source.random() for _ in range(6)]
+        scale = 2.0**61 if dtype == "int64" else 1.0
+        models.append({"w": (np.array(numbers) * scale).astype(dtype)})
+    weights = [source.getrandbits(weight_bits) | 1 << (weight_bits - 1) | 1 for _ in models]
+    kinds = {"w": np.float64}
+    expected = exact_weighted_mean(models, weights, dtypes=kinds)
+    acc = WeightedMean(spec)
+    merged = WeightedMean(spec)
+    few = WeightedMean(spec)
+    for model, weight in zip(models, weights, strict=True):
+        acc.add(model, weight)
+        few.add(model, weight)
+        if few.count == 5:
+            merged.merge(few)
+            few.reset()
+    assert same_bits(acc.mean(), expected)
+    assert same_bits(merged.mean(), expected)
+    assert acc.digest() == merged.digest()
+    source.shuffle(order := list(range(1, 1_000)))
+    for i in order:
+        acc.remove(models[i], weights[i])
+    alone = WeightedMean(spec)
+    alone.add(models[0], weights[0])
+    assert acc.digest() == alone.digest()
 
 
 def test_many_updates_of_one_weight_do_not_use_up_the_headroom() -> None:
