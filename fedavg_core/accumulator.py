@@ -41,7 +41,8 @@ from fedavg_core.model import (
     copy_params,
     dtype_named,
 )
-from fedavg_core.sums import ExactSums, PlainSums, Sums, Weight
+from fedavg_core.plain_sums import PlainSums
+from fedavg_core.sums import ExactSums, Sums, Weight
 
 __all__ = ["Accumulator", "WeightedMean", "exact_weight", "weighted_mean"]
 

@@ -86,22 +86,22 @@ class ExactSum:
         size: n, at least 1.
     """
 
-    __slots__ = ("_bounds", "_journal", "_limbs", "origin", "size")
+    __slots__ = ("_journal", "bounds", "limbs", "origin", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.origin: int | None = None
-        self._limbs: dict[int, Floats] = {}
-        self._bounds: dict[int, int] = {}
+        self.limbs: dict[int, Floats] = {}
+        self.bounds: dict[int, int] = {}
         self._journal: list[tuple[int, Indices | None, Floats]] = []
 
     def reset(self) -> None:
         """Make the sum zero again; the memory is kept for the next one."""
         self.origin = None
-        for k, limb in self._limbs.items():
-            if self._bounds[k]:
+        for k, limb in self.limbs.items():
+            if self.bounds[k]:
                 limb.fill(0.0)
-                self._bounds[k] = 0
+                self.bounds[k] = 0
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
         """Add ``weight · values``, exactly; with any error nothing is added.
@@ -139,8 +139,8 @@ class ExactSum:
             self.origin = other.origin
         where = None if at is None else np.arange(self.size)[at]
         with self._undone_if_it_fails():
-            for k in other._used():
-                limb, bound = other._limbs[k], other._bounds[k]
+            for k in other.used():
+                limb, bound = other.limbs[k], other.bounds[k]
                 if self.origin == other.origin and bound < _CAPACITY >> 1:
                     self._deposit(k, where, limb * sign, bound)
                 else:
@@ -155,140 +155,25 @@ class ExactSum:
         Returns:
             A new sum; this one is unchanged.
         """
-        limbs = {k: limb[where].copy() for k, limb in self._limbs.items() if self._bounds[k]}
+        limbs = {k: limb[where].copy() for k, limb in self.limbs.items() if self.bounds[k]}
         size = next(iter(limbs.values())).size if limbs else np.arange(self.size)[where].size
         taken = ExactSum(size)
         taken.origin = self.origin
-        taken._limbs = limbs
-        taken._bounds = {k: self._bounds[k] for k in limbs}
+        taken.limbs = limbs
+        taken.bounds = {k: self.bounds[k] for k in limbs}
         return taken
 
-    def sign(self) -> Floats:
-        """The sign of each element.
+    def settle(self) -> None:
+        """Carry until each limb holds at most half a unit of the next; the value stays."""
+        k = min(self.used(), default=0)
+        while k <= max(self.used(), default=k - 1):
+            if self.bounds.get(k, 0) > _SETTLED:
+                self._carry(k)
+            k += 1
 
-        Returns:
-            -1.0, 0.0 or 1.0 for each; new memory.
-        """
-        settled = self.take(slice(None))
-        settled._settle(top=True)
-        sign = np.zeros(self.size)
-        for _, limb in sorted(settled._limbs.items(), reverse=True):
-            np.copyto(sign, np.sign(limb), where=sign == 0)
-        return sign
-
-    def nearest(self, place: slice, out: Floats, spare: Floats) -> tuple[int, bool] | None:
-        """The sums of some elements as float64, if that can be had at once.
-
-        Args:
-            place: Which elements.
-            out: As many numbers; overwritten with the sums.
-            spare: As many numbers; overwritten.
-
-        Returns:
-            ``(exponent, exact)``: the sums are ``out · 2**exponent``, rounded to nearest even, or
-            exact. None if it takes more, or if every sum is zero.
-        """
-        used = self._used()
-        if self.origin is None or not used or used[-1] - used[0] > 2:
-            return None
-        top = used[-1]
-        lower = [k for k in used if k < top]
-        # Two lower limbs are added without rounding, if between them there are at most 53 bits.
-        if len(lower) == 2 and max(self._bounds[k] for k in lower) > 1 << (52 - STEP):
-            return None
-        if not lower:
-            np.copyto(out, self._limbs[top][place])
-        else:
-            np.multiply(self._limbs[lower[0]][place], 2.0 ** (STEP * (lower[0] - top)), out=spare)
-            if len(lower) == 2:
-                np.multiply(self._limbs[lower[1]][place], 2.0**-STEP, out=out)
-                np.add(spare, out, out=spare)
-            np.add(self._limbs[top][place], spare, out=out)
-        return self.origin + STEP * top, not lower
-
-    def leading(self) -> Iterator[tuple[Indices | slice, Floats, Floats, int, bool]]:
-        """The sums as double-doubles, in groups of elements of like magnitude.
-
-        The limbs are brought in order on the way; the value does not change.
-
-        Yields:
-            ``(where, high, low, exponent, exact)``: the elements at ``where`` are
-            ``(high + low) · 2**exponent``, with ``high`` the nearest float64 to that sum, exactly
-            if ``exact``, and else with a relative error below 2**-71. Elements that occur in no
-            group are zero. All arrays are new memory.
-        """
-        if self.origin is None:
-            return
-        self._settle(top=False)
-        used = self._used()
-        if not used:
-            return
-        top = used[-1]
-        if top - used[0] <= 2:
-            # The two lower limbs are together one float64 below 1 in units of the top one.
-            low = self._below(top, slice(None))
-            high = self._limbs[top] + low
-            low -= high - self._limbs[top]
-            yield slice(None), high, low, self.origin + STEP * top, True
-            return
-        self._settle(top=True)
-        pending = np.arange(self.size)
-        for k in sorted(self._limbs, reverse=True):
-            leads = self._limbs[k][pending] != 0
-            where = pending[leads]
-            pending = pending[~leads]
-            if where.size:
-                upper = self._limbs[k][where]
-                if k - 1 in self._limbs:
-                    upper += self._limbs[k - 1][where] * 2.0**-STEP
-                low = self._below(k - 1, where) * 2.0**-STEP
-                high = upper + low
-                low -= high - upper
-                yield where, high, low, self.origin + STEP * k, False
-
-    def digits(self, grid: int) -> tuple[npt.NDArray[np.int8], dict[int, npt.NDArray[np.int32]]]:
-        """The one canonical form of the sums: a sign and base-2**STEP digits on a fixed grid.
-
-        It depends on the values alone, not on how the limbs happen to hold them.
-
-        Args:
-            grid: An exponent; digit k counts in units of 2**(grid + STEP·k).
-
-        Returns:
-            The sign of each element, and from k to digit k of each, 0 ≤ digit < 2**STEP, for
-            those k for which some element's digit is not zero. New memory.
-        """
-        fixed = ExactSum(self.size)
-        fixed.origin = grid
-        fixed.add_sum(self)
-        sign = fixed.sign()
-        fixed._settle(top=True)
-        used = fixed._used()
-        digits = {}
-        borrow = np.zeros(self.size)
-        for k in range(used[0], used[-1] + 1) if used else ():
-            limb = fixed._limbs.get(k)
-            digit = borrow if limb is None else limb * sign + borrow
-            borrow = np.floor(digit * 2.0**-STEP)
-            digit = digit - borrow * 2.0**STEP
-            if digit.any():
-                digits[k] = digit.astype(np.int32)
-        return sign.astype(np.int8), digits
-
-    @classmethod
-    def from_digits(
-        cls,
-        size: int,
-        grid: int,
-        sign: npt.NDArray[np.int8],
-        digits: dict[int, npt.NDArray[np.int32]],
-    ) -> ExactSum:
-        """The sums that have the given digits (see `digits`)."""
-        total = cls(size)
-        total.origin = grid
-        for k, digit in digits.items():
-            total._deposit(k, None, digit.astype(np.float64) * sign, 1 << STEP)
-        return total
+    def used(self) -> list[int]:
+        """The limbs that may hold something, from the lowest."""
+        return sorted(k for k, bound in self.bounds.items() if bound)
 
     def _add_float32(
         self, values: npt.NDArray[np.float32], odd: int, shift: int, scratch: Scratch
@@ -418,22 +303,22 @@ class ExactSum:
         moved = ExactSum(self.size)
         moved._anchor(high)
         moved.add_sum(self)
-        self.origin, self._limbs, self._bounds = moved.origin, moved._limbs, moved._bounds
+        self.origin, self.limbs, self.bounds = moved.origin, moved.limbs, moved.bounds
 
     def _room(self, k: int, bound: int) -> Floats:
         """Limb k, made if need be, ready to take integers up to the bound."""
-        limb = self._limbs.get(k)
+        limb = self.limbs.get(k)
         if limb is None:
-            limb = self._limbs[k] = np.zeros(self.size)
-            self._bounds[k] = 0
-        elif self._bounds[k] + bound > _CAPACITY:
+            limb = self.limbs[k] = np.zeros(self.size)
+            self.bounds[k] = 0
+        elif self.bounds[k] + bound > _CAPACITY:
             self._carry(k)
         return limb
 
     def _deposit(self, k: int, where: Indices | None, part: Floats, bound: int) -> None:
         """Add integers of at most the bound to limb k; positions occur once each."""
         limb = self._room(k, bound)
-        self._bounds[k] += bound
+        self.bounds[k] += bound
         if where is None:
             limb += part
         else:
@@ -448,43 +333,22 @@ class ExactSum:
             yield
         except BaseException:
             for k, where, part in self._journal:
-                self._limbs[k][slice(None) if where is None else where] -= part
+                self.limbs[k][slice(None) if where is None else where] -= part
             raise
         finally:
             self._journal.clear()
 
     def _carry(self, k: int) -> None:
         """Move the upper part of limb k to the limb above."""
-        limb = self._limbs[k]
-        bound = (self._bounds[k] >> STEP) + 1
+        limb = self.limbs[k]
+        bound = (self.bounds[k] >> STEP) + 1
         above = self._room(k + 1, bound)
         upper = np.rint(limb * 2.0**-STEP)
         above += upper
-        self._bounds[k + 1] += bound
+        self.bounds[k + 1] += bound
         upper *= 2.0**STEP
         limb -= upper
-        self._bounds[k] = _SETTLED
-
-    def _settle(self, top: bool) -> None:
-        """Carry until each limb holds at most half a unit of the next; the top one if asked."""
-        k = min(self._used(), default=0)
-        while k < (last := max(self._used(), default=k - 1)) or (top and k == last):
-            if self._bounds.get(k, 0) > _SETTLED:
-                self._carry(k)
-            k += 1
-
-    def _used(self) -> list[int]:
-        """The limbs that may hold something, from the lowest."""
-        return sorted(k for k, bound in self._bounds.items() if bound)
-
-    def _below(self, k: int, where: Indices | slice) -> Floats:
-        """The two settled limbs below limb k, in units of limb k; exact."""
-        low = np.zeros(self.size)[where]
-        for j in (2, 1):
-            limb = self._limbs.get(k - j)
-            if limb is not None:
-                low += limb[where] * 2.0 ** (-STEP * j)
-        return low
+        self.bounds[k] = _SETTLED
 
 
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from fedavg_core.exact import ExactSum, Scratch
 from fedavg_core.model import NumberFormat
+from fedavg_core.readout import leading, nearest, sign
 
 __all__ = ["quotient"]
 
@@ -68,8 +69,7 @@ def quotient(
     for start in range(0, careful.size, _PIECE):
         places = careful[start : start + _PIECE]
         part = total.take(places)
-        for where, high, low, exponent, exact in part.leading():
-            chosen = np.arange(part.size)[where]
+        for chosen, high, low, exponent, exact in leading(part):
             values, lost = _careful(part, chosen, high, low, exponent, exact, weight, number, out)
             out[places[chosen]] = values
             beyond += places[chosen[lost]].tolist()
@@ -94,7 +94,7 @@ def _quick(
         return None
     size = place.stop - place.start
     values, spare, strange = scratch.product[:size], scratch.spare[:size], scratch.small[:size]
-    near = total.nearest(place, values, spare)
+    near = nearest(total, place, values, spare)
     if near is None:
         return None
     exponent, exact = near
@@ -299,4 +299,4 @@ def _side(
     part.add(base[at], -weight, scratch)
     part.add(lower[at], -weight / 2, scratch)
     part.add(upper[at], -weight / 2, scratch)
-    return part.sign()
+    return sign(part)

@@ -1,15 +1,14 @@
-"""Weighted sums of named arrays, in exact or in ordinary arithmetic.
+"""Weighted sums of named arrays.
 
-Both kinds cut the arrays into blocks (see `blocks`) and hold a sum for each block; they have one
-interface, which knows arrays and weights and nothing of contributors or rounds. A caller first
+All kinds cut the arrays into blocks (see `blocks`) and hold a sum for each block; they have one
+interface, `Sums`, which knows arrays and weights and nothing of contributors or rounds. A caller first
 makes room for the arrays (`grow`), then adds; what was made room for in vain is given back
 (`shrink`). Blocks are independent of each other, so they may be worked on by several threads.
 
 `ExactSums` holds an `ExactSum` for each block. A block in which a NaN is found is left as it was,
 and those that came before it are undone by adding the same with the opposite weight, exactly.
 
-`PlainSums` holds a float64 or float32 array for each block, and rounds at each addition. It cannot
-undo, so it looks at all the values before it adds the first.
+(For ordinary arithmetic see `plain_sums`.)
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from fedavg_core.blocks import Block, Buffers, Segment, flat, load, pack
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
+from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient
 
-__all__ = ["ExactSums", "PlainSums", "Sums", "Weight"]
+__all__ = ["ExactSums", "Sums", "Weight", "base_not_finite", "not_finite"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Weight: TypeAlias = "int | Fraction"
@@ -255,7 +255,7 @@ class ExactSums(Sums[ExactSum]):
                 for params, weight in terms[:added]:
                     _add_block(block, total, params, params, -weight, buffers)
                 if isinstance(error, NonFiniteError):
-                    raise _not_finite(terms[added][0], *block.locate(error.index)) from None
+                    raise not_finite(terms[added][0], *block.locate(error.index)) from None
                 raise
             done.append(number)
 
@@ -270,7 +270,7 @@ class ExactSums(Sums[ExactSum]):
 
     def is_zero(self, key: str) -> bool:
         """See `Sums.is_zero`."""
-        return not any(total.take(s.place).sign().any() for s, total in self._segments(key))
+        return not any(sign(total.take(s.place)).any() for s, total in self._segments(key))
 
     def reset(self) -> None:
         """See `Sums.reset`."""
@@ -279,20 +279,20 @@ class ExactSums(Sums[ExactSum]):
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the sign, and the digits on one grid for all arrays."""
-        pieces = [(s.size, *total.take(s.place).digits(_GRID)) for s, total in self._segments(key)]
-        signs = [sign for _, sign, _ in pieces]
+        pieces = [(s.size, *digits(total.take(s.place), _GRID)) for s, total in self._segments(key)]
+        signs = [one for _, one, _ in pieces]
         result: list[tuple[str, Array]] = [("sign", np.concatenate([np.empty(0, np.int8), *signs]))]
-        for k in sorted({k for _, _, digits in pieces for k in digits}):
-            columns = [digits.get(k, np.zeros(size, np.int32)) for size, _, digits in pieces]
-            result.append((str(k), np.concatenate(columns).astype("<i4", copy=False)))
+        for k in sorted({k for _, _, columns in pieces for k in columns}):
+            column = [columns.get(k, np.zeros(size, np.int32)) for size, _, columns in pieces]
+            result.append((str(k), np.concatenate(column).astype("<i4", copy=False)))
         return result
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
         for segment, total in self._segments(key):
             of = slice(segment.start, segment.start + segment.size)
-            digits = {int(k): part[of] for k, part in parts.items() if k != "sign"}
-            piece = ExactSum.from_digits(segment.size, _GRID, parts["sign"][of], digits)
+            columns = {int(k): part[of] for k, part in parts.items() if k != "sign"}
+            piece = from_digits(segment.size, _GRID, parts["sign"][of], columns)
             total.add_sum(piece, at=segment.place)
 
     def _make(self, size: int) -> ExactSum:
@@ -321,118 +321,8 @@ class ExactSums(Sums[ExactSum]):
             try:
                 _add_block(block, total, base, keys, weight, buffers, where)
             except NonFiniteError:
-                raise _base_not_finite(keys) from None
+                raise base_not_finite(keys) from None
         return quotient(total, weight, spec.number, buffers.scratch, out)
-
-
-class PlainSums(Sums[Array]):
-    """Sums that are rounded at each addition; see `Sums`.
-
-    Args:
-        dtype: float64 or float32.
-        block: The number of elements handled in one go.
-        threads: The most threads to spread the blocks over.
-    """
-
-    def __init__(self, dtype: np.dtype[Any], block: int, threads: int) -> None:
-        super().__init__(block, threads)
-        self._dtype = dtype
-
-    def add(self, terms: Sequence[Term]) -> None:
-        """See `Sums.add`."""
-        for params, weight in terms:
-            self._check(params, weight)
-        for params, weight in terms:
-            self._add(params, float(weight))
-
-    def _check(self, params: Params, weight: Weight) -> None:
-        """Refuse what could not be added."""
-        try:
-            float(weight)
-        except OverflowError:
-            raise RefusedUpdate(
-                Reason.BAD_WEIGHT, expected="a weight that is a float64", got=quoted(weight)
-            ) from None
-
-        def work(number: int, buffers: Buffers) -> None:
-            block, _ = self._blocks[number]
-            for values, _ in load(block, params, params, buffers):
-                index = _first_not_finite(values)
-                if index >= 0:
-                    raise _not_finite(params, *block.locate(index))
-
-        self._each_block(work)
-
-    def _add(self, params: Params, factor: float) -> None:
-        def work(number: int, buffers: Buffers) -> None:
-            block, total = self._blocks[number]
-            for values, exponent in load(block, params, params, buffers):
-                product = buffers.scratch.product.view(self._dtype)[: block.size]
-                scale = self._dtype.type(factor * 2.0**exponent)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    np.multiply(values, scale, out=product, casting="same_kind")
-                    np.add(total, product, out=total)
-
-        with np.errstate(over="ignore"):
-            self._each_block(work)
-
-    def is_zero(self, key: str) -> bool:
-        """See `Sums.is_zero`."""
-        return not any(total[segment.place].any() for segment, total in self._segments(key))
-
-    def reset(self) -> None:
-        """See `Sums.reset`."""
-        for _, total in self._blocks:
-            total.fill(0)
-
-    def parts(self, key: str) -> list[tuple[str, Array]]:
-        """See `Sums.parts`: the rounded sum."""
-        pieces = [total[segment.place] for segment, total in self._segments(key)]
-        return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
-
-    def restore(self, key: str, parts: Mapping[str, Array]) -> None:
-        """See `Sums.restore`."""
-        for segment, total in self._segments(key):
-            total[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
-
-    def _make(self, size: int) -> Array:
-        return np.zeros(size, self._dtype)
-
-    def _add_piece(self, total: Array, at: slice, other: Array, of: slice, sign: int) -> None:
-        total[at] += sign * other[of]
-
-    def _divide(
-        self,
-        part: tuple[Block, Array, list[Segment]],
-        weight: Weight,
-        spec: ArraySpec,
-        base: Params | None,
-        buffers: Buffers,
-        out: Array,
-    ) -> int:
-        _, total, segments = part
-        number, offset = spec.number, 0
-        for segment in segments:
-            place = slice(offset, offset + segment.size)
-            with np.errstate(over="ignore", invalid="ignore"):
-                mean = total[segment.place] / self._dtype.type(float(weight))
-                if base is not None:
-                    start = flat(base[segment.key], segment.start, segment.size)
-                    if _first_not_finite(start) >= 0:
-                        raise _base_not_finite({segment.key})
-                    mean = mean + start.astype(self._dtype)
-                if number.kind == "integer":
-                    mean = np.rint(mean)
-                    least = -number.largest - 1 if spec.dtype.kind == "i" else 0
-                    fine = (mean >= least) & (mean < float(number.largest + 1))
-                    out[place] = np.where(fine, mean, 0)
-                else:
-                    out[place] = mean
-                    fine = np.isfinite(out[place])
-            if not fine.all():
-                return offset + int(np.argmin(fine))
-            offset += segment.size
-        return -1
 
 
 def _add_block(
@@ -450,19 +340,12 @@ def _add_block(
         total.add(chosen, weight * (1 << exponent), buffers.scratch)
 
 
-def _first_not_finite(values: Array) -> int:
-    """The position of the first NaN or infinity, or -1."""
-    if values.dtype in (np.float32, np.float64) and np.isfinite(np.dot(values, values)):
-        return -1  # a sum of squares can only be finite if they all are
-    fine = np.isfinite(values)
-    return -1 if fine.all() else int(np.argmin(fine))
-
-
 def _position(shape: tuple[int, ...], index: int) -> str:
     return str([int(i) for i in np.unravel_index(index, shape)])
 
 
-def _not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
+def not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
+    """The refusal of params of which an array's element at ``index`` is not finite."""
     array = params[key]
     value = flat(array, index, 1)[0]
     return RefusedUpdate(
@@ -473,7 +356,8 @@ def _not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
     )
 
 
-def _base_not_finite(keys: Collection[str]) -> UsageError:
+def base_not_finite(keys: Collection[str]) -> UsageError:
+    """The error for a base of which one of these arrays is not finite."""
     return UsageError(
         "expected a base of finite numbers, got a NaN or an infinity among the keys "
         f"{quoted(sorted(keys))}"
