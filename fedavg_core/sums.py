@@ -1,14 +1,13 @@
 """Weighted sums of named arrays.
 
-All kinds cut the arrays into blocks (see `blocks`) and hold a sum for each block; they have one
-interface, `Sums`, which knows arrays and weights and nothing of contributors or rounds. A caller first
-makes room for the arrays (`grow`), then adds; what was made room for in vain is given back
-(`shrink`). Blocks are independent of each other, so they may be worked on by several threads.
+All kinds cut the arrays into blocks (see `blocks`) and hold a sum for each block. They have one
+interface, `Sums`, which knows arrays and weights and nothing of contributors or rounds. A caller
+first makes room for the arrays (`grow`), then adds; what was made room for in vain is given back
+(`shrink`). Blocks are independent of each other, so several threads may work on them.
 
 `ExactSums` holds an `ExactSum` for each block. A block in which a NaN is found is left as it was,
 and those that came before it are undone by adding the same with the opposite weight, exactly.
-
-(For ordinary arithmetic see `plain_sums`.)
+Ordinary arithmetic is in `plain_sums`.
 """
 
 from __future__ import annotations
