@@ -142,10 +142,15 @@ class NpzWriter:
         Args:
             values: Some or all elements of one array, in C order after those before them, in the
                 dtype that was announced; only read. Arrays without elements need not come.
+
+        Raises:
+            UsageError: These are more elements than are left of an array.
         """
-        while values.size and not self._left:
-            self._next()
+        while values.size and not self._left and self._next():
+            pass
         self._left -= values.size
+        if self._left < 0:
+            raise UsageError("expected the elements of the arrays in their order, got others")
         data = encoded(values)
         for start in range(0, len(data), BLOCK):
             self._member.write(data[start : start + BLOCK])  # type: ignore[union-attr]

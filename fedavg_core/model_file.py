@@ -27,12 +27,11 @@ import contextlib
 import os
 import stat
 import struct
-import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -55,6 +54,46 @@ _SUFFIXES = {".npz", ".npy", ".safetensors"}
 _UNBOUNDED = 1 << 62
 _LOCAL_HEADER = struct.Struct("<26x2H")
 _NPY_NAME = "arr_0"
+_PLACE_BYTES = 32
+_DIRECTORY_BYTES = 512
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """What the arrays of a file are, without where they are: often the same for many files."""
+
+    numbers: dict[str, int]
+    layouts: tuple[Layout, ...]
+
+
+class _Places(Mapping[str, StoredArray]):
+    """The arrays of a file, kept in few bytes."""
+
+    def __init__(self, directory: _Directory, arrays: Mapping[str, StoredArray]) -> None:
+        self._directory = directory
+        self._offsets = np.array([array.offset for array in arrays.values()], np.uint64)
+        self._packed = np.array([array.packed for array in arrays.values()], np.uint64)
+        self._deflated = np.array([array.deflated for array in arrays.values()], np.bool_)
+        # No CRC-32 reaches 2**32, which stands for none.
+        sums = [1 << 32 if array.crc is None else array.crc for array in arrays.values()]
+        self._sums = np.array(sums, np.uint64)
+
+    def __getitem__(self, key: str) -> StoredArray:
+        number = self._directory.numbers[key]
+        crc = int(self._sums[number])
+        return StoredArray(
+            self._directory.layouts[number],
+            int(self._offsets[number]),
+            int(self._packed[number]),
+            bool(self._deflated[number]),
+            None if crc == 1 << 32 else crc,
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directory.numbers)
+
+    def __len__(self) -> int:
+        return len(self._directory.numbers)
 
 
 class Allowance:
@@ -64,18 +103,18 @@ class Allowance:
         scratch: The folder for scratch files; one is made in it when the first is needed, and taken
             away when the context is left.
         inflaters: How many unfinished deflated members may keep their state.
-        entries: How many arrays' places may be kept in memory from one visit to the next.
+        places: How many bytes it may take to keep where arrays are, from one visit to the next.
         header: The longest safetensors header to read, in bytes.
     """
 
-    def __init__(self, scratch: Path, *, inflaters: int, entries: int, header: int) -> None:
+    def __init__(self, scratch: Path, *, inflaters: int, places: int, header: int) -> None:
         self.inflaters = inflaters
-        self.entries = entries
         self.header = header
+        self._places = places
         self._scratch = scratch
         self._stack = contextlib.ExitStack()
         self._folder: str | None = None
-        self._layouts: dict[Layout, Layout] = {}
+        self._directories: dict[tuple[tuple[str, ...], tuple[Layout, ...]], _Directory] = {}
 
     def __enter__(self) -> Allowance:
         return self
@@ -83,11 +122,19 @@ class Allowance:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def shared(self, layout: Layout) -> Layout:
-        """One object for equal layouts, since the models of a federation are alike."""
-        if len(self._layouts) < self.entries:
-            return self._layouts.setdefault(layout, layout)
-        return self._layouts.get(layout, layout)
+    def kept(self, arrays: Mapping[str, StoredArray]) -> Mapping[str, StoredArray] | None:
+        """The same in few bytes, to be kept; None if that is no longer allowed."""
+        layouts = tuple(array.layout for array in arrays.values())
+        alike = tuple(arrays), layouts
+        known = self._directories.get(alike)
+        needed = len(arrays) * (_PLACE_BYTES + (0 if known else _DIRECTORY_BYTES))
+        if needed > self._places:
+            return None
+        self._places -= needed
+        if known is None:
+            known = _Directory({key: number for number, key in enumerate(arrays)}, layouts)
+            self._directories[alike] = known
+        return _Places(known, arrays)
 
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[tuple[IO[bytes], Path]]:
@@ -128,12 +175,8 @@ class ModelFile:
         self._allowance = allowance
         self._identity: tuple[int, ...] | None = None
         self._sealed: bool | None = None
-        self._arrays: dict[str, StoredArray] | None = None
         self._under_way: tuple[str, int, Member | Unpacked] | None = None
-        arrays = self._list()
-        if len(arrays) <= allowance.entries:
-            allowance.entries -= len(arrays)
-            self._arrays = arrays
+        self._arrays = allowance.kept(self._list())
 
     def arrays(self) -> Mapping[str, StoredArray]:
         """The arrays that the file holds, in its order.
@@ -211,10 +254,7 @@ class ModelFile:
                 arrays = {key: StoredArray(layout, 0, size) for key, layout in layouts.items()}
             for key, array in arrays.items():
                 check_array(key, np.empty(0, array.layout.dtype))
-            return {
-                sys.intern(key): replace(array, layout=self._allowance.shared(array.layout))
-                for key, array in arrays.items()
-            }
+            return arrays
 
     def _run(self, file: IO[bytes], key: str, array: StoredArray, start: int, size: int) -> Array:
         """Read a run of one array."""

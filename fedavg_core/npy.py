@@ -98,12 +98,11 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
     shape = tuple(int(dim) for dim in re.findall("[0-9]+", dims))
     columns = fortran == "True" and sum(dim != 1 for dim in shape) > 1
     layout = Layout(shape, stored, meant, columns, 8 + width + length)
-    left = size - layout.start
-    require(
-        len(shape) <= 32 and layout.nbytes == left,
-        f"{shown}: its header says {shape} of {stored}, "
-        f"{layout.nbytes} bytes, and {left} are there",
-    )
+    if len(shape) > 32 or layout.nbytes != size - layout.start:
+        raise Damaged(
+            f"{shown}: its header says {shape} of {stored}, {layout.nbytes} bytes, and "
+            f"{size - layout.start} are there"
+        )
     return layout
 
 
@@ -194,8 +193,6 @@ def _stored_dtype(code: str, dtype: np.dtype[Any] | None, shown: str) -> np.dtyp
         return np.dtype(f"<u{dtype.itemsize}")
     require(code in _PLAIN_CODES, f"{shown}: expected an array of numbers, got dtype {code!r}")
     found: np.dtype[Any] = np.dtype("<" + code)
-    require(
-        dtype is None or dtype.newbyteorder("<") == found,
-        f"{shown}: the index says {dtype}, it is {found}",
-    )
+    if dtype is not None and dtype.newbyteorder("<") != found:
+        raise Damaged(f"{shown}: the index says {dtype}, it is {found}")
     return found

@@ -14,11 +14,13 @@ largest and the smallest. A pass is cut for the most that the dtypes and the wei
 hold. What is planned for, out of the limit:
 
 * half: the exact sums of a pass, and the elements of one file that are read for it;
-* an eighth: the buffers of one block, and what dividing and rounding it takes;
+* a quarter: the buffers of one block, and what dividing and rounding it takes;
 * an eighth: the state of zlib for deflated members that continue in the next pass (where it ends,
   they are unpacked to a scratch file, see `model_file`);
-* an eighth: where in the files the arrays lie (where it ends, it is looked up at each visit);
-* the rest: the names and shapes of the parameters, and what the interpreter takes for itself.
+* a sixteenth: where in the files the arrays lie (where it ends, it is looked up at each visit);
+* the rest: what the interpreter takes for itself.
+
+The names and shapes of the parameters come off before that.
 
 The result is written as it comes, into a temporary file that replaces the output at the end. Until
 then an error of any kind leaves the output as it was.
@@ -55,11 +57,12 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 _Progress: TypeAlias = "Callable[[int, int], None]"
 
 _PASS_SHARE = 2
-_BLOCK_SHARE = _INFLATER_SHARE = _ENTRY_SHARE = 8
+_BLOCK_SHARE = 4
+_INFLATER_SHARE = 8
+_PLACES_SHARE = 16
 _HEADER_SHARE = 32  # a safetensors header takes up to this many times its length when parsed
 _LARGEST_BLOCK = 1 << 16
 _SMALLEST_BLOCK = 1 << 8
-_ENTRY_BYTES = 320  # an array's place in one file
 _PARAMETER_BYTES = 2048
 _FILE_BYTES = 1024
 
@@ -135,7 +138,7 @@ def aggregate_files(
     allowance = Allowance(
         target.parent if scratch is None else Path(scratch),
         inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,
-        entries=memory_limit // _ENTRY_SHARE // _ENTRY_BYTES,
+        places=memory_limit // _PLACES_SHARE,
         header=memory_limit // _HEADER_SHARE,
     )
     with allowance:

@@ -183,7 +183,12 @@ def cut(
     """
     part: list[tuple[Block, Kind]] = []
     taken = 0
-    for kind, keys in groupby(spec, key=kinds.__getitem__):
+
+    def alike(key: str) -> tuple[Kind, bool]:
+        # Apart, large arrays and small ones are packed in their order.
+        return kinds[key], math.prod(spec[key].shape) > capacity // 2
+
+    for (kind, _), keys in groupby(spec, key=alike):
         for block in pack({key: spec[key] for key in keys}, capacity):
             needed = block.size * kind.pass_bytes
             if part and taken + needed > most:
