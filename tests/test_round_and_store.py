@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore
@@ -135,7 +135,6 @@ class Server(RuleBasedStateMachine):
     def stored_extra(self) -> Any:
         return self.store.load().extra["round"] if self.store.paths() else None
 
-    @precondition(lambda self: self.counted)
     @rule()
     def close(self) -> None:
         outcome = self.round.close()
