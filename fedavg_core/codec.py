@@ -10,7 +10,7 @@ opens. Three things make it a file that can be trusted:
   name; the package is imported only to read such an array.
 * It is sealed (see `archive`): a flipped bit anywhere, a missing tail or a byte too many is found.
 * Nothing is compressed, dates are fixed and the order is the caller's: equal arrays and JSON give
-  equal bytes.
+  equal bytes under one version of Python.
 
 Other people's npz files (of `numpy.savez` and `numpy.savez_compressed`) are read too, with what
 checks they carry. No size is believed before memory is asked for: the container is checked first
