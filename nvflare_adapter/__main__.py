@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,10 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
     if read.output.exists() and (not read.output.is_dir() or any(read.output.iterdir())):
         parser.error(f"argument --output: expected a new or empty folder, got {read.output}")
+    for path in (str(read.output.resolve()), sys.executable):
+        if read.backend == "simulator" and shlex.split(path) != [path]:
+            expected = "a path without spaces and quotes, as NVFlare's simulator needs"
+            parser.error(f"expected {expected}, got {quoted(path, 300)}")
     return read
 
 

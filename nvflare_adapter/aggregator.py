@@ -80,15 +80,14 @@ class FedAvgAggregator(Aggregator):
     def _open(self, fl_ctx: FLContext) -> fc.Round:
         model = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
         spec = fc.ModelSpec.of(model)
-        if self._mean is None or spec != self._spec:
-            self._mean = fc.WeightedMean(spec if model else None, accumulator=self.accumulator)
-            self._spec = spec
+        if model and spec != self._spec:
+            self._mean, self._spec = fc.WeightedMean(spec, accumulator=self.accumulator), spec
         return fc.Round(
             model,
             fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
             min_updates=self.min_updates,
             transfer=fc.TransferType(self.transfer),
-            accumulator=self._mean if model else self.accumulator,
+            accumulator=self._mean if model and self._mean is not None else self.accumulator,
         )
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
@@ -175,7 +174,7 @@ class CustomAggregator(Aggregator):
         """
         if event_type == EventType.START_RUN:
             inner = fl_ctx.get_engine().get_component(self.aggregator_id)
-            if not isinstance(inner, (Aggregator, ModelAggregator)):
+            if not isinstance(inner, Aggregator):
                 raise fc.UsageError(
                     f"component {quoted(self.aggregator_id)}: expected an Aggregator or a "
                     f"ModelAggregator, got {type(inner).__name__}"
@@ -204,6 +203,7 @@ class CustomAggregator(Aggregator):
                     raise fc.UsageError(
                         f"expected a result for round {self._number}, got one for {quoted(number)}"
                     )
+                convert.restore_dtypes(shareable)
                 if not isinstance(self._inner, ModelAggregator):
                     return bool(self._inner.accept(shareable, fl_ctx))
                 self._inner.fl_ctx = fl_ctx

@@ -1,25 +1,18 @@
 """NVFlare's data classes, and what they are here: the only module that knows both.
 
-Four things cross the border.
-
-* The global model, server to client. It travels as a DXO of weights; beside it, in the DXO's meta,
-  travels an `Assignment`: the roster, the round, the number of rounds, the seed and the transfer
-  type, from which each client makes the `fedavg_core.Context` that a federation in process would
-  have made.
-* A client's update, client to server: a DXO of weights or of a difference, its weight under
-  NVFlare's own meta key for the number of steps, its metrics under NVFlare's for initial metrics.
-  So updates of client scripts that know nothing of this package are read as well, and NVFlare's own
+* The global model travels to the clients as a DXO of weights, with an `Assignment` in its meta.
+* A client's update travels back as a DXO of weights or of a difference, its weight under NVFlare's
+  own meta key for the number of steps, its metrics under NVFlare's for initial metrics. So updates
+  of client scripts that know nothing of this package are read as well, and NVFlare's own
   aggregators read ours.
-* The aggregator's result, within the server: always a whole model, never a difference to be added
-  again.
-* The model learnable, NVFlare's name for the global model that its controller holds.
+* The aggregator's result, within the server, is a whole model, never a difference to be added.
+* The model learnable is NVFlare's name for the global model that its controller holds.
 
 NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`.
-Such an array travels as unsigned integers of its size, and its dtype as a name in the meta;
-everything else travels as it is.
+Such an array travels as bytes without a meaning (void), with which nobody can calculate by mistake,
+and its dtype as a name in the meta; everything else travels as it is.
 
-Nothing here judges an update: what cannot be read becomes an update with holes, which the
-core's gate refuses.
+Nothing here judges an update: what cannot be read has holes, and the core's gate refuses it.
 """
 
 from __future__ import annotations
@@ -57,6 +50,7 @@ __all__ = [
     "named_fl_model",
     "origin_of",
     "report_of",
+    "restore_dtypes",
     "result_from_fl_model",
     "result_from_model",
     "update_from_message",
@@ -79,7 +73,7 @@ def _pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         if isinstance(value, np.ndarray) and value.dtype.type.__module__ == "ml_dtypes"
     }
     sent = {
-        key: value.view(f"u{value.dtype.itemsize}") if key in dtypes else value
+        key: value.view(f"V{value.dtype.itemsize}") if key in dtypes else value
         for key, value in params.items()
     }
     return sent, dtypes
@@ -182,15 +176,14 @@ def update_to_fl_model(update: fc.Update) -> FLModel:
 
 
 def origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
-    """Who sent a client's result, as NVFlare authenticated it, and which round it answers.
+    """Who sent a client's result, as NVFlare knows it, and which round it answers.
 
     Args:
         message: A client's result.
         fl_ctx: The context in which it is offered.
 
     Returns:
-        The name, and the number that the server had put into the task's cookie; None for what
-        is not known.
+        The name, and the number from the task's cookie; None for what is not known.
     """
     name = message.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
     if name is None and fl_ctx.get_peer_context() is not None:
@@ -230,6 +223,20 @@ def _transfer_type(kind: Any) -> Any:
     return _TRANSFER_TYPES.get(name, name) if isinstance(name, str) else name
 
 
+def restore_dtypes(message: Shareable) -> None:
+    """Give a client's result, in place, the dtypes that it had before it was sent.
+
+    Args:
+        message: A client's result.
+
+    Raises:
+        ValueError: It is no DXO.
+    """
+    dxo = from_shareable(message)
+    dxo.data = _unpack(dxo.data, dxo.meta.pop(_DTYPES, None))
+    dxo.update_shareable(message)
+
+
 def named_fl_model(message: Shareable, fl_ctx: FLContext) -> FLModel:
     """A client's result for a ``ModelAggregator``, which is to know whose it is.
 
@@ -242,7 +249,6 @@ def named_fl_model(message: Shareable, fl_ctx: FLContext) -> FLModel:
         ``meta["current_round"]``, where NVFlare's FedAvg controller puts them.
     """
     model = FLModelUtils.from_shareable(message, fl_ctx)
-    model.params = _unpack(model.params, model.meta.pop(_DTYPES, None))
     model.meta["client_name"], model.meta["current_round"] = origin_of(message, fl_ctx)
     return model
 

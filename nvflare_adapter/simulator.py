@@ -11,26 +11,30 @@ whatever happened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fedavg_core as fc
 from nvflare_adapter.client import FAILURE
 
-__all__ = ["JobFailed", "SimulatorJob", "simulate"]
+__all__ = ["ClientLost", "JobFailed", "SimulatorJob", "follow", "simulate"]
 
 _JOB = "fedavg"
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 20
+_SILENCE_SECONDS = 5
+_ATTEMPTS = 3
 _LOG_LINES = 15
 _MOST_PROCESSES = 16
+_LOST = re.compile(r"((?:Communication error with|Subprocess died for) client .+)")
 _REASONS = (
     re.compile(rf"({re.escape(FAILURE)}.+)"),
     re.compile(r"FATAL_SYSTEM_ERROR received: (.+)"),
@@ -58,6 +62,10 @@ class JobFailed(Exception):
             Its last lines.
         """
         return _read(self.log).splitlines()[-_LOG_LINES:]
+
+
+class ClientLost(JobFailed):
+    """NVFlare's simulator lost the process of a client, and would wait for it for ever."""
 
 
 @dataclass(frozen=True)
@@ -102,36 +110,81 @@ def simulate(job: SimulatorJob) -> Iterator[fc.Checkpoint]:
     Args:
         job: What to run.
 
+    Returns:
+        The checkpoint of each round, in order, as soon as it is stored (see `follow`).
+    """
+    command = [sys.executable, "-m", "nvflare_adapter.simulator", json.dumps(asdict(job))]
+    return follow(command, job.log, job.checkpoints, job.rounds)
+
+
+def follow(
+    command: Sequence[str], log: Path, checkpoints: Path, rounds: int
+) -> Iterator[fc.Checkpoint]:
+    """Run a command that runs an NVFlare job on the simulator, and follow the job.
+
+    Two processes of NVFlare's simulator find each other by a port that another process can take
+    from under them; then it loses a client, and waits for it for ever. A job that loses one before
+    its first round is over is started anew.
+
+    Args:
+        command: The command; its output goes to the log. It ends what it started when interrupted.
+        log: The file of NVFlare's log; made, or written on.
+        checkpoints: The folder where the job's persistor stores; without checkpoints yet.
+        rounds: How many rounds the job has.
+
     Yields:
         The checkpoint of each round, in order, as soon as it is stored. To stop before the end
         stops the job.
 
     Raises:
-        JobFailed: The job ended without having stored every round.
+        JobFailed: The job ended without having stored every round, or lost a client.
     """
-    with job.log.open("wb") as log:
+    for attempt in range(_ATTEMPTS):
+        seen = 0
+        try:
+            with contextlib.closing(_attempt(command, log, checkpoints, rounds)) as stored:
+                for checkpoint in stored:
+                    seen += 1
+                    yield checkpoint
+            return
+        except ClientLost:
+            if seen or attempt == _ATTEMPTS - 1:
+                raise
+
+
+def _attempt(
+    command: Sequence[str], log: Path, folder: Path, rounds: int
+) -> Generator[fc.Checkpoint, None, None]:
+    with log.open("ab") as output:
+        start = output.tell()
         child = subprocess.Popen(
-            [sys.executable, "-m", "nvflare_adapter.simulator", json.dumps(asdict(job))],
+            command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    seen, folder = 0, job.checkpoints
+    seen, last_news = 0, time.monotonic()
     try:
         while True:
             ended = child.poll() is not None
             paths = fc.CheckpointStore(folder).paths() if folder.is_dir() else ()
             for path in paths[seen:]:
                 yield fc.load_checkpoint(path)
-            seen = len(paths)
+            if len(paths) > seen:
+                seen, last_news = len(paths), time.monotonic()
             if ended:
                 break
+            if time.monotonic() - last_news > _SILENCE_SECONDS:
+                lost = _LOST.findall(_read(log, start))
+                if lost:
+                    raise ClientLost(f"NVFlare's simulator lost a client: {lost[0]}", log)
+                last_news = time.monotonic()
             time.sleep(_POLL_SECONDS)
     finally:
         _stop(child)
-    if seen < job.rounds or child.returncode != 0:
-        raise JobFailed(_reason(job.log, seen, job.rounds, child.returncode), job.log)
+    if seen < rounds or child.returncode != 0:
+        raise JobFailed(_reason(_read(log, start), seen, rounds, child.returncode), log)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -145,15 +198,14 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             child.wait()
 
 
-def _reason(log: Path, seen: int, rounds: int, code: int) -> str:
-    text = _read(log)
+def _reason(text: str, seen: int, rounds: int, code: int) -> str:
     found = (pattern.findall(text) for pattern in _REASONS)
     cause = next((matches[0] for matches in found if matches), f"it ended with exit code {code}")
     return f"the job failed after {seen} of {rounds} rounds: {cause}"
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+def _read(path: Path, start: int = 0) -> str:
+    return path.read_bytes()[start:].decode("utf-8", errors="replace")
 
 
 def main(argument: str) -> None:

@@ -18,6 +18,7 @@ from nvflare.apis.fl_constant import ReservedKey
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
 from nvflare_adapter import CustomAggregator, FedAvgAggregator, FedAvgShareableGenerator, convert
@@ -246,6 +247,23 @@ def test_a_users_model_aggregator_hears_the_names_and_refuses_by_raising(
     assert server.components["mine"]._received == {}
 
 
+@pytest.mark.parametrize("inner", [Maximum(), WithoutSecond()])
+def test_a_users_aggregator_gets_the_dtypes_that_the_client_sent(
+    server: Server, inner: Any
+) -> None:
+    import ml_dtypes
+
+    sent = convert.update_to_fl_model(
+        fc.Update("site-1", 0, {"w": np.array([1.5, -2.0]).astype(ml_dtypes.bfloat16)}, weight=1)
+    )
+    assert sent.params["w"].dtype.kind == "V"
+    message = named(FLModelUtils.to_shareable(sent))
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
+    aggregator, fl_ctx = sheltered(server, inner)
+    assert aggregator.accept(message, fl_ctx) is True
+    assert closed(aggregator, fl_ctx)[0]["w"].tolist() == [1.5, -2.0]
+
+
 def test_a_users_model_aggregator_that_has_nothing_leaves_the_model(server: Server) -> None:
     aggregator, fl_ctx = sheltered(server, WithoutSecond())
     assert fc.same_bits(closed(aggregator, fl_ctx)[0], MODEL)
@@ -266,8 +284,6 @@ def test_a_component_that_is_no_aggregator_is_named(server: Server) -> None:
 
 
 def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server: Server) -> None:
-    from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-
     generator = FedAvgShareableGenerator("DIFF", seed=9)
     fl_ctx = server.context(MODEL, round=2, rounds=6)
     sent = generator.learnable_to_shareable(convert.learnable(MODEL), fl_ctx)

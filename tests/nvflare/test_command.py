@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("rich")
 
 import fedavg_core as fc
+from nvflare_adapter import simulator
 from nvflare_adapter.__main__ import main
 from nvflare_adapter.simulator import SimulatorJob, _reason
 from tests.nvflare import training
@@ -155,6 +156,18 @@ def test_the_simulator_without_nvflare_is_told_what_to_install(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_that_nvflares_simulator_would_split_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvflare")
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path / "my run")])
+    error = capsys.readouterr().err
+    assert error.startswith("nvflare_adapter: expected a path without spaces and quotes")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 BROKEN = [
     ("1/0", "cannot be run: ZeroDivisionError: 'division by zero'"),
     ("def", "cannot be run: SyntaxError: "),
@@ -223,13 +236,40 @@ def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(
         ("Traceback:\n  File x\nnvflare.bad.JobError: no such job\n", "nvflare.bad.JobError: no"),
     ],
 )
-def test_the_reason_of_a_failed_job_is_found_in_the_log(
-    tmp_path: Path, log: Any, cause: Any
-) -> None:
-    path = tmp_path / "log"
-    path.write_text(log)
-    reason = _reason(path, 2, 5, 3)
+def test_the_reason_of_a_failed_job_is_found_in_the_log(log: str, cause: str) -> None:
+    reason = _reason(log, 2, 5, 3)
     assert reason.startswith(f"the job failed after 2 of 5 rounds: {cause}")
+
+
+LOSES_A_CLIENT = """
+import pathlib, sys, time
+starts, stored = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) < int(sys.argv[3]):
+    print("x - ERROR - Communication error with client site-2: reset by peer", flush=True)
+    time.sleep(600)
+import numpy, fedavg_core as fc
+fc.CheckpointStore(stored).save(fc.Checkpoint(model={"w": numpy.ones(1)}, round=1))
+"""
+
+
+@pytest.mark.parametrize(("starts_needed", "is_lost"), [(2, False), (4, True)])
+def test_a_job_that_loses_a_client_before_its_first_round_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts_needed: int, is_lost: bool
+) -> None:
+    monkeypatch.setattr(simulator, "_SILENCE_SECONDS", 0.3)
+    starts, stored, log = tmp_path / "starts", tmp_path / "models", tmp_path / "log"
+    arguments = [str(starts), str(stored), str(starts_needed)]
+    followed = simulator.follow(
+        [sys.executable, "-c", LOSES_A_CLIENT, *arguments], log, stored, rounds=1
+    )
+    if is_lost:
+        with pytest.raises(simulator.ClientLost, match=r"lost a client: Communication .* site-2"):
+            list(followed)
+        assert starts.read_text() == "xxx"
+    else:
+        assert [checkpoint.round for checkpoint in followed] == [1]
+        assert starts.read_text() == "xx"
 
 
 def test_a_job_knows_its_log_and_its_models() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -16,13 +17,10 @@ import pytest
 pytest.importorskip("nvflare")
 pytest.importorskip("rich")
 
-from nvflare.recipe.sim_env import SimEnv
-
 import fedavg_core as fc
-from nvflare_adapter import NumpyFedAvgRecipe, digits, read_training_file
-from nvflare_adapter.simulator import SimulatorJob, simulate
+from nvflare_adapter import digits, read_training_file
+from nvflare_adapter.simulator import SimulatorJob, follow, simulate
 from tests.nvflare import training
-from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
 
 pytestmark = pytest.mark.simulator
 
@@ -40,12 +38,12 @@ def command(*arguments: Any, cwd: Path) -> Any:
     )
 
 
-def last_model(folder: Path, **arguments: Any) -> Any:
+def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any:
     """Runs a recipe on the simulator, and gives the last model that it stored."""
-    recipe = NumpyFedAvgRecipe(name="job", num_rounds=2, poll_interval=0.05, **arguments)
-    recipe.execute(SimEnv(num_clients=recipe.min_clients, workspace_root=str(folder)))
+    recipe = {"min_clients": clients, "train_script": str(FILES / script), **arguments}
+    command = [sys.executable, "-m", "tests.nvflare.run_recipe", str(folder), json.dumps(recipe)]
     models = folder / "job" / "server" / "simulate_job" / "models"
-    return fc.CheckpointStore(models).load().model
+    return list(follow(command, folder / "log", models, rounds=2))[-1].model
 
 
 @pytest.mark.parametrize("transfer", list(fc.TransferType))
@@ -135,41 +133,25 @@ def test_a_failed_job_is_told_in_plain_words_with_the_end_of_the_log(tmp_path: P
 
 
 def test_clients_start_from_their_own_model_where_none_is_given(tmp_path: Path) -> None:
-    model = last_model(tmp_path, min_clients=2, train_script=str(FILES / "own_start.py"))
+    model = last_model(tmp_path, 2, "own_start.py")
     assert fc.same_bits(model, {"w": np.full((2, 2), 2.5, dtype=np.float32)})
 
 
 def test_a_client_script_of_nvflares_own_kind_is_served(tmp_path: Path) -> None:
+    start = [[1, 2], [3, 16777217]]
     model = last_model(
-        tmp_path,
-        min_clients=2,
-        train_script=str(FILES / "plain_client.py"),
-        initial_model=[[1, 2], [3, 16777217]],
-        params_transfer_type="DIFF",
+        tmp_path, 2, "plain_client.py", initial_model=start, params_transfer_type="DIFF"
     )
     assert fc.same_bits(model, {"numpy_key": np.array([[3.0, 4.0], [5.0, 16777219.0]])})
 
 
-def test_a_users_aggregator_makes_the_model(tmp_path: Path) -> None:
-    model = last_model(
-        tmp_path,
-        min_clients=3,
-        train_script=str(FILES / "faulty.py"),
-        initial_model={"w": np.zeros(3)},
-        aggregator=Maximum(bonus=100.0),
-    )
-    assert fc.same_bits(model, {"w": np.full(3, 206.0)})
-
-
-def test_a_users_model_aggregator_makes_the_model(tmp_path: Path) -> None:
-    model = last_model(
-        tmp_path,
-        min_clients=3,
-        train_script=str(FILES / "faulty.py"),
-        initial_model={"w": np.zeros(3)},
-        aggregator=WithoutSecond(),
-    )
-    assert fc.same_bits(model, {"w": np.full(3, 12.0)})
+@pytest.mark.parametrize(("aggregator", "expected"), [("Maximum", 206.0), ("WithoutSecond", 12.0)])
+def test_a_users_aggregator_makes_the_model(
+    tmp_path: Path, aggregator: str, expected: float
+) -> None:
+    start = {"w": [0.0, 0.0, 0.0]}
+    model = last_model(tmp_path, 3, "faulty.py", initial_model=start, aggregator=aggregator)
+    assert fc.same_bits(model, {"w": np.full(3, expected)})
 
 
 def processes_that_name(text: str) -> list[str]:
