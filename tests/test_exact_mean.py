@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from fedavg_core import OutOfRange
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.model import ArraySpec, ModelSpec, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, number_format, same_bits
 from fedavg_core.testing import (
     averaged_dtypes,
     exact_weighted_mean,
@@ -25,7 +26,8 @@ from fedavg_core.testing import (
 )
 
 ROOT = Path(__file__).parent.parent
-NARROW = [dtype for dtype in averaged_dtypes() if dtype.itemsize <= 2 and dtype.kind not in "iu"]
+FLOATS = [dtype for dtype in averaged_dtypes() if dtype.kind not in "iu"]
+NARROW = [dtype for dtype in FLOATS if dtype.itemsize <= 2]
 
 Array = npt.NDArray[Any]
 
@@ -89,6 +91,50 @@ def test_between_neighbours_the_mean_is_the_even_one_unless_tipped(dtype: np.dty
         ):
             got = accumulated([{"w": lower}, {"w": upper}], weights).mean()["w"]
             assert np.array_equal(got.view(unsigned), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_across_the_seam_of_normal_and_subnormal_numbers_no_bit_is_wrong(
+    dtype: np.dtype[Any],
+) -> None:
+    format_ = number_format(dtype)
+    assert format_ is not None
+    source = random.Random(f"seam {dtype}")
+    for exponent in range(format_.least_exponent - 3, format_.least_exponent + 5):
+        models = []
+        for _ in range(3):
+            numbers = [source.choice((-1, 1)) * (1 + source.random()) for _ in range(40)]
+            models.append({"w": np.ldexp(numbers, exponent).astype(dtype)})
+        for weights in (
+            [source.randint(1, 1000) for _ in models],
+            [source.getrandbits(60) | 1 for _ in models],
+            [source.random() for _ in models],
+        ):
+            expected = exact_weighted_mean_by_mantissas(models, weights)
+            assert same_bits(accumulated(models, weights).mean(), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_range_ends_half_a_step_beyond_the_largest_number(dtype: np.dtype[Any]) -> None:
+    format_ = number_format(dtype)
+    assert format_ is not None
+    code = np.array([format_.largest]).astype(dtype).view(f"u{dtype.itemsize}")
+    before = (code - code.dtype.type(1)).view(dtype).astype(np.float64)
+    step = format_.largest - float(before[0])
+    for sign, at in ((1.0, 0), (-1.0, 2)):
+        base = np.ones(3)
+        base[at] = sign * format_.largest
+        difference = np.zeros(3)
+        difference[at] = sign * step / 2
+        acc = accumulated([{"w": difference}, {"w": difference * 0}], [10**9, 1])
+        assert same_bits(acc.mean({"w": base.astype(dtype)}), {"w": base.astype(dtype)})
+        for beyond, weight in ((1.0, 1), (1.0 + 2.0**-40, 3), (2.0, 0.1), (1.9, 2**70)):
+            acc = accumulated([{"w": difference * beyond}], [weight])
+            if beyond == 1.0 and int(code[0]) % 2 == 0:  # the largest number is the even one
+                assert same_bits(acc.mean({"w": base.astype(dtype)}), {"w": base.astype(dtype)})
+                continue
+            with pytest.raises(OutOfRange, match=rf"key 'w': the result at \[{at}\] is beyond"):
+                acc.mean({"w": base.astype(dtype)})
 
 
 # Order. Six updates; for each dtype a model with an array for each fill, in many orders, each split
