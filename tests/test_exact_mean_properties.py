@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedavg_core import OutOfRange, Reason, RefusedUpdate
@@ -458,6 +458,44 @@ def test_the_weights_are_summed_exactly(drawn: Any) -> None:
 def test_all_at_once_is_the_same_as_one_after_another(drawn: Any) -> None:
     assert_same(weighted_mean(*drawn), accumulated(*drawn).mean())
     assert_same(weighted_mean(iter(drawn[0]), drawn[1]), accumulated(*drawn).mean())
+
+
+@given(partial, st.integers(0, 4))
+def test_several_together_are_the_same_as_one_after_another(drawn: Any, cut: int) -> None:
+    updates = list(zip(*drawn, strict=True))
+    acc = WeightedMean(block=2)
+    acc.add_many(updates[:cut])
+    acc.add_many(iter(updates[cut:]))
+    assert_equal_state(acc, accumulated(*drawn))
+    assert_same(acc.mean(), accumulated(*drawn).mean())
+
+
+@given(
+    weighted_models({"w": ArraySpec((5,), np.dtype("f4"))}, min_models=2, weight=whole_weights),
+    st.integers(0, 3),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+)
+def test_several_together_are_added_all_or_none(drawn: Any, which: int, bad: float) -> None:
+    params, weight = drawn
+    acc = accumulated(params, weight)
+    spoilt = [copy_params(model) for model in params]
+    spoilt[which % len(params)]["w"][which] = bad
+    with pytest.raises(RefusedUpdate) as refusal:
+        acc.add_many(zip(spoilt, weight, strict=True))
+    assert refusal.value.reason is Reason.NON_FINITE
+    assert_equal_state(acc, accumulated(params, weight))
+
+
+@settings(max_examples=50)  # threads take long to start
+@given(dtypes, weights(), weights(), st.data())
+def test_the_number_of_threads_does_not_show(dtype: Any, one: float, two: float, data: Any) -> None:
+    params = [{"w": data.draw(arrays(dtype, (40,)))} for _ in range(2)]
+    alone, together = (WeightedMean(block=8, threads=threads) for threads in (1, 3))
+    for acc in (alone, together):
+        acc.add(params[0], one)
+        acc.add(params[1], two)
+    assert_equal_state(alone, together)
+    assert_same(alone.mean(), together.mean())
 
 
 @given(st.lists(st.tuples(arrays(np.int16), weights()), min_size=1, max_size=4), arrays(np.int16))
