@@ -28,11 +28,8 @@ from nvflare.apis.fl_constant import ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.abstract.model import (
-    ModelLearnable,
-    ModelLearnableKey,
-    make_model_learnable,
-)
+from nvflare.app_common.abstract.model import ModelLearnable, make_model_learnable
+from nvflare.app_common.abstract.model import ModelLearnableKey as LearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
@@ -143,10 +140,8 @@ def assignment_of(message: FLModel) -> Assignment:
     """
     told = message.meta.get(_ASSIGNMENT)
     if told is None:
-        raise fc.UsageError(
-            "the model came without the job's roster, rounds and seed: "
-            "serve() works under this package's NumpyFedAvgRecipe"
-        )
+        problem = "the model came without the job's roster, rounds and seed"
+        raise fc.UsageError(f"{problem}: serve() works under this package's NumpyFedAvgRecipe")
     return Assignment(**told)
 
 
@@ -263,18 +258,17 @@ def result_from_model(model: fc.Params, report: Mapping[str, Any]) -> Shareable:
     Returns:
         The result, for `model_from_result`.
     """
-    dxo = DXO(DataKind.WEIGHTS, data=dict(model), meta={_REPORT: dict(report)})
-    return dxo.to_shareable()
+    return DXO(DataKind.WEIGHTS, data=dict(model), meta={_REPORT: dict(report)}).to_shareable()
 
 
 def result_from_fl_model(model: FLModel | None) -> Shareable:
     """What a ``ModelAggregator`` made, as the controller takes it.
 
     Args:
-        model: Its mean, a whole model or a difference; None if it made none.
+        model: Its mean, a whole model or a difference; None or without parameters if it made none.
 
     Returns:
-        The result; without parameters if there were none.
+        The result, for `model_from_result`.
     """
     if model is None or not model.params:
         return DXO(DataKind.WEIGHTS, data={}, meta={}).to_shareable()
@@ -290,7 +284,7 @@ def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[
 
     Returns:
         The new model, in which keys that the result lacks have the base's values (borrowed), and
-        the report of the round, empty if the aggregator gave none.
+        the round's report, empty if there is none.
 
     Raises:
         UsageError: The result is of another kind, or a difference that does not fit the base.
@@ -324,12 +318,12 @@ def model_of(held: ModelLearnable | None) -> Arrays:
     """The global model out of what NVFlare's controller holds.
 
     Args:
-        held: The model learnable; None before there is one.
+        held: The model learnable, or None.
 
     Returns:
         The model, borrowed; empty if there is none.
     """
-    return {} if not held else (held.get(ModelLearnableKey.WEIGHTS) or {})
+    return {} if not held else (held.get(LearnableKey.WEIGHTS) or {})
 
 
 def report_of(held: ModelLearnable) -> dict[str, Any]:
@@ -341,5 +335,5 @@ def report_of(held: ModelLearnable) -> dict[str, Any]:
     Returns:
         The aggregator's report; empty if it gave none.
     """
-    report: dict[str, Any] = (held.get(ModelLearnableKey.META) or {}).get(_REPORT, {})
+    report: dict[str, Any] = (held.get(LearnableKey.META) or {}).get(_REPORT, {})
     return report
