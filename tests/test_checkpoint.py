@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -350,11 +351,12 @@ class TestAFaultAtEveryOperation:
         numbers, points = itertools.count(), 0
         folders = (tmp_path / str(number) for number in numbers)
 
+        template = CheckpointStore(tmp_path / "template")
+        for number in (1, 2):
+            template.save(checkpoint(number))
+
         def prepared() -> CheckpointStore:
-            store = CheckpointStore(next(folders), keep=2)
-            for number in (1, 2):
-                store.save(checkpoint(number))
-            return store
+            return CheckpointStore(shutil.copytree(template.folder, next(folders)), keep=2)
 
         first = prepared()
         for at, keep, partly in self.points(lambda: first.save(checkpoint(3))):
