@@ -106,7 +106,8 @@ class NpzWriter:
         meta: What JSON can hold.
 
     Raises:
-        UsageError: An array is of a dtype that is not written, or the meta is not for JSON.
+        UsageError: An array is of a dtype that is not written, or the meta is not for JSON; on
+            leaving the context, that elements are missing.
         OSError: As the file raises it.
     """
 
@@ -148,9 +149,9 @@ class NpzWriter:
         """
         while values.size and not self._left and self._next():
             pass
-        self._left -= values.size
-        if self._left < 0:
+        if values.size > self._left:
             raise UsageError("expected the elements of the arrays in their order, got others")
+        self._left -= values.size
         data = encoded(values)
         for start in range(0, len(data), BLOCK):
             self._member.write(data[start : start + BLOCK])  # type: ignore[union-attr]
@@ -185,8 +186,10 @@ class NpzWriter:
     ) -> None:
         try:
             if kind is None:
-                while self._next():
+                while not self._left and self._next():
                     pass
+                if self._left:
+                    raise UsageError("expected all elements of all arrays, some did not come")
                 self._archive.close()
         finally:
             self._abandon()

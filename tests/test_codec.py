@@ -22,9 +22,9 @@ from hypothesis.extra import numpy as hnp
 
 import fedavg_core.codec as codec_module
 from fedavg_core.archive import BLOCK, seal, unsealed_comment
-from fedavg_core.codec import read_npz, write_npz
+from fedavg_core.codec import NpzWriter, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.model import dtype_named, same_bits
+from fedavg_core.model import ModelSpec, dtype_named, same_bits
 from fedavg_core.testing.strategies import averaged_dtypes
 
 ARRAYS: dict[str, npt.NDArray[Any]] = {
@@ -713,3 +713,38 @@ def test_without_ml_dtypes_its_arrays_are_refused_in_plain_words(
     with pytest.raises(CheckpointError, match="an array of bfloat16 needs the package ml_dtypes"):
         read(data)
     assert same_bits(read(plain)[0], ARRAYS)
+
+
+def test_arrays_that_come_in_pieces_make_the_same_file() -> None:
+    arrays = {"e": np.zeros((0, 2)), **ARRAYS, "f": np.zeros(0)}
+    file = io.BytesIO()
+    with NpzWriter(file, ModelSpec.of(arrays), {"round": 3}) as writer:
+        for array in arrays.values():
+            for start in range(0, array.size, 4):
+                writer.write(array.reshape(-1)[start : start + 4])
+    assert file.getvalue() == written(arrays, {"round": 3})
+
+
+@pytest.mark.parametrize("before", [0, 6])
+def test_more_elements_than_an_array_has_are_not_taken(before: int) -> None:
+    file = io.BytesIO()
+    with NpzWriter(file, ModelSpec.of(ARRAYS)) as writer:
+        writer.write(ARRAYS["w"].reshape(-1)[:before])
+        with pytest.raises(UsageError, match="expected the elements of the arrays in their order"):
+            writer.write(np.zeros(7, np.float32))
+        writer.write(ARRAYS["w"].reshape(-1)[before:])
+        writer.write(ARRAYS["n"])
+        with pytest.raises(UsageError, match="expected the elements of the arrays in their order"):
+            writer.write(np.zeros(1, np.int64))
+    assert file.getvalue() == written()
+
+
+@pytest.mark.parametrize("count", [0, 5, 6])
+def test_a_file_that_lacks_elements_is_not_finished(count: int) -> None:
+    writer = NpzWriter(io.BytesIO(), ModelSpec.of(ARRAYS))
+    with writer:
+        writer.write(ARRAYS["w"].reshape(-1))
+        writer.write(ARRAYS["n"])
+    writer = NpzWriter(io.BytesIO(), ModelSpec.of(ARRAYS))
+    with pytest.raises(UsageError, match="some did not come"), writer:
+        writer.write(ARRAYS["w"].reshape(-1)[:count])
