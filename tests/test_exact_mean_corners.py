@@ -105,6 +105,13 @@ def float_family(dtype: np.dtype[Any]) -> Iterator[Corner]:
     yield corner("just above a tie", [1, 1 + u], [2**60, 2**60 + 1], 1 + u)
     yield corner("just below a tie", [1 + u, 1 + 2 * u], [2**60 + 1, 2**60], 1 + u)
     yield corner("above a tie by an ulp of a weight", [1, 1 + u], [1.0, 1 + 2.0**-52], 1 + u)
+    yield corner("tie tipped up by the smallest weight", [1, 1 + u, 2], [1, 1, 5e-324], 1 + u)
+    yield corner(
+        "tie tipped down by the smallest weight",
+        [1 + u, 1 + 2 * u, 0],
+        [1, 1, 5e-324],
+        1 + u,
+    )
     yield corner("all ones, up into the next binade", [2 - u, 2], [1, 1], 2)
     yield corner("all ones, stays", [2 - u, 2], [2**60 + 1, 2**60], 2 - u)
     yield corner("all ones, by itself", [2 - u], [3], 2 - u)
@@ -171,6 +178,8 @@ def integer_family(dtype: np.dtype[Any]) -> Iterator[Corner]:
     yield corner("just above a tie", [2, 3], [2**60, 2**60 + 1], 3)
     yield corner("just below a tie", [3, 4], [2**60 + 1, 2**60], 3)
     yield corner("tie of float weights", [2, 3], [0.1, 0.1], 2)
+    yield corner("tie tipped up by the smallest weight", [2, 3, 4], [1, 1, 5e-324], 3)
+    yield corner("tie tipped down by the smallest weight", [3, 4, 0], [1, 1, 5e-324], 3)
     yield corner("one third of one", [1, 0], [1, 2], 0)
     yield corner("two thirds of one", [1, 0], [2, 1], 1)
     yield corner("the largest", [largest, largest], [3, 0.1], largest)
