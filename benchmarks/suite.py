@@ -23,6 +23,7 @@ from benchmarks.peers import CONTESTANTS, Server
 from benchmarks.timing import Pace, Row, Timing, take_turns
 from benchmarks.workloads import (
     MLP_2NN,
+    MLP_SMALL,
     ONE_TENSOR,
     WORKLOADS,
     Params,
@@ -39,7 +40,7 @@ Result: TypeAlias = "Timing | Growth"
 
 _ROUND = "one round: take each client's update, then give the mean; what is kept between rounds is"
 _QUICK = Pace(least=3, most=3)
-_RING = 64  # distinct updates of a small model: 51 MB, more than the last cache holds
+_RING, _MANY = 64, 512  # distinct updates of small models: 51 MB, more than most caches hold
 _AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
 _AT_HAND_CLIENTS = 8
 
@@ -307,7 +308,7 @@ def _federation(quick: bool) -> list[Result]:
         return fc.Federation(model, dict.fromkeys(names, train), rounds=1).run()
 
     laps = take_turns(
-        {"clients alone": alone, "Federation": federation}, Pace(least=3, most=5, budget=25)
+        {"clients alone": alone, "Federation": federation}, Pace(least=3, most=5, budget=15)
     )
     elements = clients * sum(array.size for array in model.values())
     return [
@@ -350,7 +351,7 @@ def _memory(quick: bool) -> list[Result]:
     return [
         Growth(
             benchmark="memory",
-            title=f"{_small(quick)}, float32: memory of a round",
+            title=f"{_small(quick)} of {size / 1e6:.2f} MB, float32: memory of a round",
             measured="the most that is allocated at any moment of a round beyond what there was "
             "before, the update that arrives and the mean included",
             x="clients",
@@ -363,24 +364,23 @@ def _memory(quick: bool) -> list[Result]:
 
 def _clients(quick: bool) -> list[Result]:
     amounts = (10, 100) if quick else (10, 100, 1_000, 10_000)
-    updates = draw_updates(ONE_TENSOR if quick else MLP_2NN, _RING)
+    updates = draw_updates(ONE_TENSOR if quick else MLP_SMALL, _MANY)
     return [
         Growth(
             benchmark="clients",
-            title=f"{_small(quick)}, float32: time of a client",
-            measured="a round's additions, divided by the number of clients; as many additions "
-            "for each number",
+            title=f"{'One tensor' if quick else 'MLP of 25,450'}, float32: time of a client",
+            measured="a round, its mean included, divided by the number of clients",
             x="clients",
             y="time per client, µs",
             series=series,
             absent=absent,
         )
-        for series, absent in [_by_clients(updates, amounts, 3 if quick else 5)]
+        for series, absent in [_by_clients(updates, amounts)]
     ]
 
 
 def _by_clients(
-    updates: Sequence[WeightedUpdate], amounts: Sequence[int], laps: int
+    updates: Sequence[WeightedUpdate], amounts: Sequence[int]
 ) -> tuple[tuple[Series, ...], tuple[str, ...]]:
     tasks, units, kinds, absent = {}, {}, {}, []
     total = amounts[-1]
@@ -394,9 +394,10 @@ def _by_clients(
         senders = [server.message(*updates[number % len(updates)]) for number in range(total)]
         _average(server, senders[:10])
         for amount in amounts:
-            tasks[name, amount] = partial(_rounds, server, senders[:amount], total // amount)
-            units[name, amount] = total
-    return times_by_work(tasks, units, kinds, Pace(laps, laps), 1e6), tuple(absent)
+            rounds = -(-total // amount // 4)
+            tasks[name, amount] = partial(_rounds, server, senders[:amount], rounds)
+            units[name, amount] = rounds * amount
+    return times_by_work(tasks, units, kinds, Pace(3, 9, 20), 1e6), tuple(absent)
 
 
 def _rounds(server: Server, messages: Sequence[Any], rounds: int) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 __all__ = [
     "MLP_2NN",
+    "MLP_SMALL",
     "ONE_TENSOR",
     "WORKLOADS",
     "Params",
@@ -128,6 +129,15 @@ MLP_2NN: Shapes = {
     "dense3.bias": (10,),
 }
 """The "2NN" that McMahan et al. (2017) train on MNIST: 199,210 parameters."""
+
+
+MLP_SMALL: Shapes = {
+    "dense1.weight": (32, 784),
+    "dense1.bias": (32,),
+    "dense2.weight": (10, 32),
+    "dense2.bias": (10,),
+}
+"""A perceptron with one hidden layer of 32 on MNIST: 25,450 parameters."""
 
 
 ONE_TENSOR: Shapes = {"weight": (64, 64)}
