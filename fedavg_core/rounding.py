@@ -183,7 +183,7 @@ def _divide(
     first = quotient + correction
     second = correction - (first - quotient)
     # Of one float64 over another the remainder is exact, and with it the correction's sign.
-    sure = (low == 0.0) & (exact and left == 0.0)
+    sure = (low == 0.0) & (exact and bits <= 53)
     error = np.where(sure, 0.0, np.abs(first) * _RELATIVE_ERROR)
     return first, second, error, scale
 
