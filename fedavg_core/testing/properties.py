@@ -132,20 +132,21 @@ def _order(make: Make) -> None:
 def _merging(make: Make) -> None:
     if not callable(getattr(make(), "merge", None)):
         raise NotApplicable("it has no merge")
-    models, weights = _models(8, seed=2)
-    expected = _mean(make, models, weights)
     source = random.Random(3)
-    for _ in range(10):
-        parts = []
-        for model, weight in zip(models, weights, strict=True):
-            part = make()
-            part.add(_copied(model), weight)
-            parts.append(part)
-        parts.append(make())
-        while len(parts) > 1:
-            taken = parts.pop(source.randrange(len(parts)))
-            parts[source.randrange(len(parts))].merge(taken)
-        _expect_same(_result(parts[0]), expected, "merged along a random tree")
+    for dtype in ("float32", "float64"):
+        models, weights = _models(8, dtype, seed=2)
+        expected = _mean(make, models, weights)
+        for _ in range(10):
+            parts = []
+            for model, weight in zip(models, weights, strict=True):
+                part = make()
+                part.add(_copied(model), weight)
+                parts.append(part)
+            parts.append(make())
+            while len(parts) > 1:
+                taken = parts.pop(source.randrange(len(parts)))
+                parts[source.randrange(len(parts))].merge(taken)
+            _expect_same(_result(parts[0]), expected, f"{dtype} models merged along a random tree")
 
 
 def _hull(make: Make) -> None:
@@ -183,11 +184,12 @@ def _equal_models(make: Make) -> None:
 
 
 def _scaling(make: Make) -> None:
-    models, weights = _models(5, seed=5)
-    expected = _mean(make, models, weights)
-    for factor in (2, 3, 1000):
-        got = _mean(make, models, [factor * weight for weight in weights])
-        _expect_same(got, expected, f"all weights times {factor}")
+    for dtype in ("float32", "float64"):
+        models, weights = _models(5, dtype, seed=5)
+        expected = _mean(make, models, weights)
+        for factor in (2, 3, 1000):
+            got = _mean(make, models, [factor * weight for weight in weights])
+            _expect_same(got, expected, f"all weights of {dtype} models times {factor}")
 
 
 def _inputs_unchanged(make: Make) -> None:
