@@ -22,7 +22,8 @@ from nvflare_adapter import digits, read_training_file
 from nvflare_adapter.simulator import SimulatorJob, follow, simulate
 from tests.nvflare import training
 
-pytestmark = pytest.mark.simulator
+# One after the other, beside the tests that start none.
+pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("simulator")]
 
 FILES = Path(training.__file__).parent
 DIGITS = Path(digits.__file__)
