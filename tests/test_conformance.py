@@ -403,7 +403,7 @@ def test_a_sound_aggregator_has_every_property() -> None:
 
 
 def test_the_exact_accumulator_has_every_property() -> None:
-    table = check_aggregator(WeightedMean, "ours")
+    table = check_aggregator(WeightedMean, "exact")
     assert [row for row in table.rows if row.holds is not True] == []
 
 
@@ -503,7 +503,7 @@ def test_the_command_prints_one_table_of_the_three_accumulators(
 ) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == ["property", "ours", "float64", "float32"]
+    assert out.splitlines()[0].split() == ["property", "exact", "float64", "float32"]
     assert err == ""
 
 
@@ -511,7 +511,7 @@ def test_the_package_is_a_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "fedavg_core.testing.__main__")
-    monkeypatch.setattr(sys, "argv", ["testing", "ours", "--strict"])
+    monkeypatch.setattr(sys, "argv", ["testing", "exact", "--strict"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("fedavg_core.testing", run_name="__main__")
     assert end.value.code == 0
@@ -519,8 +519,8 @@ def test_the_package_is_a_command(
 
 
 def test_the_command_can_be_strict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--strict", "ours"]) == 0
-    assert main(["--strict", "ours", "float32"]) == 1
+    assert main(["--strict", "exact"]) == 0
+    assert main(["--strict", "exact", "float32"]) == 1
     assert "order invariance" in capsys.readouterr().out
 
 
@@ -562,12 +562,12 @@ def test_the_command_says_in_one_line_that_a_name_is_unknown_or_not_installed(
         raise ModuleNotFoundError("No module named 'flwr'")
 
     monkeypatch.setitem(fedavg_core.testing.peers.PEERS, "flower", missing)
-    assert main(["ours", "flower"]) == 2
+    assert main(["exact", "flower"]) == 2
     assert main(["summation"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
         "flower: not installed (No module named 'flwr')",
-        "summation: expected one of ours, float64, float32, nvflare, nvflare-helper, flower, "
+        "summation: expected one of exact, float64, float32, nvflare, nvflare-helper, flower, "
         "or module:function, got 'summation'",
     ]

@@ -6,7 +6,7 @@
 * `weighted_models`, `models`, `arrays`, `weights`, `specs` and `updates` are strategies for
   Hypothesis, which is imported when one of them is called.
 * `check_aggregator` finds out which properties an aggregator has. From the command line:
-  ``python -m fedavg_core.testing ours float32``.
+  ``python -m fedavg_core.testing exact float32``.
 """
 
 from fedavg_core.testing.conformance import (

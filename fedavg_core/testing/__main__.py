@@ -1,6 +1,6 @@
-"""Print where aggregators stand: ``python -m fedavg_core.testing ours nvflare flower``.
+"""Print where aggregators stand: ``python -m fedavg_core.testing exact nvflare flower``.
 
-Each name is a column: ``ours``, ``float64`` and ``float32`` are this package's three accumulators,
+Each name is a column: ``exact``, ``float64`` and ``float32`` are this package's accumulators,
 the names of other systems need these installed, and ``some.module:function`` is an aggregator of
 your own, by the function that makes one. Exit codes: 0, the table was printed; 1, it was, and with
 ``--strict`` some property does not hold; 2, a name is unknown or its system is not installed.
@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.testing.conformance import check_aggregator, compare_tables
@@ -22,7 +22,7 @@ from fedavg_core.testing.peers import PEERS
 
 __all__ = ["main"]
 
-_OWN: dict[str, Accumulator] = {"ours": "exact", "float64": "float64", "float32": "float32"}
+_OWN: dict[str, Accumulator] = {kind: kind for kind in get_args(Accumulator)}
 
 
 def _maker(name: str) -> Callable[[], Any]:
