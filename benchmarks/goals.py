@@ -72,12 +72,14 @@ class Standing:
         goal: The goal.
         against: What it was compared with in this run.
         measured: The figure.
-        met: Whether it is within the bound.
+        cpu: The same figure in processor time; None where it was not taken.
+        met: Whether the figure is within the bound.
     """
 
     goal: Goal
     against: str
     measured: Ratio
+    cpu: float | None
     met: bool
 
 
@@ -95,25 +97,24 @@ def standings(results: Sequence[Result]) -> list[Standing]:
         for result in results:
             measured = _measured(goal, result) if result.benchmark == goal.benchmark else None
             if measured is not None:
-                against, figure = measured
+                against, figure, cpu = measured
                 kept = figure.value >= goal.bound
                 if goal.measure != "speed":
                     kept = figure.value <= goal.bound
-                found.append(Standing(goal, against, figure, kept))
+                found.append(Standing(goal, against, figure, cpu, kept))
                 break
     return found
 
 
-def _measured(goal: Goal, result: Result) -> tuple[str, Ratio] | None:
+def _measured(goal: Goal, result: Result) -> tuple[str, Ratio, float | None] | None:
     if isinstance(result, Growth):
         series = result.of(goal.ours)
-        return None if series is None else (goal.against, series.growth())
+        return None if series is None else (goal.against, series.growth(), None)
     ours, other = result.row(goal.ours), _opponent(goal, result)
     if ours is None or other is None:
         return None
-    if goal.measure == "time":
-        return other.name, ratio(ours.laps, other.laps)
-    return other.name, ratio(other.laps, ours.laps)
+    above, below = (ours, other) if goal.measure == "time" else (other, ours)
+    return other.name, ratio(above.laps, below.laps), ratio(above.cpu, below.cpu).value
 
 
 def _opponent(goal: Goal, timing: Timing) -> Row | None:

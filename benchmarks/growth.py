@@ -118,10 +118,10 @@ def times_by_work(
     Returns:
         The contestants' series, in scaled seconds a unit; all tasks took turns.
     """
-    laps = take_turns({f"{name} {x}": task for (name, x), task in tasks.items()}, pace)
+    taken = take_turns({f"{name} {x}": task for (name, x), task in tasks.items()}, pace)
     points: dict[str, list[Point]] = {}
     for name, x in tasks:
         unit = scale / units[name, x]
-        costs = tuple(seconds * unit for seconds in laps[f"{name} {x}"])
+        costs = tuple(seconds * unit for seconds in taken[f"{name} {x}"].laps)
         points.setdefault(name, []).append(Point(x, costs))
     return tuple(Series(name, kinds[name], tuple(found)) for name, found in points.items())

@@ -98,7 +98,7 @@ def averaging(
             misrounded[name] = None if floor else _share_off(server.arrays(mean), right)
             del mean
         rivals = [name for name in tasks if CONTESTANTS[name].kind == "peer"]
-        laps = take_turns(tasks, pace, rivals=rivals)
+        taken = take_turns(tasks, pace, rivals=rivals)
     return Timing(
         benchmark=benchmark,
         title=workload.title,
@@ -107,7 +107,14 @@ def averaging(
         elements=workload.clients * workload.parameters,
         nbytes=workload.clients * workload.nbytes,
         rows=tuple(
-            Row(name, CONTESTANTS[name].kind, laps[name], misrounded[name]) for name in tasks
+            Row(
+                name,
+                CONTESTANTS[name].kind,
+                taken[name].laps,
+                taken[name].cpu,
+                misrounded[name],
+            )
+            for name in tasks
         ),
         reference=reference,
         absent=tuple(absent),
@@ -145,7 +152,7 @@ def _round(quick: bool) -> list[Result]:
     found: list[Result] = []
     for name in ("resnet50-float32", "lora-float32"):
         workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
-        pace = _QUICK if quick else Pace(least=5, most=25)
+        pace = _QUICK if quick else Pace(least=5, budget=10)
         names = ("exact", "Round", "Round, norm limited", "copy")
         found.append(averaging("round", workload, names, pace=pace, reference="exact"))
     return found
@@ -165,7 +172,7 @@ def _tasks(
     """Let a few functions that do one thing to a model take turns."""
     for task in tasks.values():
         task()
-    laps = take_turns(tasks, _QUICK if quick else Pace(least=5, most=15, budget=10))
+    taken = take_turns(tasks, _QUICK if quick else Pace(budget=8))
     return Timing(
         benchmark=benchmark,
         title=title,
@@ -177,7 +184,8 @@ def _tasks(
             Row(
                 name,
                 "floor" if name == floor else "peer" if name == reference else "ours",
-                laps[name],
+                taken[name].laps,
+                taken[name].cpu,
             )
             for name in tasks
         ),
@@ -307,9 +315,7 @@ def _federation(quick: bool) -> list[Result]:
     def federation() -> object:
         return fc.Federation(model, dict.fromkeys(names, train), rounds=1).run()
 
-    laps = take_turns(
-        {"clients alone": alone, "Federation": federation}, Pace(least=3, most=5, budget=15)
-    )
+    taken = take_turns({"clients alone": alone, "Federation": federation}, Pace(least=3, most=5))
     elements = clients * sum(array.size for array in model.values())
     return [
         Timing(
@@ -320,9 +326,9 @@ def _federation(quick: bool) -> list[Result]:
             clients=clients,
             elements=elements,
             nbytes=4 * elements,
-            rows=(
-                Row("clients alone", "floor", laps["clients alone"]),
-                Row("Federation", "ours", laps["Federation"]),
+            rows=tuple(
+                Row(name, "floor" if name == "clients alone" else "ours", each.laps, each.cpu)
+                for name, each in taken.items()
             ),
             reference="clients alone",
         )
@@ -397,7 +403,7 @@ def _by_clients(
             rounds = -(-total // amount // 4)
             tasks[name, amount] = partial(_rounds, server, senders[:amount], rounds)
             units[name, amount] = rounds * amount
-    return times_by_work(tasks, units, kinds, Pace(3, 9, 20), 1e6), tuple(absent)
+    return times_by_work(tasks, units, kinds, Pace(3, 9, 15), 1e6), tuple(absent)
 
 
 def _rounds(server: Server, messages: Sequence[Any], rounds: int) -> None:
@@ -430,7 +436,7 @@ def _sizes(quick: bool) -> list[Result]:
             measured="one round, divided by the elements of all updates",
             x="elements of the tensor",
             y="time per element, ns",
-            series=times_by_work(tasks, units, kinds, Pace(3, 3 if quick else 7, 15), 1e9),
+            series=times_by_work(tasks, units, kinds, Pace(3, 3 if quick else 7, 10), 1e9),
             absent=tuple(absent),
         )
     ]

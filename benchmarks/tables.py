@@ -59,7 +59,7 @@ def _of_timing(timing: Timing) -> Table:
     against = "reference" if reference is None else reference.name
     looked_at = any(row.misrounded is not None for row in timing.rows)
     columns = ["", "ms a client" if timing.clients > 1 else "ms", "ns an element", "GB/s"]
-    columns += [f"× as fast as {against}", "quartiles", "fastest laps"]
+    columns += [f"× as fast as {against}", "quartiles", "fastest laps", "CPU time"]
     rows = []
     for row in timing.rows:
         seconds = middle(row.laps)
@@ -72,6 +72,7 @@ def _of_timing(timing: Timing) -> Table:
             "" if figures is None else f"{figures.value:.2f}",
             "" if figures is None or row is reference else _quartiles(figures),
             "" if figures is None or row is reference else f"{figures.best:.2f}",
+            "" if reference in (None, row) else f"{ratio(reference.cpu, row.cpu).value:.2f}",
         ]
         if looked_at:
             cells.append("" if row.misrounded is None else _share(row.misrounded))
@@ -128,6 +129,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
             f"{standing.measured.value:.3g}×",
             _quartiles(standing.measured),
             f"{standing.measured.best:.3g}×",
+            "" if standing.cpu is None else f"{standing.cpu:.3g}×",
             f"{sign} {goal.bound:g}×",
             "" if goal.reach is None else f"{goal.reach:g}×",
             verdict,
@@ -135,7 +137,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
         rows.append((verdict, cells))
     return Table(
         "What it is held to",
-        ("", "against", "measured", "quartiles", "fastest laps", "bound", "reach", ""),
+        ("", "against", "measured", "quartiles", "fastest laps", "CPU time", "bound", "reach", ""),
         tuple(rows),
         ("speeds: how many times as fast; the others: how many times as much of time or memory",),
     )

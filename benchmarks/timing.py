@@ -3,7 +3,9 @@
 One lap of each task, then the next lap of each: A B A B. A disturbance that lasts longer than a lap
 then falls on all of them. What is reported of two tasks is the ratio of their median times; the
 quartiles of the ratios of the single laps tell how far to trust it, and the ratio of the fastest
-laps is what is left when every disturbance, which can only add time, has been escaped once.
+laps is what is left when every disturbance, which can only add time, has been escaped once. Beside
+the time that passed, the processor time of all threads is taken: it says nothing of what threads
+gain, and is the better guide while other programs compete for the machine.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from typing import TypeAlias
 
 from benchmarks.peers import Kind
 
-__all__ = ["Laps", "Pace", "Ratio", "Row", "Timing", "middle", "ratio", "take_turns"]
+__all__ = ["Laps", "Pace", "Ratio", "Row", "Taken", "Timing", "middle", "ratio", "take_turns"]
 
 Laps: TypeAlias = "tuple[float, ...]"
 """Seconds, lap by lap; NaN where the task sat out."""
 
 _FAR_BEHIND = 2.0  # times the fastest rival's median
-_TRIAL = 2  # laps after which rivals may be far behind
+_TRIAL = 1  # laps after which rivals may be far behind
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Pace:
         budget: Seconds after which to stop, once the least are run.
     """
 
-    least: int = 5
+    least: int = 4
     most: int = 20
-    budget: float = 15.0
+    budget: float = 12.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a task took, lap by lap.
+
+    Attributes:
+        laps: Seconds that passed.
+        cpu: Seconds of processor time, all threads together.
+    """
+
+    laps: Laps
+    cpu: Laps
+
+
+@dataclass(frozen=True)
 class Row:
     """One task's laps.
 
@@ -67,6 +82,7 @@ class Row:
         name: Of the task.
         kind: Whose it is.
         laps: Seconds a lap.
+        cpu: Seconds of processor time a lap, all threads together.
         misrounded: Of the elements of its mean, the share that are not the correctly rounded ones;
             None where there is no mean to look at.
     """
@@ -74,6 +90,7 @@ class Row:
     name: str
     kind: Kind
     laps: Laps
+    cpu: Laps
     misrounded: float | None = None
 
 
@@ -122,19 +139,20 @@ def take_turns(
     pace: Pace,
     *,
     rivals: Collection[str] = (),
-) -> dict[str, Laps]:
+) -> dict[str, Taken]:
     """Run tasks in turn and time each.
 
     Args:
         tasks: What to run. What a task returns is let go after its clock has stopped.
         pace: How long to go on.
-        rivals: Tasks of which only the fastest matters: those that are far behind it after two
-            laps sit out the others.
+        rivals: Tasks of which only the fastest matters: those that are far behind it after the
+            first lap sit out the others.
 
     Returns:
         The laps of each task, as many for each.
     """
     laps: dict[str, list[float]] = {name: [] for name in tasks}
+    cpu: dict[str, list[float]] = {name: [] for name in tasks}
     out: set[str] = set()
     collecting = gc.isenabled()
     gc.collect()
@@ -148,19 +166,21 @@ def take_turns(
                 best = min(median(laps[name]) for name in rivals)
                 out = {name for name in rivals if median(laps[name]) > _FAR_BEHIND * best}
             for name, task in tasks.items():
-                laps[name].append(math.nan if name in out else _timed(task))
+                passed, used = (math.nan, math.nan) if name in out else _timed(task)
+                laps[name].append(passed)
+                cpu[name].append(used)
     finally:
         if collecting:
             gc.enable()
-    return {name: tuple(seconds) for name, seconds in laps.items()}
+    return {name: Taken(tuple(laps[name]), tuple(cpu[name])) for name in tasks}
 
 
-def _timed(task: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(task: Callable[[], object]) -> tuple[float, float]:
+    used, start = time.process_time(), time.perf_counter()
     kept = task()
-    seconds = time.perf_counter() - start
+    passed, used = time.perf_counter() - start, time.process_time() - used
     del kept
-    return seconds
+    return passed, used
 
 
 def middle(laps: Sequence[float]) -> float:

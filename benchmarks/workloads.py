@@ -178,20 +178,19 @@ class Workload:
         return self.parameters * np.dtype(self.dtype).itemsize
 
 
-_MODELS: Sequence[tuple[str, str, Callable[[], Shapes], int]] = (
-    ("resnet50", "ResNet-50", resnet50, 10),
-    ("bert", "BERT-base", bert_base, 4),
-    ("llm", "LLM slice", llm_slice, 4),
-    ("lora", "LoRA adapter", lora_adapter, 8),
+_MODELS: Sequence[tuple[str, str, Callable[[], Shapes], dict[str, int]]] = (
+    ("resnet50", "ResNet-50", resnet50, {"float32": 10, "float16": 10}),
+    ("bert", "BERT-base", bert_base, {"float32": 4, "float16": 2}),
+    ("llm", "LLM slice", llm_slice, {"float32": 4, "float16": 2}),
+    ("lora", "LoRA adapter", lora_adapter, {"float32": 8, "float16": 8}),
 )
 
 WORKLOADS: dict[str, Workload] = {
-    workload.name: workload
-    for name, title, make_shapes, clients in _MODELS
-    for dtype in ("float32", "float16")
-    for workload in [
-        Workload(f"{name}-{dtype}", f"{title} × {clients}, {dtype}", make_shapes, clients, dtype)
-    ]
+    f"{name}-{dtype}": Workload(
+        f"{name}-{dtype}", f"{title} × {clients}, {dtype}", make_shapes, clients, dtype
+    )
+    for name, title, make_shapes, by_dtype in _MODELS
+    for dtype, clients in by_dtype.items()
 }
 """Every model in every dtype, by its name on the command line."""
 
