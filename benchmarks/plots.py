@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.growth import Growth
@@ -22,6 +23,8 @@ _KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes (t
 _LINES = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#000000")
 _MARKERS = "osD^vXP"
 _COLUMNS = 4
+_WIDE = 30  # costs further apart than this are drawn on a logarithmic axis
+_TITLE_WIDTH = 36
 
 
 def save_plots(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -87,7 +90,7 @@ def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
                 row = timing.row(name)
                 label.set_fontweight("bold" if row is not None and row.kind == "ours" else "normal")
         panel.invert_yaxis()
-        panel.set_title(timing.title, fontsize=9)
+        panel.set_title(fill(timing.title, _TITLE_WIDTH), fontsize=9)
         panel.margins(x=0.16)
         panel.set_xlim(left=0)
         panel.set_xlabel("10⁹ parameters averaged per second", fontsize=8)
@@ -126,16 +129,16 @@ def _growth(figure: Any, growth: Growth) -> None:
             linestyle="-" if series.kind == "ours" else "--",
             linewidth=1.6,
         )
-    panel.set_xscale("log")
-    panel.set_yscale("log")
     ticker: Any = importlib.import_module("matplotlib.ticker")
     plain = ticker.FuncFormatter(lambda value, _: f"{value:,.6g}")
+    panel.set_xscale("log")
     panel.xaxis.set_major_formatter(plain)
-    low, high = panel.get_ylim()
-    narrow = high < 30 * low  # less than about a decade and a half: label steps between powers too
-    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    costs = [point.y for series in growth.series for point in series.points]
+    if max(costs) > _WIDE * min(costs):
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=0, top=1.08 * max(costs))
     panel.yaxis.set_major_formatter(plain)
-    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
     panel.set_xlabel(growth.x)
     panel.set_ylabel(growth.y)
     panel.set_title(growth.title, fontsize=10)

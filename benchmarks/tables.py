@@ -56,10 +56,9 @@ def table_of_result(result: Result) -> Table:
 
 def _of_timing(timing: Timing) -> Table:
     reference = timing.compared_with()
-    against = "reference" if reference is None else reference.name
     looked_at = any(row.misrounded is not None for row in timing.rows)
     columns = ["", "ms a client" if timing.clients > 1 else "ms", "ns an element", "GB/s"]
-    columns += [f"× as fast as {against}", "quartiles", "fastest laps", "CPU time"]
+    columns += ["speed", "quartiles", "fastest laps", "CPU time"]
     rows = []
     for row in timing.rows:
         seconds = middle(row.laps)
@@ -80,9 +79,10 @@ def _of_timing(timing: Timing) -> Table:
     if looked_at:
         columns.append("misrounded")
     laps = max(len(row.laps) for row in timing.rows)
-    return Table(
-        timing.title, tuple(columns), tuple(rows), (f"timed: {timing.timed}; {laps} laps",)
-    )
+    notes = [f"timed: {timing.timed}; {laps} laps"]
+    if reference is not None:
+        notes.append(f"speed: how many times as fast as {reference.name}; then by other readings")
+    return Table(timing.title, tuple(columns), tuple(rows), tuple(notes))
 
 
 def _of_growth(growth: Growth) -> Table:
