@@ -3,9 +3,9 @@
 No accumulator of the size of a model is kept, in memory or on disk. The model is worked through in
 passes. A pass takes as many blocks of elements as there is memory for exact sums of them, visits
 each file in turn, reads those elements of it and adds them, and then divides, rounds, and writes
-that part of the result. So each byte of each file is read once, in long runs, one file is open at a
-time, however many there are, and memory depends on neither their size nor their number. Since the
-sums are exact, how the passes are cut leaves no trace in the result: it has the bits of
+that part of the result. So the elements of each file are read once, in long runs; one file is open
+at a time, however many there are; and memory depends on neither their size nor their number. Since
+the sums are exact, how the passes are cut leaves no trace in the result: it has the bits of
 `weighted_mean` over the same models in memory.
 
 How much memory an exact sum takes depends on the values: a limb for each 24 bits between the
@@ -63,7 +63,7 @@ _PLACES_SHARE = 16
 _HEADER_SHARE = 32  # a safetensors header takes up to this many times its length when parsed
 _LARGEST_BLOCK = 1 << 16
 _SMALLEST_BLOCK = 1 << 8
-_PARAMETER_BYTES = 2048
+_PARAMETER_BYTES = 4096
 _FILE_BYTES = 1024
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,15 +50,3 @@ def safetensors_bytes(
 
 def tensor(dtype: str, shape: Any, *offsets: Any, **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets), **more}
-
-
-def deflated_member(name: str, packed: bytes, inflated: bytes) -> bytes:
-    """An npz with one member whose deflated bytes are given, right or not."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(name, packed)
-        member = archive.infolist()[0]
-        member.compress_type = zipfile.ZIP_DEFLATED
-        member.file_size = len(inflated)
-        member.CRC = zipfile.crc32(inflated)  # type: ignore[attr-defined]
-    return out.getvalue()
