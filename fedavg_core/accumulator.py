@@ -107,6 +107,10 @@ class WeightedMean:
             )
         if not isinstance(block, int) or block < 1:
             raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
+        if spec is not None and not isinstance(spec, ModelSpec):
+            raise UsageError(
+                f"expected a ModelSpec (ModelSpec.of(model) makes one), got a {type(spec).__name__}"
+            )
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")
         self._accumulator: Accumulator = accumulator

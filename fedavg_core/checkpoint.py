@@ -86,9 +86,13 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     Raises:
         CheckpointError: It could not be written; an old file is as it was, unless the message says
             that the new one is in place.
-        UsageError: It holds what a checkpoint cannot: arrays that are not of numbers or bool, names
-            that are no strings, a round that is no whole number, or what JSON cannot hold.
+        UsageError: It is no checkpoint, or holds what one cannot: arrays that are not of numbers or
+            bool, names that are no strings, a round that is no whole number, or what JSON cannot
+            hold.
     """
+    given: object = checkpoint
+    if not isinstance(given, Checkpoint):
+        raise UsageError(f"expected a Checkpoint to save, got a {type(given).__name__}")
     target = Path(path)
     arrays = {f"model/{_name(key)}": value for key, value in checkpoint.model.items()}
     arrays.update({f"arrays/{_name(key)}": value for key, value in checkpoint.arrays.items()})

@@ -171,6 +171,15 @@ class Federation:
                 "clients: expected a mapping of at least one printable name to a client, "
                 f"got {quoted(clients)}"
             )
+        idle = [name for name, client in clients.items() if not callable(client)]
+        if idle:
+            raise UsageError(
+                f"clients: expected a function for each name, got {quoted(clients[idle[0]])} "
+                f"for {quoted(idle[0])}"
+            )
+        for name, function in (("evaluate", evaluate), ("stop_when", stop_when)):
+            if function is not None and not callable(function):
+                raise UsageError(f"{name}: expected a function or None, got {quoted(function)}")
         self._clients = clients
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
@@ -200,6 +209,11 @@ class Federation:
             limits=limits,
             accumulator=accumulator,
         )
+        if min_updates > self._selected:
+            raise UsageError(
+                f"min_updates: expected at most the {self._selected} clients of a round, "
+                f"got {min_updates}"
+            )
         self._model = copy_params(model or {})
         self._next = 0
         self._best: Best | None = None
@@ -316,7 +330,13 @@ class Federation:
         views = {key: array.view() for key, array in outcome.model.items()}
         for view in views.values():
             view.flags.writeable = False
-        return {name: float(value) for name, value in self._evaluate(views).items()}
+        given: object = self._evaluate(views)
+        try:
+            return {str(name): float(value) for name, value in dict(given).items()}  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"evaluate: expected a mapping from names to numbers, got {quoted(given)}"
+            ) from None
 
     def _track(self, outcome: Outcome) -> bool:
         """Take note of the monitored metric; say whether this model is the best so far."""

@@ -100,8 +100,8 @@ class Round:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator | WeightedMean = "exact",
     ) -> None:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise UsageError(f"number: expected an integer, got {quoted(number)}")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise UsageError(f"number: expected an integer of at least 0, got {quoted(number)}")
         if isinstance(min_updates, bool) or not isinstance(min_updates, int) or min_updates < 1:
             raise UsageError(
                 f"min_updates: expected an integer of at least 1, got {quoted(min_updates)}"

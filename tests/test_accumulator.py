@@ -459,6 +459,10 @@ def test_bad_settings_are_named() -> None:
         fc.WeightedMean(accumulator=bad)
     with pytest.raises(fc.UsageError, match="a block of at least 1 element, got 0"):
         fc.WeightedMean(block=0)
+    with pytest.raises(fc.UsageError, match="at least 1 thread, got 0"):
+        fc.WeightedMean(threads=0)
+    with pytest.raises(fc.UsageError, match=r"expected a ModelSpec .*, got a dict"):
+        fc.WeightedMean({"w": np.ones(2)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -632,6 +632,12 @@ class TestTheStore:
                 store.save(checkpoint(1))
         store.__exit__(None, None, None)
 
+    def test_to_save_what_is_no_checkpoint_is_a_usage_error(self, tmp_path: Path) -> None:
+        model: Any = {"w": np.ones(2)}
+        with pytest.raises(UsageError, match="expected a Checkpoint to save, got a dict"):
+            save_checkpoint(tmp_path / "x.npz", model)
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "3"])
     def test_to_keep_none_is_a_usage_error(self, tmp_path: Path, keep: Any) -> None:
         with pytest.raises(UsageError, match="keep: expected a whole number of at least 1"):

@@ -533,9 +533,11 @@ def test_the_command_takes_an_aggregator_of_the_user_s_own(
     assert main(["my_aggregators:Mine", "--strict"]) == 0
     assert main(["my_aggregators:Yours"]) == 2
     assert main(["no_such_module_at_all:make"]) == 2
+    assert main(["os:getcwd"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert err[0].startswith("my_aggregators:Yours: ")
     assert err[1].startswith("no_such_module_at_all:make: not installed")
+    assert err[2].startswith("os:getcwd: make() must give an object with the methods add and mean")
 
 
 def test_flower_gets_its_replies_as_lists_of_arrays_that_are_its_own(

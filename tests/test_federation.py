@@ -651,7 +651,14 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"model": [1.0]}, "expected a model as a mapping"),
         ({"model": None, "transfer": DIFF}, "differences need a model"),
         ({"transfer": "FULL"}, "transfer: expected a TransferType"),
+        ({"clients": {"a": 3}}, "clients: expected a function for each name, got 3 for 'a'"),
+        ({"evaluate": 3}, "evaluate: expected a function or None, got 3"),
+        ({"stop_when": "never"}, "stop_when: expected a function or None, got 'never'"),
         ({"min_updates": 0}, "min_updates: expected an integer of at least 1"),
+        (
+            {"min_updates": 99},
+            "min_updates: expected at most the [0-9]+ clients of a round, got 99",
+        ),
         ({"accumulator": "half"}, "expected accumulator 'exact'"),
         ({"retries": -1}, "retries: expected at least 0"),
         ({"deadline": 1.0}, "deadline: expected an executor as well"),
@@ -660,6 +667,12 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
 def test_an_argument_without_meaning_is_a_usage_error(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         federation(**change)
+
+
+@pytest.mark.parametrize("worth", ["good", 0.5, {"accuracy": "good"}, None])
+def test_an_evaluation_that_is_no_mapping_of_numbers_is_a_usage_error(worth: Any) -> None:
+    with pytest.raises(UsageError, match="evaluate: expected a mapping from names to numbers, got"):
+        federation(evaluate=lambda model: worth).run()
 
 
 def test_the_settings_that_are_stored_are_json() -> None:

@@ -1,10 +1,12 @@
-"""The README's examples do what they say."""
+"""The README's examples do what they say, each pasted into a file of its own."""
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,31 +17,46 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_examples_run_one_after_the_other_and_print_what_is_shown(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    names: dict[str, Any] = {"__name__": "readme"}
-    examples = blocks("python")
-    assert len(examples) == 4
-    exec(examples[0], names)
-    assert capsys.readouterr().out == blocks("text")[0]
-    for example in examples[1:]:
-        exec(example, names)
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"[0-9.]+ ms a client, order-independent", lines[0])
-    assert [line.split()[0] for line in lines[1:]] == ["0", "1", "2", "3", "4"]
+def run(example: str, folder: Path) -> str:
+    (folder / "example.py").write_text(example, encoding="utf-8")
+    command = [sys.executable, "example.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.nvflare
-def test_the_recipe_is_made_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(blocks("python")[2])
-    names: dict[str, Any] = {}
-    example = blocks("python notest")[0]
-    exec(
-        "import numpy as np\n" + example.replace("recipe.execute(SimEnv(num_clients=2))", ""), names
+def test_there_are_five_examples() -> None:
+    assert (len(blocks("python")), len(blocks("python simulator"))) == (4, 1)
+
+
+def test_the_arithmetic_prints_what_is_shown(tmp_path: Path) -> None:
+    assert run(blocks("python")[0], tmp_path) == blocks("text")[0]
+
+
+def test_the_measurement_measures(tmp_path: Path) -> None:
+    assert re.fullmatch(
+        r"[0-9.]+ ms a client, order-independent\n", run(blocks("python")[1], tmp_path)
     )
-    assert names["recipe"].num_rounds == 5
+
+
+def test_the_federation_plays_its_rounds(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(blocks("python")[2], encoding="utf-8")
+    printed = run(blocks("python")[3], tmp_path)
+    assert [line.split()[0] for line in printed.splitlines()] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.simulator
+@pytest.mark.xdist_group("simulator")
+def test_the_recipe_ends_in_the_model_of_the_federation(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(blocks("python")[2], encoding="utf-8")
+    in_process = run(blocks("python")[3], tmp_path).splitlines()[-1]
+    on_nvflare = run(blocks("python simulator")[0], tmp_path).splitlines()[-1]
+    assert on_nvflare == in_process[in_process.index("[") :]
+
+
+def test_the_examples_parse_on_every_python() -> None:
+    for example in (*blocks("python"), *blocks("python simulator")):
+        ast.parse(example, feature_version=(3, 10))
 
 
 def test_there_is_one_command_for_the_main_job_and_one_for_the_tests() -> None:

@@ -433,8 +433,9 @@ class TestAnAccumulatorOfTheCaller:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"number": "0"}, "number: expected an integer, got '0'"),
-        ({"number": True}, "number: expected an integer, got True"),
+        ({"number": "0"}, "number: expected an integer of at least 0, got '0'"),
+        ({"number": True}, "number: expected an integer of at least 0, got True"),
+        ({"number": -1}, "number: expected an integer of at least 0, got -1"),
         ({"min_updates": 0}, "min_updates: expected an integer of at least 1, got 0"),
         ({"min_updates": 1.0}, r"min_updates: expected an integer of at least 1, got 1\.0"),
         ({"min_updates": True}, "min_updates: expected an integer of at least 1, got True"),

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, get_args
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.errors import UsageError
 from fedavg_core.testing.conformance import check_aggregator, compare_tables
 from fedavg_core.testing.peers import PEERS
 
@@ -75,7 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except (AttributeError, ValueError) as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
-            tables.append(check_aggregator(make, name))
+            try:
+                tables.append(check_aggregator(make, name))
+            except UsageError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
     finally:
         logging.disable(before)
     print(compare_tables(tables))
