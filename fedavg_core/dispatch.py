@@ -4,19 +4,25 @@ Whatever a client does, one answer comes of it: an `Update` for the round to jud
 that says in one line why there is none. Answers come in the order of the tasks, whichever client is
 ready first, so that nothing downstream can depend on timing. So many tasks as are in flight are
 held in memory, however many there are in all.
+
+A failure names the line of the client's own file that it came from. The whole traceback goes to the
+log of this module, at level INFO.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import TypeAlias
 
 from fedavg_core.client import Client, Context, TrainResult
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.errors import UsageError, one_line, quoted
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
 from fedavg_core.transfer import diff
@@ -25,6 +31,9 @@ from fedavg_core.update import TransferType, Update
 __all__ = ["Dispatch", "check_whole"]
 
 _PROBLEM_LENGTH = 200
+_HERE = Path(__file__).parent
+
+_log = logging.getLogger(__name__)
 
 _Answer: TypeAlias = "Update | Failure"
 
@@ -133,7 +142,7 @@ class Dispatch:
             left = None if end == math.inf else max(0.0, end - time.monotonic())
             return future.result(left)
         except Exception as error:  # not the client's, which are caught where it runs
-            problem = _one_line(error)
+            problem = one_line(error, _PROBLEM_LENGTH)
             if not future.done():
                 future.cancel()
                 problem = f"late: not done within the {self._deadline} s that the round waits"
@@ -170,14 +179,20 @@ def train_one(
                 transfer=transfer,
                 metrics=result.metrics,
             )
-        except Exception as error:  # noqa: PERF203  (each try is one client's whole training)
-            problem = _one_line(error)
+        except (Exception, SystemExit) as error:  # noqa: PERF203  (a try is a whole training)
+            _log.info("what %s raised:", context.contributor, exc_info=True)
+            place = _place(error)
+            problem = one_line(error, _PROBLEM_LENGTH - len(place)) + place
     return Failure(context.contributor, context.round, problem)
 
 
-def _one_line(error: Exception) -> str:
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # an error whose own text fails
-        text = type(error).__name__
-    return quoted(text, _PROBLEM_LENGTH)
+def _place(error: BaseException) -> str:
+    """The line that an error came from: the innermost one in the file that the client is in."""
+    frames = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is that of `train_one`
+    if not frames:
+        return ""
+    own = frames[0][0].f_code.co_filename
+    if Path(own).parent == _HERE:
+        return ""
+    line = [line for frame, line in frames if frame.f_code.co_filename == own][-1]
+    return f" ({quoted(Path(own).name)[1:-1]}, line {line})"

@@ -9,8 +9,9 @@
 `OutOfRange` stands apart: every input was fine, but the exact result is larger than the largest
 number of the model's dtype, so that no model can be given back.
 
-Every message is one line. Names that came from outside are passed through `quoted`, so that a name
-made of control characters, or ten megabytes long, cannot break a log.
+Every message is one line. Names that came from outside are passed through `quoted`, and foreign
+errors through `one_line`, so that a name made of control characters, or ten megabytes long, cannot
+break a log.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ __all__ = [
     "Reason",
     "RefusedUpdate",
     "UsageError",
+    "one_line",
     "quoted",
 ]
 
 _NAME_LIMIT = 80
+_ERROR_LIMIT = 200
 
 
 class Reason(str, Enum):
@@ -74,6 +77,25 @@ def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
             shown = f"<{type(value).__name__}>"
         if not shown.isprintable():  # an array's repr has several lines
             shown = ascii(shown)[1:-1]
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def one_line(error: BaseException, limit: int = _ERROR_LIMIT) -> str:
+    """Tell of an error that came from outside, fit to stand in one line of text.
+
+    Args:
+        error: Any error.
+        limit: The most characters of it to show.
+
+    Returns:
+        Its type and its text, as printable ASCII of bounded length, with ``...`` where it was cut.
+    """
+    try:
+        text = str(error)
+    except Exception:  # an error whose own text fails
+        text = ""
+    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    shown = told[: limit + 1].encode("unicode_escape").decode("ascii")
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

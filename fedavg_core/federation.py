@@ -11,9 +11,9 @@ What is promised:
   and on nothing that happened before. So a run that was stopped at any moment and resumed from its
   checkpoints ends with the bits of one that was not, provided that its clients take all randomness
   from their context and keep nothing from one round to the next.
-* A client that raises, or gives what is no `TrainResult`, is reported in the outcome's `failed` and
-  left out; one that gives an unfit update is refused by the round. Neither ends the run. What the
-  caller's own functions raise (`evaluate`, `stop_when`, observers) ends it.
+* A client that raises or exits, or gives no `TrainResult`, is reported in the outcome's `failed`
+  and left out; one that gives an unfit update is refused by the round. Neither ends the run. What
+  the caller's own functions raise (`evaluate`, `stop_when`, observers) ends it.
 * With a deadline, a client that is not done in time is reported and left out. Then, and only then,
   the outcome depends on the clock.
 * The differences of a DIFF run are taken here, once, from the model that the client was sent.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +49,10 @@ def raising(params: dict[str, Any], told: Context) -> TrainResult:
     raise RuntimeError("no data\non this site" + "!" * 10_000)
 
 
+def leaving(params: dict[str, Any], told: Context) -> TrainResult:
+    sys.exit(3)
+
+
 def dying(params: dict[str, Any], told: Context) -> TrainResult:
     os._exit(3)
 
@@ -73,7 +81,7 @@ EXECUTORS: list[Callable[[], Executor | None]] = [
 def test_answers_come_in_the_order_of_the_tasks(make: Callable[[], Executor | None]) -> None:
     executor = make()
     dispatch = Dispatch(executor, in_flight=2)
-    answers = list(dispatch.answers(tasks(slow, raising, slow, train), MODEL, FULL))
+    answers = list(dispatch.answers(tasks(slow, leaving, slow, train), MODEL, FULL))
     if executor is not None:
         executor.shutdown()
     assert [type(answer) for answer in answers] == [Update, Failure, Update, Update]
@@ -96,22 +104,55 @@ def test_differences_are_taken_from_the_model() -> None:
 @pytest.mark.parametrize(
     ("client", "problem"),
     [
-        (raising, "'RuntimeError: no data\\non this site!!!"),
-        (unshowable, "'Unshowable'"),
-        (returning(None), "'TypeError: expected a TrainResult, got NoneType'"),
-        (returning({"w": 1}), "'TypeError: expected a TrainResult, got dict'"),
-        (returning(TrainResult({"x": np.ones(2)}, 1)), "\"UsageError: key 'x': the base"),
+        (raising, "RuntimeError: no data\\non this site!!!"),
+        (unshowable, "Unshowable (test_dispatch.py, line "),
+        (leaving, "SystemExit: 3 (test_dispatch.py, line "),
+        (returning(None), "TypeError: expected a TrainResult, got NoneType"),
+        (returning({"w": 1}), "TypeError: expected a TrainResult, got dict"),
+        (returning(TrainResult({"x": np.ones(2)}, 1)), "UsageError: key 'x': the base"),
         (returning(TrainResult([1.0], 1)), "UsageError"),  # type: ignore[arg-type]
-        (5, "\"TypeError: 'int' object is not callable\""),
+        (5, "TypeError: 'int' object is not callable"),
     ],
 )
 def test_a_client_that_fails_is_described_in_one_line(client: Any, problem: str) -> None:
     (answer,) = Dispatch().answers([(client, context(1))], MODEL, DIFF)
     assert isinstance(answer, Failure)
     assert (answer.contributor, answer.round) == ("site-1", 4)
-    assert problem in answer.problem
+    assert answer.problem.startswith(problem)
     assert answer.problem.isprintable()
     assert len(answer.problem) <= 200
+
+
+def reading(text: str) -> Any:
+    return json.loads(text)
+
+
+def misread(params: dict[str, Any], told: Context) -> TrainResult:
+    return TrainResult(reading("no JSON"), 1)
+
+
+@pytest.mark.parametrize("client", [misread, partial(misread)])
+def test_a_failure_names_the_innermost_line_of_the_clients_own_file(client: Any) -> None:
+    (answer,) = Dispatch().answers([(client, context(1))], MODEL, FULL)
+    assert isinstance(answer, Failure)
+    line = reading.__code__.co_firstlineno + 1
+    assert answer.problem.endswith(f" (test_dispatch.py, line {line})")
+
+
+@pytest.mark.parametrize("client", [returning(None), returning(TrainResult([1.0], 1)), 5])  # type: ignore[arg-type]
+def test_what_was_not_raised_in_a_clients_file_names_no_line(client: Any) -> None:
+    (answer,) = Dispatch().answers([(client, context(1))], MODEL, DIFF)
+    assert isinstance(answer, Failure)
+    assert ".py" not in answer.problem
+
+
+def test_what_a_client_raised_is_in_the_log_with_the_lines_that_led_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        list(Dispatch().answers([(raising, context(1))], MODEL, FULL))
+    assert caplog.messages == ["what site-1 raised:"]
+    assert "in raising" in caplog.text
 
 
 def test_an_unfit_update_is_left_for_the_round_to_judge() -> None:
@@ -142,7 +183,7 @@ def test_a_client_that_fails_is_tried_again_with_a_new_copy(retries: int, answer
     assert type(found) is answer
     assert client.seen == [1.0] * min(3, retries + 1)
     if isinstance(found, Failure):
-        assert found.problem == "'RuntimeError: failure 2'"
+        assert found.problem.startswith("RuntimeError: failure 2 (")
 
 
 def test_a_keyboard_interrupt_is_not_a_clients_failure() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
+from fedavg_core.errors import one_line, quoted
 
 
 class Rude:
@@ -32,6 +32,27 @@ class Rude:
 def test_whatever_comes_from_outside_fits_in_one_line(value: object, shown: str) -> None:
     assert quoted(value) == shown
     assert len(quoted(value)) <= 80
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("disk\non f\xefre, 'again'"), r"ValueError: disk\non f\xefre, 'again'"),
+        (KeyError("w"), "KeyError: 'w'"),
+        (RuntimeError(), "RuntimeError"),
+        (SystemExit(3), "SystemExit: 3"),
+        (Mute(), "Mute"),
+        (OSError("\udc80" * 10_000_000), "OSError: " + r"\udc80" * 31 + r"\u" + "..."),
+    ],
+)
+def test_an_error_from_outside_fits_in_one_line(error: BaseException, shown: str) -> None:
+    assert one_line(error) == shown
+    assert len(one_line(error)) <= 200
 
 
 def test_a_refusal_says_why_where_what_was_expected_and_what_came() -> None:

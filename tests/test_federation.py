@@ -177,7 +177,9 @@ class TestClientsThatFail:
 
         fed = Federation(model(), {"a": raising, "b": adding(2)}, 2)
         for outcome in fed:
-            assert outcome.failed == (Failure("a", outcome.round, "'OSError: disk\\ngone'"),)
+            line = raising.__code__.co_firstlineno + 1
+            problem = f"OSError: disk\\ngone (test_federation.py, line {line})"
+            assert outcome.failed == (Failure("a", outcome.round, problem),)
             assert [receipt.contributor for receipt in outcome.accepted] == ["b"]
         assert fed.model["b"].tolist() == [5.0, 5.0]
 
