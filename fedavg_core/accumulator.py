@@ -196,7 +196,7 @@ class WeightedMean:
         for params, weight in updates:
             exact = exact_weight(weight)
             self._check(params, known)
-            known.update({k: v for k, v in ModelSpec.of(params).items() if k not in known})
+            known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
             terms.append((params, exact))
         self._apply(terms, 1)
 

@@ -15,6 +15,7 @@ the hidden one included), the exponent of the smallest normal number, and the la
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ _EXTENSION_FLOATS = {
 }
 
 
+@functools.cache
 def number_format(dtype: np.dtype[Any]) -> NumberFormat | None:
     """How a dtype holds numbers, or None if its values cannot be averaged.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedavg_core.exact import STEP, ExactSum
 
-__all__ = ["digits", "from_digits", "leading", "nearest", "sign"]
+__all__ = ["digits", "extent", "from_digits", "leading", "nearest", "sign"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -40,6 +40,22 @@ def sign(total: ExactSum) -> Floats:
     for _, limb in sorted(settled.limbs.items(), reverse=True):
         np.copyto(result, np.sign(limb), where=result == 0)
     return result
+
+
+def extent(total: ExactSum) -> tuple[int, int]:
+    """Between which powers of two the sums lie.
+
+    Args:
+        total: The sums, not all zero; only read.
+
+    Returns:
+        ``(least, reach)``: every sum that is not zero is at least ``2**least`` in magnitude, and
+        every sum is less than ``2**reach``.
+    """
+    used, origin = total.used(), total.origin or 0
+    bound = sum(total.bounds[k] << (STEP * (k - used[0])) for k in used)
+    least = origin + STEP * used[0]
+    return least, least + bound.bit_length()
 
 
 def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[int, bool] | None:

@@ -19,6 +19,7 @@ last bit stands for it, and that one is on no boundary of a narrower format.
 from __future__ import annotations
 
 from fractions import Fraction
+from math import frexp, ldexp
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from fedavg_core.exact import ExactSum, Scratch
 from fedavg_core.model import NumberFormat
-from fedavg_core.readout import leading, nearest, sign
+from fedavg_core.readout import extent, leading, nearest, sign
 
 __all__ = ["quotient"]
 
@@ -102,13 +103,12 @@ def _quick(
     unused = 53 - number.precision
     if abs(scale) > _SAFE_SCALE or (not unused and not (exact and bits <= 53)):
         return None
-    values /= numerator / (1 << bits)
-    values *= 2.0**scale
-    np.abs(values, out=spare)
-    least, largest = 2.0**number.least_exponent, number.largest
+    values /= ldexp(numerator / (1 << bits), -scale)
     doubt = None
-    if not (spare.min() >= least and spare.max() <= largest):
-        doubt = ((spare < least) & (spare > 0.0)) | (spare > largest)
+    least, reach = (power + scale - exponent for power in extent(total))
+    if least < number.least_exponent or reach >= frexp(number.largest)[1]:
+        np.abs(values, out=spare)
+        doubt = ((spare < 2.0**number.least_exponent) & (spare > 0.0)) | (spare > number.largest)
     if unused:
         half = 1 << (unused - 1)
         pattern, aside = values.view(np.int64), spare.view(np.int64)
