@@ -120,7 +120,7 @@ def test_the_bits_are_those_of_the_mean_in_memory(
         assert same_bits(read_model(output), expected)
 
 
-def training_run(clients: int, **dtypes: str) -> list[Model]:
+def training_run(clients: int, rows: int = 60, **dtypes: str) -> list[Model]:
     """Models of some size, in the given dtypes, with small and large parameters in turn."""
     random = np.random.default_rng(7)
     dtypes = dtypes or {"w": "float32", "h": "bfloat16", "n": "int64", "q": "float8_e4m3fn"}
@@ -131,7 +131,7 @@ def training_run(clients: int, **dtypes: str) -> list[Model]:
             )
             for layer in range(3)
             for name, dtype in dtypes.items()
-            for part, shape in {"bias": (7,), "weight": (60, 70), "scale": ()}.items()
+            for part, shape in {"bias": (7,), "weight": (rows, 70), "scale": ()}.items()
         }
         for _ in range(clients)
     ]
@@ -140,7 +140,7 @@ def training_run(clients: int, **dtypes: str) -> list[Model]:
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_any_mix_of_formats_gives_the_same_bits(tmp_path: Path, suffix: str) -> None:
-    run = training_run(6, w="float32", n="int16", d="float64")
+    run = training_run(6, rows=2, w="float32", n="int16", d="float64")
     paths = [
         write_model(tmp_path / f"site-{i}", KINDS[i % len(KINDS)], model)
         for i, model in enumerate(run)
@@ -168,7 +168,7 @@ def test_the_npz_is_byte_for_byte_that_of_the_mean_in_memory(
 
 @pytest.mark.usefixtures("cut")
 def test_with_a_base_differences_are_added_to_it(tmp_path: Path) -> None:
-    base, *differences = training_run(4)
+    base, *differences = training_run(4, rows=2)
     for difference in differences[1:]:
         del difference["w1.weight"], difference["n0.weight"]
     for difference in differences:
@@ -566,9 +566,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "kinds", [("npz",), ("deflated",), ("safetensors",), ("sealed", "deflated", "safetensors")]
-)
+@pytest.mark.parametrize("kinds", [("deflated",), ("npz", "sealed", "deflated", "safetensors")])
 def test_twenty_files_twice_the_limit_each_take_no_more_than_the_limit(
     tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
@@ -608,10 +606,10 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_for_many_parameters_is_planned_for(tmp_path: Path, kind: str) -> None:
-    model = {f"some.layer.{i}.weight": np.ones(3, np.float32) for i in range(2000)}
+    model = {f"some.layer.{i}.weight": np.ones(3, np.float32) for i in range(500)}
     path = write_model(tmp_path / "m", kind, model)
-    with pytest.raises(UsageError, match="2000 parameters in 5 files") as error:
-        aggregate_files([path] * 5, [1] * 5, tmp_path / "out.npz", memory_limit=6 * MIB)
+    with pytest.raises(UsageError, match="500 parameters in 5 files") as error:
+        aggregate_files([path] * 5, [1] * 5, tmp_path / "out.npz", memory_limit=3 * MIB // 2)
     least = int(str(error.value).split("expected at least ")[1].split()[0])
     tracemalloc.start()
     aggregate_files([path] * 5, [1] * 5, tmp_path / "out.npz", memory_limit=least)
