@@ -7,7 +7,8 @@
 * arithmetic: `weighted_mean`, `WeightedMean`, `diff`, `apply`
 * one round, without input or output: `Round`, `Update`, `Receipt`, `Outcome`, `Limits`
 * a whole federation in this process: `Federation`, `Context`, `TrainResult`
-* files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`
+* files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`; `aggregate_files`
+  for models larger than memory
 * models: `ModelSpec`, `compare`, `same_bits`
 * for tests of your own: the subpackage `fedavg_core.testing`
 """
@@ -33,6 +34,7 @@ from fedavg_core.federation import Best, Federation
 from fedavg_core.gate import Limits
 from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compare, same_bits
 from fedavg_core.observer import Observer
+from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.round import Round, RoundState
 from fedavg_core.transfer import apply, diff
@@ -66,6 +68,7 @@ __all__ = [
     "Update",
     "UsageError",
     "WeightedMean",
+    "aggregate_files",
     "apply",
     "compare",
     "contributor_order",
