@@ -26,7 +26,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from math import isfinite
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -42,9 +41,10 @@ from fedavg_core.model import (
     dtype_named,
 )
 from fedavg_core.plain_sums import PlainSums
-from fedavg_core.sums import ExactSums, Sums, Weight
+from fedavg_core.sums import ExactSums, Sums
+from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
 
-__all__ = ["Accumulator", "WeightedMean", "exact_weight", "weighted_mean"]
+__all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
@@ -52,28 +52,6 @@ State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
 _BLOCK = 1 << 17
 _STATE_FORMAT = 1
-
-
-def exact_weight(weight: object) -> Weight:
-    """A weight at its exact value.
-
-    Args:
-        weight: A whole number of any size or a float, of Python or NumPy.
-
-    Returns:
-        The same number as an int, or as a fraction whose denominator is a power of two.
-
-    Raises:
-        RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
-    """
-    if isinstance(weight, (int, np.integer)) and not isinstance(weight, bool) and weight > 0:
-        return int(weight)
-    if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
-        exact = Fraction(*weight.as_integer_ratio())
-        return exact.numerator if exact.denominator == 1 else exact
-    raise RefusedUpdate(
-        Reason.BAD_WEIGHT, expected="a finite number above zero as weight", got=quoted(weight)
-    )
 
 
 class WeightedMean:
@@ -322,7 +300,7 @@ class WeightedMean:
         sha = hashlib.sha256(b"fedavg_core sums, format 1")
         for key in sorted(self.keys):
             spec = self._spec[key]
-            head = [key, list(spec.shape), spec.dtype.name, _hex(self._weights[key])]
+            head = [key, list(spec.shape), spec.dtype.name, weight_text(self._weights[key])]
             sha.update(repr(head).encode("utf-8", "surrogatepass"))
             for k, digits in self._sums.parts(key):
                 sha.update(f"[{k}]".encode())
@@ -349,7 +327,7 @@ class WeightedMean:
                     "name": key,
                     "shape": list(spec.shape),
                     "dtype": spec.dtype.name,
-                    "weight": _hex(self._weights[key]),
+                    "weight": weight_text(self._weights[key]),
                     "arrays": stored,
                 }
             )
@@ -357,7 +335,7 @@ class WeightedMean:
             "format": _STATE_FORMAT,
             "accumulator": self._accumulator,
             "count": self._count,
-            "total_weight": _hex(self._total),
+            "total_weight": weight_text(self._total),
             "keys": keys,
         }
         return meta, arrays
@@ -394,9 +372,9 @@ class WeightedMean:
                     result._sums.grow({key: array})
                 parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
                 result._sums.restore(key, parts)
-                result._weights[key] = _unhex(entry["weight"])
+                result._weights[key] = weight_from_text(entry["weight"])
             result._count = int(meta["count"])
-            result._total = _unhex(meta["total_weight"])
+            result._total = weight_from_text(meta["total_weight"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -492,17 +470,6 @@ def _processors() -> int:
     """How many processors this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _hex(weight: Weight) -> str:
-    """A weight as text, exactly."""
-    return f"{weight.numerator:x}/{weight.denominator:x}"
-
-
-def _unhex(text: str) -> Weight:
-    numerator, _, denominator = text.partition("/")
-    weight = Fraction(int(numerator, 16), int(denominator, 16))
-    return weight.numerator if weight.denominator == 1 else weight
 
 
 def _shown(spec: ArraySpec) -> str:

@@ -38,7 +38,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import exact_weight
 from fedavg_core.blocks import Buffers
 from fedavg_core.checkpoint import replacing
 from fedavg_core.codec import NpzWriter
@@ -48,7 +47,7 @@ from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
 from fedavg_core.safetensors import SafetensorsWriter, aligned
 from fedavg_core.stored_array import INFLATER_BYTES
-from fedavg_core.sums import Weight
+from fedavg_core.weight import Weight, exact_weight
 
 __all__ = ["aggregate_files"]
 

@@ -24,7 +24,7 @@ from fedavg_core.blocks import Block, Buffers, load, pack
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, NumberFormat
 from fedavg_core.rounding import quotient
-from fedavg_core.sums import Weight
+from fedavg_core.weight import Weight
 
 __all__ = ["BeyondRange", "Kind", "NotFinite", "Pass", "Run", "cut", "exponents", "sum_bytes"]
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from fedavg_core.blocks import Block, Buffers, Segment, flat, load
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
 from fedavg_core.model import ArraySpec, Params
-from fedavg_core.sums import Sums, Term, Weight, base_not_finite, not_finite
+from fedavg_core.sums import Sums, Term, base_not_finite, not_finite
+from fedavg_core.weight import Weight
 
 __all__ = ["PlainSums"]
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from fractions import Fraction
 from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -28,11 +27,11 @@ from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient
+from fedavg_core.weight import Weight
 
-__all__ = ["ExactSums", "Sums", "Weight", "base_not_finite", "not_finite"]
+__all__ = ["ExactSums", "Sums", "Term", "base_not_finite", "not_finite"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Weight: TypeAlias = "int | Fraction"
 Term: TypeAlias = "tuple[Params, Weight]"
 Total = TypeVar("Total")
 

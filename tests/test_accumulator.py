@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 
 import fedavg_core as fc
-from fedavg_core.accumulator import Accumulator, exact_weight
+from fedavg_core.accumulator import Accumulator
 from fedavg_core.model import ArraySpec
+from fedavg_core.weight import exact_weight
 
 Array = npt.NDArray[Any]
 KINDS: tuple[Accumulator, ...] = ("exact", "float64", "float32")

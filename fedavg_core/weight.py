@@ -1,0 +1,70 @@
+"""Weights at their exact value.
+
+A weight is a whole number of any size or a float64: either way a rational number whose denominator
+is a power of two. Sums of weights are kept as such, so that no denominator of a mean is rounded.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import isfinite
+from typing import TypeAlias
+
+import numpy as np
+
+from fedavg_core.errors import Reason, RefusedUpdate, quoted
+
+__all__ = ["Weight", "exact_weight", "weight_from_text", "weight_text"]
+
+Weight: TypeAlias = "int | Fraction"
+
+
+def exact_weight(weight: object) -> Weight:
+    """A weight at its exact value.
+
+    Args:
+        weight: A whole number of any size or a float, of Python or NumPy.
+
+    Returns:
+        The same number as an int, or as a fraction whose denominator is a power of two.
+
+    Raises:
+        RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
+    """
+    if isinstance(weight, (int, np.integer)) and not isinstance(weight, bool) and weight > 0:
+        return int(weight)
+    if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
+        exact = Fraction(*weight.as_integer_ratio())
+        return exact.numerator if exact.denominator == 1 else exact
+    raise RefusedUpdate(
+        Reason.BAD_WEIGHT, expected="a finite number above zero as weight", got=quoted(weight)
+    )
+
+
+def weight_text(weight: Weight) -> str:
+    """A weight as text, in which nothing is rounded.
+
+    Args:
+        weight: Any weight, or sum of weights.
+
+    Returns:
+        Numerator and denominator, hexadecimal.
+    """
+    return f"{weight.numerator:x}/{weight.denominator:x}"
+
+
+def weight_from_text(text: str) -> Weight:
+    """The inverse of `weight_text`.
+
+    Args:
+        text: What that gave.
+
+    Returns:
+        The weight.
+
+    Raises:
+        AttributeError, ValueError: The text is no weight.
+    """
+    numerator, _, denominator = text.partition("/")
+    weight = Fraction(int(numerator, 16), int(denominator, 16))
+    return weight.numerator if weight.denominator == 1 else weight
