@@ -25,6 +25,7 @@ They are therefore kept as they were given, and made use of when the run starts.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 from nvflare.apis.event_type import EventType
@@ -37,7 +38,8 @@ from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
-from fedavg_core.errors import quoted
+from fedavg_core.errors import one_line, quoted
+from fedavg_core.outcome import Failure
 from nvflare_adapter import convert
 from nvflare_adapter.report import report_of_outcome
 
@@ -63,6 +65,7 @@ class FedAvgAggregator(Aggregator):
         self.accumulator = accumulator
         self._lock = threading.Lock()
         self._round: fc.Round | None = None
+        self._failed: dict[str, Failure] = {}
         self._mean: fc.WeightedMean | None = None
         self._spec: fc.ModelSpec | None = None
 
@@ -75,7 +78,7 @@ class FedAvgAggregator(Aggregator):
         """
         if event_type == AppEventType.ROUND_STARTED:
             with self._lock:
-                self._round = self._open(fl_ctx)
+                self._round, self._failed = self._open(fl_ctx), {}
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
         model = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
@@ -91,7 +94,7 @@ class FedAvgAggregator(Aggregator):
         )
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
-        """Offer a client's result to the round.
+        """Offer a client's result to the round, or note that the client has failed.
 
         Args:
             shareable: The result; its arrays are read and not kept.
@@ -102,6 +105,7 @@ class FedAvgAggregator(Aggregator):
             they were, to the bit.
         """
         try:
+            failure = convert.failure_from_message(shareable, fl_ctx)
             update = convert.update_from_message(shareable, fl_ctx)
             with self._lock:
                 if self._round is None:
@@ -109,9 +113,13 @@ class FedAvgAggregator(Aggregator):
                         fl_ctx, f"refused {quoted(update.contributor)}: no round is open"
                     )
                     return False
+                if failure is not None and failure.round == self._round.number:
+                    self._failed[failure.contributor] = failure
+                    self.log_warning(fl_ctx, f"{failure.contributor} failed: {failure.problem}")
+                    return False
                 receipt = self._round.offer(update)
         except Exception as error:  # an exception here would end the round for everyone
-            self.log_error(fl_ctx, f"refused: {_one_line(error)}")
+            self.log_error(fl_ctx, f"refused: {one_line(error)}")
             return False
         if not receipt.accepted:
             self.log_warning(fl_ctx, f"refused: {receipt.detail}")
@@ -133,7 +141,8 @@ class FedAvgAggregator(Aggregator):
         with self._lock:
             if self._round is None:
                 raise fc.UsageError("aggregate: no round is open")
-            outcome = self._round.close()
+            failed = (self._failed[name] for name in fc.contributor_order(self._failed))
+            outcome = replace(self._round.close(), failed=tuple(failed))
         if outcome.problem is not None:
             self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
         return convert.result_from_model(outcome.model, report_of_outcome(outcome))
@@ -192,8 +201,8 @@ class CustomAggregator(Aggregator):
             fl_ctx: The context, which names the client.
 
         Returns:
-            What the user's aggregator answers; False if it raised, or if the result is for
-            another round. A ``ModelAggregator`` refuses by raising.
+            What the user's aggregator answers; False if it raised, if the client has failed, or
+            if the result is for another round. A ``ModelAggregator`` refuses by raising.
         """
         name = None
         try:
@@ -203,13 +212,17 @@ class CustomAggregator(Aggregator):
                     raise fc.UsageError(
                         f"expected a result for round {self._number}, got one for {quoted(number)}"
                     )
+                failure = convert.failure_from_message(shareable, fl_ctx)
+                if failure is not None:
+                    self.log_warning(fl_ctx, f"{failure.contributor} failed: {failure.problem}")
+                    return False
                 convert.restore_dtypes(shareable)
                 if not isinstance(self._inner, ModelAggregator):
                     return bool(self._inner.accept(shareable, fl_ctx))
                 self._inner.fl_ctx = fl_ctx
                 self._inner.accept_model(convert.named_fl_model(shareable, fl_ctx))
         except Exception as error:  # an exception here would end the round for everyone
-            self.log_warning(fl_ctx, f"refused {quoted(name)}: {_one_line(error)}")
+            self.log_warning(fl_ctx, f"refused {quoted(name)}: {one_line(error)}")
             return False
         return True
 
@@ -240,7 +253,3 @@ class CustomAggregator(Aggregator):
                 self._inner.reset_stats()
             else:
                 self._inner.reset(fl_ctx)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {quoted(str(error), 300)}"

@@ -6,7 +6,8 @@ round. Read by `read_training_file`, as a federation in process does, the same l
 
 A round of training is the core's, so that the copy that ``train`` may change, and the difference
 that is taken once, from the model as it was received, are those of a federation in process. What
-is sent is marked as a difference, so that NVFlare takes no second one.
+is sent is marked as a difference, so that NVFlare takes no second one. A client that fails says so
+in its answer, and the job goes on without it, as the federation does.
 """
 
 from __future__ import annotations
@@ -26,17 +27,10 @@ import fedavg_core as fc
 from fedavg_core.dispatch import train_one
 from fedavg_core.outcome import Failure
 
-__all__ = ["FAILURE", "TrainingFailed", "TrainingFile", "read_training_file", "serve"]
-
-FAILURE = "training of "
-"""How a line of the log begins that tells of a training function's failure."""
+__all__ = ["TrainingFile", "read_training_file", "serve"]
 
 _log = logging.getLogger(__name__)
 _handed_over: ContextVar[list[fc.Client] | None] = ContextVar("handed_over", default=None)
-
-
-class TrainingFailed(fc.FedAvgError):
-    """A client has nothing to send in a round."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def serve(train: fc.Client) -> None:
 
     Raises:
         UsageError: `train` cannot be called, or the server is not one of this package's.
-        TrainingFailed: `train` raised, or returned what it should not. The log has the reason.
+        SystemExit: The file was not started by NVFlare. A line says how it can be run.
     """
     if not callable(train):
         raise fc.UsageError(f"serve: expected a function, got {type(train).__name__}")
@@ -106,11 +100,18 @@ def serve(train: fc.Client) -> None:
         taken.append(train)
         return
 
-    from nvflare import client as flare
+    try:
+        from nvflare import client as flare
+
+        flare.init()
+    except (ModuleNotFoundError, RuntimeError):
+        _log.debug("NVFlare's client API cannot be used:", exc_info=True)
+        hint = f"it is NVFlare that runs this file; try python -m nvflare_adapter {sys.argv[0]}"
+        print(f"nvflare_adapter: {hint}", file=sys.stderr)
+        sys.exit(2)
 
     from nvflare_adapter import convert
 
-    flare.init()
     while flare.is_running():
         message = flare.receive()
         if message is None:
@@ -119,22 +120,9 @@ def serve(train: fc.Client) -> None:
         context = assignment.context(flare.get_site_name())
         model = convert.model_from_message(message)
         transfer = fc.TransferType(assignment.transfer)
-        answer = train_one(_traced(train), model, context, transfer, retries=0)
+        answer = train_one(train, model, context, transfer, retries=0)
         if isinstance(answer, Failure):
-            problem = f"{FAILURE}{answer.contributor} failed in round {answer.round}"
-            _log.error("%s: %s", problem, answer.problem)
-            raise TrainingFailed(f"{problem}: {answer.problem}")
-        flare.send(convert.update_to_fl_model(answer))
-
-
-def _traced(train: fc.Client) -> fc.Client:
-    """The same function; what it raises is in the log with the lines that led there."""
-
-    def traced(params: dict[str, npt.NDArray[Any]], context: fc.Context) -> fc.TrainResult:
-        try:
-            return train(params, context)
-        except Exception:
-            _log.info("what %s raised:", context.contributor, exc_info=True)
-            raise
-
-    return traced
+            _log.error("failed in round %d: %s", answer.round, answer.problem)
+            flare.send(convert.failure_to_fl_model(answer, transfer))
+        else:
+            flare.send(convert.update_to_fl_model(answer))

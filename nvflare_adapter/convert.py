@@ -4,13 +4,9 @@
 * A client's update travels back as a DXO of weights or of a difference, its weight under NVFlare's
   own meta key for the number of steps, its metrics under NVFlare's for initial metrics. So updates
   of client scripts that know nothing of this package are read as well, and NVFlare's own
-  aggregators read ours.
+  aggregators read ours. A client that failed sends no arrays, and why.
 * The aggregator's result, within the server, is a whole model, never a difference to be added.
 * The model learnable is NVFlare's name for the global model that its controller holds.
-
-NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`.
-Such an array travels as bytes without a meaning (void), with which nobody can calculate by mistake,
-and its dtype as a name in the meta; everything else travels as it is.
 
 Nothing here judges an update: what cannot be read has holes, and the core's gate refuses it.
 """
@@ -35,10 +31,15 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
 from fedavg_core.errors import quoted
+from fedavg_core.gate import is_name
+from fedavg_core.outcome import Failure
 from nvflare_adapter.assignment import Assignment
+from nvflare_adapter.dtypes import pack, unpack
 
 __all__ = [
     "assignment_of",
+    "failure_from_message",
+    "failure_to_fl_model",
     "learnable",
     "message_from_model",
     "model_from_message",
@@ -56,46 +57,12 @@ __all__ = [
 
 _ASSIGNMENT = "fedavg.assignment"
 _DTYPES = "fedavg.dtypes"
+_FAILURE = "fedavg.failure"
 _REPORT = "fedavg.report"
+_LINE_LENGTH = 200
 _TRANSFER_TYPES = {"WEIGHTS": fc.TransferType.FULL, "WEIGHT_DIFF": fc.TransferType.DIFF}
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-def _pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Arrays in dtypes that NVFlare can send, and the true dtypes of those that were changed."""
-    dtypes = {
-        key: value.dtype.name
-        for key, value in params.items()
-        if isinstance(value, np.ndarray) and value.dtype.type.__module__ == "ml_dtypes"
-    }
-    sent = {
-        key: value.view(f"V{value.dtype.itemsize}") if key in dtypes else value
-        for key, value in params.items()
-    }
-    return sent, dtypes
-
-
-def _unpack(params: Any, dtypes: Any) -> Any:
-    """The arrays in the dtypes that they had before they were sent; borrowed.
-
-    An array whose dtype makes no sense becomes None, and what is no mapping stays what it is, for
-    the gate to refuse.
-    """
-    if not dtypes or not isinstance(params, dict):
-        return params
-    import ml_dtypes
-
-    def restored(key: Any, name: Any) -> npt.NDArray[Any] | None:
-        try:
-            array: npt.NDArray[Any] = params[key]
-            viewed: npt.NDArray[Any] = array.view(getattr(ml_dtypes, name))
-            return viewed.reshape(array.shape)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return None
-
-    named = dtypes.items() if isinstance(dtypes, dict) else ()
-    return {**params, **{key: restored(key, name) for key, name in named}}
 
 
 def message_from_model(model: fc.Params, assignment: Assignment) -> Shareable:
@@ -108,7 +75,7 @@ def message_from_model(model: fc.Params, assignment: Assignment) -> Shareable:
     Returns:
         NVFlare's message.
     """
-    params, dtypes = _pack(model)
+    params, dtypes = pack(model)
     meta = {_ASSIGNMENT: asdict(assignment), _DTYPES: dtypes}
     return DXO(DataKind.WEIGHTS, data=params, meta=meta).to_shareable()
 
@@ -122,7 +89,7 @@ def model_from_message(message: FLModel) -> Arrays:
     Returns:
         The model, its memory shared with the message; empty if clients start from their own.
     """
-    model: Arrays = _unpack(message.params or {}, message.meta.get(_DTYPES))
+    model: Arrays = unpack(message.params or {}, message.meta.get(_DTYPES))
     return model
 
 
@@ -161,13 +128,26 @@ def update_to_fl_model(update: fc.Update) -> FLModel:
     Returns:
         The argument for NVFlare's client API, which takes no difference from what is one.
     """
-    params, dtypes = _pack(update.params)
+    params, dtypes = pack(update.params)
     return FLModel(
         params_type=ParamsType(update.transfer.value),
         params=params,
         metrics={str(name): _plain(value) for name, value in update.metrics.items()},
         meta={MetaKey.NUM_STEPS_CURRENT_ROUND: _plain(update.weight), _DTYPES: dtypes},
     )
+
+
+def failure_to_fl_model(failure: Failure, transfer: fc.TransferType) -> FLModel:
+    """What a client sends back that has failed.
+
+    Args:
+        failure: Why.
+        transfer: What it was to send.
+
+    Returns:
+        The argument for NVFlare's client API, without arrays.
+    """
+    return FLModel(ParamsType(transfer.value), {}, meta={_FAILURE: failure.problem})
 
 
 def origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
@@ -205,11 +185,31 @@ def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
     return fc.Update(
         contributor=contributor,
         round=number,
-        params=_unpack(dxo.data, meta.get(_DTYPES)),
+        params=unpack(dxo.data, meta.get(_DTYPES)),
         weight=meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1.0),
         transfer=_transfer_type(dxo.data_kind),
         metrics=meta.get(MetaKey.INITIAL_METRICS) or {},
     )
+
+
+def failure_from_message(message: Shareable, fl_ctx: FLContext) -> Failure | None:
+    """Why a client has failed.
+
+    Args:
+        message: A client's result, or whatever came instead.
+        fl_ctx: The context in which it is offered.
+
+    Returns:
+        The failure; None if the message tells of none.
+    """
+    try:
+        problem = from_shareable(message).meta[_FAILURE]
+    except Exception:
+        return None
+    name, number = origin_of(message, fl_ctx)
+    if not (isinstance(problem, str) and problem.isprintable() and len(problem) <= _LINE_LENGTH):
+        problem = quoted(problem, _LINE_LENGTH)
+    return Failure(name if is_name(name) else quoted(name), number, problem)
 
 
 def _transfer_type(kind: Any) -> Any:
@@ -228,7 +228,7 @@ def restore_dtypes(message: Shareable) -> None:
         ValueError: It is no DXO.
     """
     dxo = from_shareable(message)
-    dxo.data = _unpack(dxo.data, dxo.meta.pop(_DTYPES, None))
+    dxo.data = unpack(dxo.data, dxo.meta.pop(_DTYPES, None))
     dxo.update_shareable(message)
 
 

@@ -17,7 +17,8 @@ def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
 
     Returns:
         ``round``, ``accepted`` (name to weight, in the order of the names), ``refused`` and
-        ``failed`` (one line each), ``total_weight``, ``metrics`` and ``problem``.
+        ``failed`` (one line each), ``total_weight``, ``metrics``, ``skipped_metrics`` (the names
+        of those that were left out) and ``problem``.
     """
     weights = {receipt.contributor: receipt.weight for receipt in outcome.accepted}
     return {
@@ -27,6 +28,7 @@ def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
         "failed": [f"{one.contributor} failed: {one.problem}" for one in outcome.failed],
         "total_weight": outcome.total_weight,
         "metrics": dict(outcome.metrics),
+        "skipped_metrics": list(outcome.skipped_metrics),
         "problem": outcome.problem,
     }
 

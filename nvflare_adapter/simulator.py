@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fedavg_core as fc
-from nvflare_adapter.client import FAILURE
 
-__all__ = ["ClientLost", "JobFailed", "SimulatorJob", "follow", "simulate"]
+__all__ = ["MODELS", "ClientLost", "JobFailed", "SimulatorJob", "follow", "simulate"]
 
 _JOB = "fedavg"
+MODELS = Path(_JOB, "server", "simulate_job", "models")
+"""Where, in a job's folder, its persistor stores the global models."""
+
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 20
 _SILENCE_SECONDS = 5
@@ -36,7 +38,7 @@ _LOG_LINES = 15
 _MOST_PROCESSES = 16
 _LOST = re.compile(r"((?:Communication error with|Subprocess died for) client .+)")
 _REASONS = (
-    re.compile(rf"({re.escape(FAILURE)}.+)"),
+    re.compile(r"\.py' is aborted, Traceback.*\n(?: .*\n)*(.+)"),
     re.compile(r"FATAL_SYSTEM_ERROR received: (.+)"),
     re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Refused\w*)\b.*)", re.M),
 )
@@ -101,7 +103,7 @@ class SimulatorJob:
     @property
     def checkpoints(self) -> Path:
         """Where the job's persistor stores the global models."""
-        return Path(self.folder) / _JOB / "server" / "simulate_job" / "models"
+        return Path(self.folder) / MODELS
 
 
 def simulate(job: SimulatorJob) -> Iterator[fc.Checkpoint]:

@@ -21,6 +21,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
+from fedavg_core.outcome import Failure
 from nvflare_adapter import CustomAggregator, FedAvgAggregator, FedAvgShareableGenerator, convert
 from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
 from tests.nvflare.server_side import Server, result
@@ -70,6 +71,7 @@ def test_the_new_model_is_the_exact_weighted_mean(server: Server) -> None:
         "failed": [],
         "total_weight": 4.0,
         "metrics": {"loss": 1.25},
+        "skipped_metrics": [],
         "problem": None,
     }
 
@@ -104,7 +106,7 @@ def named(message: Any, contributor: Any = "site-3") -> Any:
 
 BAD = {
     "no DXO": (named(Shareable()), "DTYPE"),
-    "a hostile message": (Hostile(), "RuntimeError: 'ha\\nha'"),
+    "a hostile message": (Hostile(), r"RuntimeError: ha\nha"),
     "metrics only": (result({"loss": 1.0}, "site-3", kind="METRICS"), "TRANSFER"),
     "a difference": (result(params(1, 1, 1), "site-3", kind="WEIGHT_DIFF"), "TRANSFER"),
     "nobody's": (result(params(1, 1, 1), contributor=None), "BAD_NAME"),
@@ -149,6 +151,40 @@ def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(
     assert reason in refusals[0]
     assert "\n" not in refusals[0]
     assert fc.same_bits(closed(aggregator, fl_ctx)[0], closed(alone, alone_ctx)[0])
+
+
+def failed(problem: Any, contributor: str, round: int = 0) -> Any:
+    """What reaches the server of a client that has failed."""
+    failure = Failure(contributor, round, problem)
+    sent = convert.failure_to_fl_model(failure, fc.TransferType.FULL)
+    message = FLModelUtils.to_shareable(sent)
+    message.set_peer_props({ReservedKey.IDENTITY_NAME: contributor})
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, round)
+    return message
+
+
+def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator, fl_ctx = opened(server, round=3)
+    assert aggregator.accept(result(params(5, 5, 5), "site-1", round=3), fl_ctx)
+    for message in (
+        failed("OSError: no disk (train.py, line 3)", "site-10", 3),
+        failed("late", "site-3", round=2),
+        failed("two\nlines", "site-2", 3),
+    ):
+        assert aggregator.accept(message, fl_ctx) is False
+    assert "site-10 failed: OSError: no disk (train.py, line 3)" in caplog.text
+    model, report = closed(aggregator, fl_ctx)
+    assert fc.same_bits(model, params(5, 5, 5))
+    assert report["failed"] == [
+        "site-2 failed: 'two\\nlines'",
+        "site-10 failed: OSError: no disk (train.py, line 3)",
+    ]
+    (refused,) = report["refused"]
+    assert refused.startswith("STALE_ROUND (contributor 'site-3'")
+    aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    assert closed(aggregator, fl_ctx)[1]["failed"] == []
 
 
 def test_a_result_between_two_rounds_is_refused(
@@ -241,7 +277,7 @@ def test_a_users_model_aggregator_hears_the_names_and_refuses_by_raising(
     assert aggregator.accept(result({"w": np.array([1.0])}, "site-1"), fl_ctx) is True
     assert aggregator.accept(result({"w": np.array([9.0])}, "site-2"), fl_ctx) is False
     assert aggregator.accept(result({"w": np.array([3.0])}, "site-3"), fl_ctx) is True
-    assert "refused 'site-2': ValueError: 'site-2 is not welcome\\nat all'" in caplog.text
+    assert "refused 'site-2': ValueError: site-2 is not welcome\\nat all" in caplog.text
     assert closed(aggregator, fl_ctx)[0]["w"].tolist() == [4.0]
     aggregator.reset(fl_ctx)
     assert server.components["mine"]._received == {}
@@ -276,6 +312,16 @@ def test_a_users_aggregator_never_sees_another_rounds_result(
     assert aggregator.accept(result({"w": np.ones(1)}, "site-1", round=4), fl_ctx) is False
     assert "expected a result for round 0, got one for 4" in caplog.text
     assert server.components["mine"]._received == []
+
+
+@pytest.mark.parametrize("inner", [Maximum(), WithoutSecond()])
+def test_a_users_aggregator_never_sees_a_client_that_has_failed(
+    server: Server, caplog: pytest.LogCaptureFixture, inner: Any
+) -> None:
+    aggregator, fl_ctx = sheltered(server, inner)
+    assert aggregator.accept(failed("no disk", "site-1"), fl_ctx) is False
+    assert "site-1 failed: no disk" in caplog.text
+    assert len(inner._received) == 0
 
 
 def test_a_component_that_is_no_aggregator_is_named(server: Server) -> None:

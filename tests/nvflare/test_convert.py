@@ -11,12 +11,15 @@ import pytest
 pytest.importorskip("nvflare")
 
 from nvflare.apis.dxo import DXO
+from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.utils import fobs
 
 import fedavg_core as fc
+from fedavg_core.outcome import Failure
 from nvflare_adapter import convert
 from nvflare_adapter.assignment import Assignment
 from tests.nvflare.server_side import Server, result
@@ -105,6 +108,35 @@ def test_an_update_reaches_the_server_with_all_that_it_says(
     assert update.transfer is transfer
     assert update.metrics == {"loss": 0.5, "hits": 3, "name": "x", "odd": "[1, 2]"}
     assert fc.same_bits(update.params, trained.params)
+
+
+def test_a_failure_reaches_the_server_with_its_line(server: Server) -> None:
+    failure = Failure("site-2", 3, "OSError: no disk (train.py, line 3)")
+    for transfer in fc.TransferType:
+        sent = FLModelUtils.to_shareable(convert.failure_to_fl_model(failure, transfer))
+        message = over_the_wire(sent)
+        message.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
+        message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 3)
+        assert convert.failure_from_message(message, server.context()) == failure
+        assert convert.update_from_message(message, server.context()).params == {}
+
+
+@pytest.mark.parametrize("problem", ["a\nb", "x" * 10_000, 5, ["x"]])
+def test_a_failures_line_is_one_line_whoever_sent_it(server: Server, problem: Any) -> None:
+    sent = convert.failure_to_fl_model(Failure("?", 0, problem), fc.TransferType.FULL)
+    message = FLModelUtils.to_shareable(sent)
+    message.set_peer_props({ReservedKey.IDENTITY_NAME: "site\n2"})
+    failure = convert.failure_from_message(message, server.context())
+    assert failure is not None
+    assert failure.contributor == r"'site\n2'"
+    assert failure.problem.isprintable()
+    assert len(failure.problem) <= 200
+
+
+def test_what_tells_of_no_failure_is_none(server: Server) -> None:
+    messages: list[Any] = [result({"w": np.ones(2)}), Shareable(), {}]
+    for message in messages:
+        assert convert.failure_from_message(message, server.context()) is None
 
 
 def test_an_update_without_a_weight_counts_once(server: Server) -> None:

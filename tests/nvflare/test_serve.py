@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 import fedavg_core as fc
 from nvflare_adapter import convert, serve
 from nvflare_adapter.assignment import Assignment
-from nvflare_adapter.client import TrainingFailed
 
 pytestmark = pytest.mark.nvflare
 
@@ -107,35 +107,53 @@ def test_without_a_model_train_gets_an_empty_one(monkeypatch: pytest.MonkeyPatch
     assert rounds.sent[0].params["w"].tolist() == [1]
 
 
+def leaves(params: dict[str, Any], context: fc.Context) -> Any:
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("transfer", ["FULL", "DIFF"])
 @pytest.mark.parametrize(
     ("train", "problem"),
     [
-        (lambda params, context: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda params, context: 1 / 0, "ZeroDivisionError: division by zero (test_serve.py, line"),
+        (leaves, "SystemExit: 3 (test_serve.py, line"),
         (lambda params, context: None, "TypeError: expected a TrainResult, got NoneType"),
-        (
-            lambda params, context: fc.TrainResult({"v": np.ones(1)}, weight=1),
-            "UsageError: key 'v': the base does not have it",
-        ),
     ],
 )
-def test_a_failure_is_one_line_in_the_log_and_goes_on_to_nvflare(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, train: Any, problem: Any
+def test_a_failure_is_one_line_in_the_log_and_an_answer_without_arrays(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    train: Any,
+    problem: Any,
+    transfer: Any,
 ) -> None:
-    rounds = Rounds(monkeypatch, "DIFF")
-    with caplog.at_level(logging.ERROR), pytest.raises(TrainingFailed):
+    rounds = Rounds(monkeypatch, transfer)
+    with caplog.at_level(logging.ERROR):
         serve(train)
-    assert len(caplog.messages) == 1
-    line = caplog.messages[0]
-    assert line.startswith("training of site-2 failed in round 0: ")
-    assert problem in line.replace("\\", "")
-    assert rounds.sent == []
+    assert len(caplog.messages) == 2
+    assert caplog.messages[1].startswith(f"failed in round 1: {problem}")
+    assert [message.params for message in rounds.sent] == [{}, {}]
+    assert {message.params_type.value for message in rounds.sent} == {transfer}
+
+
+def test_a_client_that_has_failed_takes_part_in_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(params: dict[str, Any], context: fc.Context) -> Any:
+        if context.round == 0:
+            raise RuntimeError
+        return in_place(params, context)
+
+    rounds = Rounds(monkeypatch, "DIFF")
+    serve(train)
+    assert [list(message.params) for message in rounds.sent] == [[], ["w"]]
 
 
 def test_what_train_raised_is_in_the_log_with_the_lines_that_led_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     Rounds(monkeypatch, "FULL")
-    with caplog.at_level(logging.INFO), pytest.raises(TrainingFailed):
+    with caplog.at_level(logging.INFO):
         serve(lambda params, context: 1 / 0)  # type: ignore[arg-type, return-value]
     assert "Traceback" in caplog.text
     assert "lambda params, context: 1 / 0" in caplog.text

@@ -1,4 +1,8 @@
-"""A training file in which, in round 1, the second contributor does what the argument says."""
+"""A training file in which the second contributor does what the argument says.
+
+``nan``: it sends a NaN in round 1; ``fail``: it raises in round 1 and exits in round 2; ``start``:
+nobody gets as far as training where NVFlare runs the file.
+"""
 
 import sys
 from typing import Any
@@ -10,6 +14,9 @@ import nvflare_adapter
 
 FAULT = sys.argv[1] if len(sys.argv) > 1 else "none"
 
+if FAULT == "start" and "nvflare" in sys.modules:
+    raise ValueError("no data here")
+
 
 def initial_model(seed: int) -> dict[str, Any]:
     return {"w": np.full(3, seed, dtype=np.float32)}
@@ -17,11 +24,12 @@ def initial_model(seed: int) -> dict[str, Any]:
 
 def train(params: dict[str, Any], context: fc.Context) -> fc.TrainResult:
     params["w"] += np.float32(1 + context.index)
-    if context.round == 1 and context.index == 1:
-        if FAULT == "nan":
-            params["w"][2] = np.nan
-        elif FAULT == "raise":
-            raise ValueError("the disk is on fire")
+    if context.index == 1 and FAULT == "nan" and context.round == 1:
+        params["w"][2] = np.nan
+    if context.index == 1 and FAULT == "fail" and context.round == 1:
+        raise ValueError("the disk is on fire")
+    if context.index == 1 and FAULT == "fail" and context.round == 2:
+        sys.exit(3)
     return fc.TrainResult(params, weight=1 + context.index, metrics={"loss": 0.5})
 
 

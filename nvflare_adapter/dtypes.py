@@ -1,0 +1,64 @@
+"""Dtypes that NVFlare cannot send.
+
+NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`.
+Such an array travels as bytes without a meaning (void), with which nobody can calculate by mistake,
+and its dtype as a name beside it; everything else travels as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Give arrays dtypes that NVFlare can send.
+
+    Args:
+        params: The arrays; borrowed.
+
+    Returns:
+        They, in such dtypes, and the true dtypes of those that were changed.
+    """
+    dtypes = {
+        key: value.dtype.name
+        for key, value in params.items()
+        if isinstance(value, np.ndarray) and value.dtype.type.__module__ == "ml_dtypes"
+    }
+    sent = {
+        key: value.view(f"V{value.dtype.itemsize}") if key in dtypes else value
+        for key, value in params.items()
+    }
+    return sent, dtypes
+
+
+def unpack(params: Any, dtypes: Any) -> Any:
+    """Give arrays the dtypes that they had before they were sent.
+
+    Args:
+        params: What came as the arrays; borrowed.
+        dtypes: What came as their true dtypes.
+
+    Returns:
+        The arrays. One whose dtype makes no sense becomes None, and what is no mapping stays what
+        it is, for the gate to refuse.
+    """
+    if not dtypes or not isinstance(params, dict):
+        return params
+    import ml_dtypes
+
+    def restored(key: Any, name: Any) -> npt.NDArray[Any] | None:
+        try:
+            array: npt.NDArray[Any] = params[key]
+            viewed: npt.NDArray[Any] = array.view(getattr(ml_dtypes, name))
+            return viewed.reshape(array.shape)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    named = dtypes.items() if isinstance(dtypes, dict) else ()
+    return {**params, **{key: restored(key, name) for key, name in named}}
