@@ -30,7 +30,7 @@ import fedavg_core as fc
 from fedavg_core.errors import quoted
 from nvflare_adapter.aggregator import FedAvgAggregator
 
-__all__ = ["SINGLE_ARRAY_KEY", "Arguments", "checked", "transfer_type"]
+__all__ = ["SINGLE_ARRAY_KEY", "Arguments", "check_min_updates", "checked", "transfer_type"]
 
 SINGLE_ARRAY_KEY = "numpy_key"
 """The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
@@ -107,10 +107,13 @@ def _as_model(given: Any) -> dict[str, npt.NDArray[Any]] | None:
     """A model out of an array, a list or a mapping; its arrays are the given ones where possible.
 
     Raises:
-        ValueError: It is none of these; the message says what was expected and what came.
+        ValueError: It cannot be one; the message says what was expected and what came, and is
+            empty where it is none of these.
     """
     if given is None:
         return None
+    if not isinstance(given, (Mapping, list, tuple, np.ndarray, np.generic)):
+        raise ValueError
     named = dict(given) if isinstance(given, Mapping) else {SINGLE_ARRAY_KEY: given}
     if not named:
         raise ValueError("expected at least one array, got an empty dict")
@@ -170,6 +173,24 @@ def checked(given: dict[str, Any]) -> Arguments:
 def _shown(value: Any) -> str:
     simple = isinstance(value, (str, int, float, type(None)))
     return quoted(value) if simple else f"a {type(value).__name__}"
+
+
+def check_min_updates(arguments: Arguments) -> None:
+    """See that a round can have as many updates as it takes to change the model.
+
+    Args:
+        arguments: The arguments.
+
+    Raises:
+        UsageError: It cannot, as it closes when `min_clients` clients have answered.
+    """
+    ours = isinstance(arguments.aggregator, FedAvgAggregator)
+    needed = arguments.aggregator.min_updates if ours else arguments.min_updates
+    if needed > arguments.min_clients:
+        raise fc.UsageError(
+            f"min_updates: expected at most min_clients, {arguments.min_clients}, with which a "
+            f"round closes, got {needed}"
+        )
 
 
 def transfer_type(arguments: Arguments) -> fc.TransferType:

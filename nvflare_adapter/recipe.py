@@ -10,7 +10,6 @@ shareable generator. Three things hold here that do not hold there:
 * A custom aggregator may be a ``ModelAggregator`` as well as an ``Aggregator``.
 * Arguments that contradict each other are an error here and now, and not a job that ends well and
   has learnt nothing.
-
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from nvflare.recipe.spec import Recipe
 
 import fedavg_core as fc
 from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
-from nvflare_adapter.arguments import Arguments, checked, transfer_type
+from nvflare_adapter.arguments import Arguments, check_min_updates, checked, transfer_type
 from nvflare_adapter.persistor import CheckpointPersistor
 from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
 
@@ -48,7 +47,8 @@ class NumpyFedAvgRecipe(Recipe):
         initial_model: The model that round 0 starts from: an array or a list (one parameter, named
             ``"numpy_key"``), or a dict of arrays. A list is taken as float64. None: the clients
             start from their own, and the first round's mean is the first global model.
-        min_clients: How many clients must have answered for a round to end.
+        min_clients: How many clients must have answered for a round to end. One whose training
+            failed has answered.
         num_rounds: How many rounds to train.
         train_script: The training file that each client runs.
         train_args: Its command line arguments.
@@ -61,7 +61,7 @@ class NumpyFedAvgRecipe(Recipe):
         server_expected_format: How parameters travel: NUMPY, or RAW, which is the same here.
         params_transfer_type: FULL: clients send their models. DIFF: they send what has changed.
         seed: The seed of the job, from which each client's for each round is derived.
-        min_updates: How many accepted updates it takes to change the model.
+        min_updates: How many accepted updates it takes to change the model; at most `min_clients`.
         accumulator: ``"exact"``, or ``"float64"`` or ``"float32"``, which depend on arrival order.
         keep_checkpoints: How many rounds' models to keep, the newest.
         poll_interval: How often server and clients look for each other's news, in seconds; None
@@ -93,6 +93,7 @@ class NumpyFedAvgRecipe(Recipe):
         poll_interval: float | None = None,
     ) -> None:
         arguments = checked(locals())
+        check_min_updates(arguments)
         for key, value in arguments:
             setattr(self, key, value)
         initial = self._initial_file(arguments.initial_model)

@@ -134,11 +134,12 @@ WRONG = [
     ({"poll_interval": 0}, "poll_interval: expected seconds above 0, or None, got 0"),
     (
         {"initial_model": 3},
-        "initial_model: key 'numpy_key': expected a NumPy array, got a int",
+        "initial_model: expected an array, a list of numbers, a dict of arrays, or None, got 3",
     ),
     (
         {"initial_model": "weights"},
-        "initial_model: key 'numpy_key': expected a NumPy array, got a str",
+        "initial_model: expected an array, a list of numbers, a dict of arrays, or None, "
+        "got 'weights'",
     ),
     (
         {"initial_model": {"w": "weights"}},
@@ -165,6 +166,14 @@ WRONG = [
     (
         {"initial_model": np.array([1.0, np.nan])},
         "initial_model: key 'numpy_key': expected finite numbers, got NaN or infinity",
+    ),
+    (
+        {"min_updates": 3},
+        "min_updates: expected at most min_clients, 2, with which a round closes, got 3",
+    ),
+    (
+        {"aggregator": FedAvgAggregator(min_updates=3)},
+        "min_updates: expected at most min_clients, 2, with which a round closes, got 3",
     ),
     (
         {"params_transfer_type": "DIFF"},
@@ -290,14 +299,14 @@ def test_a_users_aggregator_travels_with_its_arguments_and_its_file(
 
 
 def test_one_of_ours_given_as_the_aggregator_is_used_as_it_is(tmp_path: Path) -> None:
-    ours = FedAvgAggregator("FULL", min_updates=3)
+    ours = FedAvgAggregator("FULL", min_updates=2)
     components = server_config(exported(tmp_path, aggregator=ours))["components"]
     assert sorted(component["id"] for component in components) == [
         "aggregator",
         "persistor",
         "shareable_generator",
     ]
-    assert built(components[0]).min_updates == 3
+    assert built(components[0]).min_updates == 2
 
 
 def test_the_packages_own_files_are_not_copied_into_the_job(tmp_path: Path) -> None:
