@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nvflare_adapter.client import TrainingFile, read_training_file, serve
+from nvflare_adapter.extras import not_installed
 
 if TYPE_CHECKING:
     from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
@@ -41,4 +42,10 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("nvflare", "pydantic"):
+            raise
+        raise ImportError(f"{name}: {not_installed({package: 'nvflare'})}") from None

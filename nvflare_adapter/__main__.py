@@ -1,11 +1,12 @@
 """``python -m nvflare_adapter``: train a training file, by default the digits, on NVFlare.
 
 The same file runs on NVFlare's simulator or in this process alone, with the same numbers; what
-differs is only who carries the models about. Either way a round ends in a checkpoint; a line of the
-table is made of it, and the global model in it is tested here.
+differs is only who carries the models about. Either way a round ends in a checkpoint, which is
+kept; a line of the table is made of it, and the global model in it is tested here.
 
-Everything is written into one new folder. Exit codes: 0, the job was done; 1, it failed; 2,
-something about the command or the training file is wrong; 130, it was interrupted.
+Everything is written into one new folder. Exit codes: 0, the job was done; 1, it failed, or no
+round of it changed the model; 2, something about the command or the training file is wrong; 130, it
+was interrupted.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
+from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
+from nvflare_adapter.extras import not_installed
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
-from nvflare_adapter.simulator import JobFailed, SimulatorJob, simulate
+from nvflare_adapter.simulator import MODELS, JobFailed, SimulatorJob, simulate
 
 __all__ = ["main"]
 
@@ -34,6 +36,7 @@ _DIGITS = Path(__file__).with_name("digits.py")
 _GOAL = 0.9
 _COLUMNS = ("round", "accepted", "weight", "train loss", "test accuracy")
 _WIDTHS = (5, 8, 9, 10, 13)
+_INDENT = " " * 7
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +81,8 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m nvflare_adapter",
         description="Train a file with a train(params, context) function, federated.",
+        epilog="TRAIN.py ends in nvflare_adapter.serve(train). It may have an initial_model(seed), "
+        "which makes the first model, and an evaluate(params), which gives its accuracy.",
     )
     add = parser.add_argument
     add("train_script", nargs="?", metavar="TRAIN.py", help="default: learn handwritten digits")
@@ -110,6 +115,8 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     read = parser.parse_args(arguments)
     if read.train_script is None:
+        if read.train_args:
+            parser.error("argument --train-args: expected TRAIN.py as well, got none")
         read.train_args = "" if read.alpha is None else f"--alpha {read.alpha}"
     elif read.alpha is not None:
         parser.error("argument --alpha: expected only without TRAIN.py, got both")
@@ -117,14 +124,15 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not read.path.is_file() or read.path.suffix != ".py":
         parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
     needed = {"rich": "cli"} | ({"nvflare": "nvflare"} if read.backend == "simulator" else {})
-    for package, extra in needed.items():
-        if find_spec(package) is None:
-            parser.error(f"expected the package {package}: pip install 'fedavg-core[{extra}]'")
+    missing = {package: needed[package] for package in needed if find_spec(package) is None}
+    if missing:
+        parser.error(not_installed(missing))
     if read.output is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
         read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
     if read.output.exists() and (not read.output.is_dir() or any(read.output.iterdir())):
         parser.error(f"argument --output: expected a new or empty folder, got {read.output}")
+    read.models = read.output / (MODELS if read.backend == "simulator" else "models")
     for path in (str(read.output.resolve()), sys.executable):
         if read.backend == "simulator" and shlex.split(path) != [path]:
             expected = "a path without spaces and quotes, as NVFlare's simulator needs"
@@ -141,6 +149,8 @@ def _in_process(
         rounds=read.rounds,
         transfer=fc.TransferType(read.transfer.upper()),
         seed=read.seed,
+        checkpoint=read.models,
+        keep=read.rounds,
     )
     for outcome in federation:
         yield round_checkpoint(outcome.model, outcome.round + 1, report_of_outcome(outcome))
@@ -180,14 +190,29 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
-    if training.evaluate is None:
+    if training.evaluate is None or not model:
         return {}
     try:
         found = training.evaluate(copy_params(model))
+    except (Exception, SystemExit) as error:
+        raise fc.UsageError(f"evaluate, of the training file, failed: {one_line(error)}") from error
+    try:
         return {name: float(value) for name, value in found.items()}
-    except Exception as error:
-        what = f"{type(error).__name__}: {quoted(str(error), 300)}"
-        raise fc.UsageError(f"evaluate, of the training file, failed: {what}") from error
+    except (AttributeError, TypeError, ValueError):
+        expected = "expected a mapping from names to numbers"
+        raise fc.UsageError(
+            f"evaluate, of the training file: {expected}, got {quoted(found)}"
+        ) from None
+
+
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    """What there is to say of a round beside its line of the table."""
+    yield from report["refused"]
+    yield from report["failed"]
+    if report["skipped_metrics"]:
+        yield f"metrics left out, no finite numbers: {', '.join(report['skipped_metrics'])}"
+    if report["problem"] is not None:
+        yield report["problem"]
 
 
 def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any]) -> None:
@@ -199,9 +224,11 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
     where = "on NVFlare's simulator" if simulator else "in this process"
     last = read.rounds - 1
     console.print(f"{read.path.name}: {read.clients} clients, rounds 0 to {last}, {where}")
+    if not initial:
+        console.print("without an initial_model(seed), the clients start from their own models")
     console.print(_line(_COLUMNS), style="bold")
     checkpoint = fc.Checkpoint(model=initial, round=0)
-    accuracies = []
+    accuracies, problems = [], []
     with console.status(f"round 0 of 0 to {last}" if last else "round 0") as status:
         for checkpoint in (
             _on_simulator(read, initial) if simulator else _in_process(read, training, initial)
@@ -209,11 +236,12 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
             evaluation = _evaluate(training, checkpoint.model)
             accuracies.append(evaluation.get("accuracy", 0.0))
             console.print(_line(_row(checkpoint, read.clients, evaluation)))
-            report = checkpoint.extra["report"]
-            notes = (*report["refused"], *report["failed"], report["problem"])
-            for note in filter(None, notes):
-                console.print(f"       {note}", style="yellow")
+            for note in _notes(checkpoint.extra["report"]):
+                console.print(f"{_INDENT}{note}", style="yellow")
+            problems.append(checkpoint.extra["report"]["problem"])
             status.update(f"round {checkpoint.round} of 0 to {last}")
+    if all(problems):
+        raise fc.FedAvgError(f"no round changed the model: {problems[-1]}")
     saved = read.output / "model.npz"
     fc.save_checkpoint(saved, checkpoint)
     if read.train_script is None:
@@ -249,17 +277,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (fc.FedAvgError, OSError) as error:
         return _say(str(error), 2)
     except Exception as error:
-        what = f"{type(error).__name__}: {quoted(str(error), 300)}"
-        return _say(f"{read.path.name} cannot be run: {what}", 2)
+        return _say(f"{read.path.name} cannot be run: {one_line(error)}", 2)
     try:
         _run(read, training, initial)
     except JobFailed as failure:
         tail = "\n".join(f"  {line}" for line in failure.tail())
         return _say(f"{failure.reason}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1)
+    except fc.UsageError as error:
+        return _say(str(error), 2)
     except (fc.FedAvgError, OSError) as error:
         return _say(str(error), 1)
     except KeyboardInterrupt:
-        return _say("stopped", 130)
+        done = len(fc.CheckpointStore(read.models).paths())
+        kept = f": fedavg_core.CheckpointStore({str(read.models)!r}).load().model" if done else ""
+        return _say(f"stopped after {done} of {read.rounds} rounds{kept}", 130)
     return 0
 
 

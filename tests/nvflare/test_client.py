@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,61 @@ def test_a_training_file_that_serves_nothing_is_told_so() -> None:
 def test_what_cannot_be_called_cannot_be_served() -> None:
     with pytest.raises(fc.UsageError, match="expected a function, got int"):
         nvflare_adapter.serve(3)  # type: ignore[arg-type]
+
+
+BY_HAND = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["nvflare"] = None
+sys.argv[0] = "my/train.py"
+import nvflare_adapter
+nvflare_adapter.serve(print)
+"""
+
+
+@pytest.mark.parametrize(
+    "nvflare",
+    [
+        "without",
+        pytest.param(
+            "with",
+            marks=[
+                pytest.mark.nvflare,
+                pytest.mark.skipif(find_spec("nvflare") is None, reason="needs NVFlare"),
+            ],
+        ),
+    ],
+)
+def test_a_training_file_that_is_run_by_hand_says_in_one_line_how_to_run_it(nvflare: str) -> None:
+    command = [sys.executable, "-c", BY_HAND, nvflare]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "nvflare_adapter: it is NVFlare that runs this file; "
+        "try python -m nvflare_adapter my/train.py\n"
+    )
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+try:
+    from nvflare_adapter import NumpyFedAvgRecipe
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("package", ["nvflare", "pydantic"])
+def test_what_needs_a_package_that_is_not_installed_names_its_extra(package: str) -> None:
+    if package == "pydantic":
+        pytest.importorskip("nvflare")
+    command = [sys.executable, "-c", WITHOUT, package]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"ImportError NumpyFedAvgRecipe: expected {package} to be installed: get the extra "
+        "'nvflare' (in a clone: pip install -e '.[nvflare]')\n"
+    )
 
 
 def test_a_name_that_the_package_lacks_is_an_attribute_error() -> None:

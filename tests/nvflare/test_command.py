@@ -101,7 +101,9 @@ def test_a_file_without_a_first_model_starts_from_the_clients_own(
 ) -> None:
     arguments = [str(FILES / "own_start.py"), "--backend", "in-process", "--rounds", "2"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    assert "4 of 4" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "without an initial_model(seed), the clients start from their own models"
+    assert "4 of 4" in lines[3]
     assert fc.load_checkpoint(tmp_path / "model.npz").model["w"].tolist() == [[3.5] * 2] * 2
 
 
@@ -132,6 +134,7 @@ WRONG = [
         [str(FILES / "mixed.py"), "--alpha", "1"],
         "argument --alpha: expected only without TRAIN.py, got both",
     ),
+    (["--train-args", "x"], "argument --train-args: expected TRAIN.py as well, got none"),
     (["--output", str(FILES)], f"argument --output: expected a new or empty folder, got {FILES}"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
 ]
@@ -151,9 +154,34 @@ def test_the_simulator_without_nvflare_is_told_what_to_install(tmp_path: Path) -
     done = run(cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        "nvflare_adapter: expected the package nvflare: pip install 'fedavg-core[nvflare]'\n"
+        "nvflare_adapter: expected nvflare to be installed: get the extra 'nvflare' "
+        "(in a clone: pip install -e '.[nvflare]')\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_all_that_is_missing_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("rich", "nvflare"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == (
+        "nvflare_adapter: expected rich and nvflare to be installed: get the extra 'cli' and the "
+        "extra 'nvflare' (in a clone: pip install -e '.[cli,nvflare]')\n"
+    )
+
+
+def test_the_help_names_the_functions_that_a_training_file_may_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    for name in ("serve(train)", "initial_model(seed)", "evaluate(params)"):
+        assert name in said
 
 
 def test_a_path_that_nvflares_simulator_would_split_is_refused(
@@ -169,7 +197,7 @@ def test_a_path_that_nvflares_simulator_would_split_is_refused(
 
 
 BROKEN = [
-    ("1/0", "cannot be run: ZeroDivisionError: 'division by zero'"),
+    ("1/0", "cannot be run: ZeroDivisionError: division by zero"),
     ("def", "cannot be run: SyntaxError: "),
     ("import sys; sys.exit(3)", "ended by itself, given ''"),
     (
@@ -208,16 +236,92 @@ def test_differences_without_a_first_model_are_refused_before_anything_runs(
     assert "expected an initial_model in the training file" in capsys.readouterr().err
 
 
-def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(
+def written(folder: Path, ending: str, source: str = "faulty.py") -> list[str]:
+    """Arguments that run a training file of ours with another ending in process."""
+    path = folder / "train.py"
+    text = (FILES / source).read_text()
+    head, main_line, tail = text.partition("if __name__")
+    path.write_text(f"{head}{ending}\n\n\n{main_line}{tail}")
+    return [str(path), "--backend", "in-process", "--rounds", "2", "--output", str(folder / "out")]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return model[0]", "evaluate, of the training file, failed: KeyError: 0"),
+        (
+            "return 0.5",
+            "evaluate, of the training file: expected a mapping from names to numbers, got 0.5",
+        ),
+        (
+            "return {'accuracy': 'good'}",
+            "evaluate, of the training file: "
+            "expected a mapping from names to numbers, got {'accuracy': 'good'}",
+        ),
+    ],
+)
+def test_an_evaluate_function_that_is_broken_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, message: str
+) -> None:
+    assert main(written(tmp_path, f"def evaluate(model): {body}")) == 2
+    assert capsys.readouterr().err == f"nvflare_adapter: {message}\n"
+
+
+def test_metrics_that_were_left_out_stand_under_their_round(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "evaluated.py"
-    path.write_text((FILES / "faulty.py").read_text() + "\ndef evaluate(model): return model[0]\n")
-    arguments = [str(path), "--backend", "in-process", "--output", str(tmp_path / "out")]
-    assert main(arguments) == 1
-    assert capsys.readouterr().err == (
-        "nvflare_adapter: evaluate, of the training file, failed: KeyError: '0'\n"
+    ending = """
+trained = train
+def train(params, context):
+    metrics = {"loss": "low", "error": float("nan"), "size": 1}
+    return fc.TrainResult(trained(params, context).params, 1, metrics)
+"""
+    assert main(written(tmp_path, ending)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "       metrics left out, no finite numbers: error, loss"
+    assert lines[5] == lines[3]
+
+
+@pytest.mark.parametrize("has_evaluate", [True, False])
+def test_a_run_in_which_no_round_changed_the_model_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has_evaluate: bool
+) -> None:
+    """As with a file that is to train a model of which it has none."""
+    ending = """
+def train(params, context):
+    return fc.TrainResult(params, 1)
+"""
+    if has_evaluate:
+        ending += "\n\ndef evaluate(params): return {'accuracy': params['w'].sum()}\n"
+    assert main(written(tmp_path, ending, "own_start.py")) == 1
+    printed = capsys.readouterr()
+    assert "MISSING_KEYS" in printed.out
+    assert "model saved" not in printed.out
+    assert printed.err == (
+        "nvflare_adapter: no round changed the model: round 1: 0 accepted where at least 1 are "
+        "needed; the model keeps its values\n"
     )
+    assert not (tmp_path / "out" / "model.npz").exists()
+
+
+@pytest.mark.parametrize(("stop_in", "kept"), [(0, False), (1, True)])
+def test_an_interrupted_run_keeps_its_rounds_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_in: int, kept: bool
+) -> None:
+    ending = f"""
+trained = train
+def train(params, context):
+    if context.round == {stop_in}:
+        raise KeyboardInterrupt
+    return trained(params, context)
+"""
+    assert main(written(tmp_path, ending)) == 130
+    models = tmp_path / "out" / "models"
+    load = f": fedavg_core.CheckpointStore({str(models)!r}).load().model" if kept else ""
+    error = capsys.readouterr().err
+    assert error == f"nvflare_adapter: stopped after {stop_in} of 2 rounds{load}\n"
+    if kept:
+        assert fc.CheckpointStore(models).load().model["w"].tolist() == [3.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -225,9 +329,11 @@ def test_an_evaluate_function_that_fails_is_one_line_and_exit_code_1(
     [
         ("", "it ended with exit code 3"),
         (
-            "x - INFO - y\nx - ERROR - training of site-2 failed in round 1: ValueError: 'fire'\n"
+            "Traceback (most recent call last):\n  File x\nOSError: left out\n"
+            "x - ERROR - ask to abort job: reason: '/a/train.py' is aborted, Traceback (most\n"
+            "  File x\n    raise y\nMyTrouble: fire\n"
             "Aborting: FATAL_SYSTEM_ERROR received: Result is bad",
-            "training of site-2 failed in round 1: ValueError: 'fire'",
+            "MyTrouble: fire",
         ),
         (
             "Aborting due to FATAL_SYSTEM_ERROR received: Result is bad.\nValueError: x",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -118,15 +119,32 @@ def test_a_refused_update_stands_under_its_round(tmp_path: Path) -> None:
     assert "refused: NON_FINITE" in (tmp_path / "out" / "nvflare.log").read_text()
 
 
+def test_a_client_that_fails_is_left_out_and_the_model_has_the_bits_of_the_run_in_process(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--train-args", "fail", "--clients", 3, "--rounds", 4]
+    tables, models = [], []
+    for backend in ("simulator", "in-process"):
+        where = ["--backend", backend, "--output", backend]
+        done = command(FILES / "faulty.py", *arguments, *where, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        tables.append(done.stdout.splitlines()[1:8])
+        models.append(fc.load_checkpoint(tmp_path / backend / "model.npz").model)
+    assert tables[0] == tables[1]
+    assert [tables[0][row].split()[1] for row in (1, 2, 4, 6)] == ["3", "2", "2", "3"]
+    assert "site-2 failed: ValueError: the disk is on fire (faulty.py, line" in tables[0][3]
+    assert "site-2 failed: SystemExit: 3 (faulty.py, line" in tables[0][5]
+    assert fc.same_bits(*models)
+
+
 def test_a_failed_job_is_told_in_plain_words_with_the_end_of_the_log(tmp_path: Path) -> None:
-    arguments = ["--train-args", "raise", "--clients", 2, "--rounds", 3, "--output", "out"]
+    arguments = ["--train-args", "start", "--clients", 2, "--rounds", 3, "--output", "out"]
     done = command(FILES / "faulty.py", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     problem, where, *tail = done.stderr.splitlines()
-    assert problem.startswith(
-        "nvflare_adapter: the job failed after 1 of 3 rounds: training of site-2 failed in round 1"
+    assert problem == (
+        "nvflare_adapter: the job failed after 0 of 3 rounds: ValueError: no data here"
     )
-    assert "ValueError: the disk is on fire" in problem
     log = tmp_path / "out" / "nvflare.log"
     assert where == f"the end of NVFlare's log, {log}:"
     assert [line[2:] for line in tail] == log.read_text().splitlines()[-len(tail) :]
@@ -177,7 +195,13 @@ def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signa
         assert len(processes_that_name(str(tmp_path))) > 2
         job.send_signal(sent)
         _, error = job.communicate(timeout=60)
-    assert error == "nvflare_adapter: stopped\n"
+    found = re.fullmatch(
+        r"nvflare_adapter: stopped after (\d+) of 200 rounds: "
+        r"fedavg_core\.CheckpointStore\('(.+)'\)\.load\(\)\.model\n",
+        error,
+    )
+    assert found is not None, error
+    assert fc.CheckpointStore(tmp_path / found[2]).load().round == int(found[1])
     assert job.returncode == 130
     deadline = time.monotonic() + 20
     while processes_that_name(str(tmp_path)) and time.monotonic() < deadline:
