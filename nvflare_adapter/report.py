@@ -16,15 +16,18 @@ def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
         outcome: The closed round's outcome.
 
     Returns:
-        ``round``, ``accepted`` (name to weight, in the order of the names), ``refused`` and
-        ``failed`` (one line each), ``total_weight``, ``metrics``, ``skipped_metrics`` (the names
-        of those that were left out) and ``problem``.
+        ``round``, ``accepted`` (name to weight), ``refused`` and ``failed`` (one line each), all
+        three in the order of the names; ``total_weight``, ``metrics``, ``skipped_metrics`` (the
+        names of those that were left out) and ``problem``.
     """
     weights = {receipt.contributor: receipt.weight for receipt in outcome.accepted}
+    order = fc.contributor_order({receipt.contributor for receipt in outcome.refused})
+    place = {name: index for index, name in enumerate(order)}
+    refused = sorted(outcome.refused, key=lambda receipt: place[receipt.contributor])
     return {
         "round": outcome.round,
         "accepted": {name: weights[name] for name in fc.contributor_order(weights)},
-        "refused": [receipt.detail for receipt in outcome.refused],
+        "refused": [receipt.detail for receipt in refused],
         "failed": [f"{one.contributor} failed: {one.problem}" for one in outcome.failed],
         "total_weight": outcome.total_weight,
         "metrics": dict(outcome.metrics),

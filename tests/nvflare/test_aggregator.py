@@ -170,6 +170,7 @@ def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
     assert aggregator.accept(result(params(5, 5, 5), "site-1", round=3), fl_ctx)
     for message in (
         failed("OSError: no disk (train.py, line 3)", "site-10", 3),
+        failed("late", "site-10", round=2),
         failed("late", "site-3", round=2),
         failed("two\nlines", "site-2", 3),
     ):
@@ -181,8 +182,10 @@ def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
         "site-2 failed: 'two\\nlines'",
         "site-10 failed: OSError: no disk (train.py, line 3)",
     ]
-    (refused,) = report["refused"]
-    assert refused.startswith("STALE_ROUND (contributor 'site-3'")
+    assert [line.split(",")[0] for line in report["refused"]] == [
+        "STALE_ROUND (contributor 'site-3'",
+        "STALE_ROUND (contributor 'site-10'",
+    ]
     aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
     assert closed(aggregator, fl_ctx)[1]["failed"] == []
 
