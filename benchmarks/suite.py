@@ -40,6 +40,7 @@ Result: TypeAlias = "Timing | Growth"
 
 _ROUND = "one round: take each client's update, then give the mean; what is kept between rounds is"
 _QUICK = Pace(least=3, most=3)
+_HALF = Pace(least=3, budget=5)  # NumPy's float16 arithmetic is slow, and ratios far from 1
 _RING, _MANY = 64, 512  # distinct updates of small models: 51 MB, more than most caches hold
 _AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
 _AT_HAND_CLIENTS = 8
@@ -138,7 +139,8 @@ def _share_off(mean: Mapping[str, Any], right: Params) -> float:
 
 def _model(name: str, quick: bool) -> list[Result]:
     workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
-    return [averaging(name, workload, pace=_QUICK if quick else Pace())]
+    pace = _HALF if workload.dtype == "float16" else Pace()
+    return [averaging(name, workload, pace=_QUICK if quick else pace)]
 
 
 def _at_hand(quick: bool) -> list[Result]:
