@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -481,3 +482,43 @@ def test_bad_settings_are_named() -> None:
 )
 def test_a_weight_is_taken_at_its_exact_value(weight: Any, exact: Fraction) -> None:
     assert exact_weight(weight) == exact
+
+
+OPERATIONS = {
+    "add": "fedavg_core.exact.ExactSum.add",
+    "merge": "fedavg_core.exact.ExactSum.add_sum",
+    "mean": "fedavg_core.sums.quotient",
+}
+
+
+@pytest.mark.parametrize("key", range(20))
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_fault_at_any_key_of_an_operation_leaves_the_state_as_it_was(
+    operation: str, key: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twenty(seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        return {f"k{i}": rng.standard_normal(4).astype(np.float32) for i in range(20)}
+
+    mean, other = fc.WeightedMean(block=4), fc.WeightedMean(block=4)  # a block for each key
+    mean.add(twenty(1), 600)
+    other.add(twenty(2), 7)
+    before, result = mean.digest(), mean.mean()
+    module, _, name = OPERATIONS[operation].rpartition(".")
+    owner: Any = locate(module)
+    real, calls = getattr(owner, name), [0]
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == key + 1:
+            raise MemoryError
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(MemoryError):
+        {"add": lambda: mean.add(twenty(3), 5), "merge": lambda: mean.merge(other)}.get(
+            operation, mean.mean
+        )()
+    monkeypatch.undo()
+    assert mean.digest() == before
+    assert fc.same_bits(mean.mean(), result)
