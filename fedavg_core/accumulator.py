@@ -190,7 +190,7 @@ class WeightedMean:
             UsageError: The sums are not exact, or do not contain this update; the state is
                 unchanged.
         """
-        self._require_exact("remove")
+        sums = self._exact_sums("remove")
         exact = exact_weight(weight)
         self._check(params, self._spec)
         for key in params:
@@ -202,7 +202,7 @@ class WeightedMean:
                 )
         self._apply([(params, exact)], -1)
         for key in params:
-            if not self._weights[key] and not self._sums.is_zero(key):
+            if not self._weights[key] and not sums.is_zero(key):
                 self._apply([(params, exact)], 1)
                 raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
 
@@ -296,13 +296,13 @@ class WeightedMean:
         Raises:
             UsageError: The sums are not exact.
         """
-        self._require_exact("digest")
+        sums = self._exact_sums("digest")
         sha = hashlib.sha256(b"fedavg_core sums, format 1")
         for key in sorted(self.keys):
             spec = self._spec[key]
             head = [key, list(spec.shape), spec.dtype.name, weight_text(self._weights[key])]
             sha.update(repr(head).encode("utf-8", "surrogatepass"))
-            for k, digits in self._sums.parts(key):
+            for k, digits in sums.parts(key):
                 sha.update(f"[{k}]".encode())
                 sha.update(digits.tobytes())
         return sha.hexdigest()
@@ -381,11 +381,12 @@ class WeightedMean:
             raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
         return result
 
-    def _require_exact(self, what: str) -> None:
-        if self._accumulator != "exact":
+    def _exact_sums(self, what: str) -> ExactSums:
+        if not isinstance(self._sums, ExactSums):
             raise UsageError(
                 f"{what} needs exact sums, and this accumulator has {self._accumulator}"
             )
+        return self._sums
 
     def _check(self, params: Params, spec: Mapping[str, ArraySpec]) -> None:
         """Refuse what can be refused without reading the values."""

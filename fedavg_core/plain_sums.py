@@ -75,10 +75,6 @@ class PlainSums(Sums[Array]):
         with np.errstate(over="ignore"):
             self._each_block(work)
 
-    def is_zero(self, key: str) -> bool:
-        """See `Sums.is_zero`."""
-        return not any(total[segment.place].any() for segment, total in self._segments(key))
-
     def reset(self) -> None:
         """See `Sums.reset`."""
         for _, total in self._blocks:

@@ -62,10 +62,6 @@ class Sums(ABC, Generic[Total]):
         """
 
     @abstractmethod
-    def is_zero(self, key: str) -> bool:
-        """Whether every element of an array's sum is zero."""
-
-    @abstractmethod
     def reset(self) -> None:
         """Make every sum zero; the memory is kept."""
 
@@ -267,7 +263,7 @@ class ExactSums(Sums[ExactSum]):
             raise
 
     def is_zero(self, key: str) -> bool:
-        """See `Sums.is_zero`."""
+        """Whether every element of an array's sum is zero."""
         return not any(sign(total.take(s.place)).any() for s, total in self._segments(key))
 
     def reset(self) -> None:

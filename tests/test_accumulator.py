@@ -244,6 +244,23 @@ def test_an_interrupted_addition_is_undone() -> None:
     assert fc.same_bits(mean.mean(), fc.weighted_mean([model(1), model(2)], [7, 600]))
 
 
+@kinds
+def test_a_large_model_is_the_same_on_several_threads(kind: Accumulator) -> None:
+    large = {"w": np.random.default_rng(0).standard_normal(5 << 20, np.float32)}
+    on_one = fc.WeightedMean(accumulator=kind, threads=1)
+    on_many = fc.WeightedMean(accumulator=kind, threads=3)
+    for mean in (on_one, on_many):
+        mean.add(large, 600)
+    broken = {"w": large["w"].copy()}
+    broken["w"][[3, 1 << 18, -1]] = np.nan
+    for mean in (on_one, on_many):
+        with pytest.raises(fc.RefusedUpdate, match=r"got nan at \[3\]"):
+            mean.add(broken, 7)
+        mean.add(large, 0.3)
+    assert fc.same_bits(on_one.mean(), on_many.mean())
+    assert kind != "exact" or np.array_equal(on_one.mean()["w"], large["w"])
+
+
 def test_removing_an_update_leaves_what_would_be_without_it() -> None:
     mean, without = fc.WeightedMean(), fc.WeightedMean(block=2)
     for seed, weight in ((1, 600), (2, 0.1), (3, 1 << 60)):
@@ -294,6 +311,17 @@ def test_merged_parts_are_the_whole(kind: Accumulator, blocks: tuple[int, int]) 
     assert left.mean()["w"].tolist() == [[2.0] * 4] * 3
     assert np.array_equal(left.mean()["b"], right.mean()["b"])
     assert (left.count, left.total_weight, left.weight_of("w")) == (3, 8, 3)
+
+
+def test_only_what_another_has_is_merged() -> None:
+    left, right = fc.WeightedMean(block=4), fc.WeightedMean(block=64)
+    left.add({"a": np.ones(3), "b": np.ones(9)}, 1)
+    right.add({"b": np.ones(9)}, 1)
+    right.add({"c": np.ones(2)}, 1)
+    right.remove({"c": np.ones(2)}, 1)
+    left.merge(right)
+    assert left.keys == ("a", "b")
+    assert (left.weight_of("a"), left.weight_of("b")) == (1, 2)
 
 
 def test_an_accumulator_can_be_merged_with_itself() -> None:
@@ -446,13 +474,14 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
         ([1], "expected a model as a mapping"),
     ],
 )
-def test_a_base_that_does_not_fit_is_named(base: Any, text: str) -> None:
-    mean = fc.WeightedMean()
+@kinds
+def test_a_base_that_does_not_fit_is_named(kind: Accumulator, base: Any, text: str) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
     mean.add({"w": np.ones(2)}, 1)
-    before = mean.digest()
+    before = mean.state()[1]
     with pytest.raises(fc.UsageError, match=text):
         mean.mean(base)
-    assert mean.digest() == before
+    assert fc.same_bits(mean.state()[1], before)
 
 
 def test_bad_settings_are_named() -> None:
