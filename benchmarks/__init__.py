@@ -9,6 +9,7 @@ as the floor.
 * `workloads`: the models, in one table
 * `peers`: who averages them, in one table
 * `timing`, `growth`: the two ways of measuring
+* `averaging`: contestants on one workload
 * `suite`: the benchmarks, in one table
 * `goals`: what the engine is held to, in one table
 * `tables`, `plots`, `machine`: how it is shown

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fedavg_core as fc
+from benchmarks.averaging import averaging, one_round
 from benchmarks.growth import Growth, Point, Series, peak_memory, times_by_work
 from benchmarks.peers import CONTESTANTS, Server
 from benchmarks.timing import Pace, Row, Timing, take_turns
@@ -34,15 +35,13 @@ from benchmarks.workloads import (
     resnet50,
 )
 
-__all__ = ["BENCHMARKS", "Benchmark", "Result", "averaging"]
+__all__ = ["BENCHMARKS", "Benchmark", "Result"]
 
 Result: TypeAlias = "Timing | Growth"
 
-_ROUND = "one round: take each client's update, then give the mean; what is kept between rounds is"
 _QUICK = Pace(least=3, most=3)
 _HALF = Pace(least=3, budget=5)  # NumPy's float16 arithmetic is slow, and ratios far from 1
 _RING, _MANY = 64, 512  # distinct updates of small models: 51 MB, more than most caches hold
-_AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
 _AT_HAND_CLIENTS = 8
 
 
@@ -59,82 +58,6 @@ class Benchmark:
     name: str
     about: str
     run: Callable[[bool], list[Result]]
-
-
-def averaging(
-    benchmark: str,
-    workload: Workload,
-    names: Iterable[str] = _AVERAGING,
-    *,
-    pace: Pace,
-    reference: str | None = None,
-) -> Timing:
-    """Let contestants average the same updates in turn.
-
-    Args:
-        benchmark: Which one this is of.
-        workload: What to average.
-        names: The contestants; those that are not installed are named in the result.
-        pace: How long to go on.
-        reference: What to compare with; None for the fastest peer.
-
-    Returns:
-        The laps, and how many elements of each contestant's mean are not correctly rounded.
-    """
-    updates = draw_updates(workload.shapes, workload.clients, workload.dtype)
-    right = fc.weighted_mean([params for params, _ in updates], [weight for _, weight in updates])
-    tasks, absent = {}, []
-    misrounded: dict[str, float | None] = {}
-    with np.errstate(all="ignore"):
-        for name in names:
-            try:
-                server = CONTESTANTS[name].make()
-            except ImportError:
-                absent.append(name)
-                continue
-            messages = [server.message(params, weight) for params, weight in updates]
-            tasks[name] = partial(_average, server, messages)
-            mean = tasks[name]()  # the first round, in which memory is taken, is not timed
-            floor = CONTESTANTS[name].kind == "floor"
-            misrounded[name] = None if floor else _share_off(server.arrays(mean), right)
-            del mean
-        rivals = [name for name in tasks if CONTESTANTS[name].kind == "peer"]
-        taken = take_turns(tasks, pace, rivals=rivals)
-    return Timing(
-        benchmark=benchmark,
-        title=workload.title,
-        timed=f"{_ROUND} kept, its memory is warm",
-        clients=workload.clients,
-        elements=workload.clients * workload.parameters,
-        nbytes=workload.clients * workload.nbytes,
-        rows=tuple(
-            Row(
-                name,
-                CONTESTANTS[name].kind,
-                taken[name].laps,
-                taken[name].cpu,
-                misrounded[name],
-            )
-            for name in tasks
-        ),
-        reference=reference,
-        absent=tuple(absent),
-    )
-
-
-def _average(server: Server, messages: Sequence[Any]) -> Any:
-    for message in messages:
-        server.add(message)
-    return server.mean()
-
-
-def _share_off(mean: Mapping[str, Any], right: Params) -> float:
-    """The share of elements that are not those of the correctly rounded mean."""
-    off = sum(
-        int(np.count_nonzero(np.asarray(mean[key]).astype(array.dtype) != array))
-        for key, array in right.items()
-    )
-    return off / sum(array.size for array in right.values())
 
 
 def _model(name: str, quick: bool) -> list[Result]:
@@ -400,7 +323,7 @@ def _by_clients(
             continue
         kinds[name] = CONTESTANTS[name].kind
         senders = [server.message(*updates[number % len(updates)]) for number in range(total)]
-        _average(server, senders[:10])
+        one_round(server, senders[:10])
         for amount in amounts:
             rounds = -(-total // amount // 4)
             tasks[name, amount] = partial(_rounds, server, senders[:amount], rounds)
@@ -410,7 +333,7 @@ def _by_clients(
 
 def _rounds(server: Server, messages: Sequence[Any], rounds: int) -> None:
     for _ in range(rounds):
-        _average(server, messages)
+        one_round(server, messages)
 
 
 def _sizes(quick: bool) -> list[Result]:
@@ -428,7 +351,7 @@ def _sizes(quick: bool) -> list[Result]:
             updates = draw_updates({"weight": (amount,)}, 4, seed=amount)
             messages = [server.message(*update) for update in updates]
             rounds = max(1, amounts[-1] // amount // 8)
-            _average(server, messages)
+            one_round(server, messages)
             tasks[name, amount] = partial(_rounds, server, messages, rounds)
             units[name, amount] = rounds * amount * len(messages)
     return [

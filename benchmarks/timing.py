@@ -25,7 +25,7 @@ __all__ = ["Laps", "Pace", "Ratio", "Row", "Taken", "Timing", "middle", "ratio",
 Laps: TypeAlias = "tuple[float, ...]"
 """Seconds, lap by lap; NaN where the task sat out."""
 
-_FAR_BEHIND = 2.0  # times the fastest rival's median
+_FAR_BEHIND = 3.0  # times the fastest rival's median
 _TRIAL = 1  # laps after which rivals may be far behind
 
 

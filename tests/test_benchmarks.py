@@ -20,11 +20,12 @@ import pytest
 import benchmarks.__main__ as command
 import benchmarks.tables as tables
 import fedavg_core as fc
+from benchmarks.averaging import averaging
 from benchmarks.goals import GOALS, standings
 from benchmarks.growth import Growth, Point, Series, peak_memory
 from benchmarks.machine import describe_machine
 from benchmarks.peers import CONTESTANTS, Server
-from benchmarks.suite import BENCHMARKS, averaging
+from benchmarks.suite import BENCHMARKS
 from benchmarks.tables import Table, show, table_of_result
 from benchmarks.timing import Pace, Row, Timing, middle, ratio, take_turns
 from benchmarks.workloads import (
@@ -205,15 +206,15 @@ def test_tasks_take_turns_and_rivals_far_behind_sit_out(monkeypatch: pytest.Monk
         return run
 
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
-    tasks = {"a": task("a", 9.0), "b": task("b", 1.0), "c": task("c", 3.0)}
+    tasks = {"a": task("a", 9.0), "b": task("b", 1.0), "c": task("c", 4.0)}
     monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: clock[0] / 2)
-    taken = take_turns(tasks, Pace(least=4, most=9, budget=40.0), rivals=["b", "c"])
+    taken = take_turns(tasks, Pace(least=4, most=9, budget=41.0), rivals=["b", "c"])
     assert "".join(order) == "abcababab"
     assert taken["a"].laps == (9.0,) * 4
     assert taken["a"].cpu == (4.5,) * 4
-    assert taken["c"].laps[0] == 3.0
+    assert taken["c"].laps[0] == 4.0
     assert all(map(math.isnan, taken["c"].laps[1:] + taken["c"].cpu[1:]))
-    assert middle(taken["c"].laps) == 3.0
+    assert middle(taken["c"].laps) == 4.0
 
 
 def test_the_budget_ends_the_laps_after_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
