@@ -25,14 +25,24 @@ from typing import IO
 
 from fedavg_core.errors import quoted
 
-__all__ = ["BLOCK", "Damaged", "check_archive", "require", "seal", "unsealed_comment"]
+__all__ = [
+    "BLOCK",
+    "MOST_MEMBERS",
+    "Damaged",
+    "check_archive",
+    "require",
+    "seal",
+    "unsealed_comment",
+]
 
 BLOCK = 1 << 18
 """How many bytes are read or written at a time."""
 
+MOST_MEMBERS = 1 << 16
+"""How many members an archive may have to be read."""
+
 _SEAL = b"fedavg-core sha256 "
 _DIGEST_LENGTH = 64
-_MOST_MEMBERS = 1 << 16
 _MOST_INFLATION = 100
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -151,7 +161,7 @@ def _find_directory(file: IO[bytes], end: int) -> tuple[int, int]:
             )
             disks, (here, count, size, start) = record[4:6], record[6:10]
     require(disks == (0, 0) and here == count, "it is one of several parts of an archive")
-    require(count <= _MOST_MEMBERS, f"it has {count} members; at most {_MOST_MEMBERS} are read")
+    require(count <= MOST_MEMBERS, f"it has {count} members; at most {MOST_MEMBERS} are read")
     require(start + size == end, "its directory is not where its end record says")
     require(size <= 512 * (count + 1), "its directory is too long for its members")
     return int(start), int(count)

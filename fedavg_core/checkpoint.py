@@ -27,6 +27,7 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,13 +88,18 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         CheckpointError: It could not be written; an old file is as it was, unless the message says
             that the new one is in place.
         UsageError: It is no checkpoint, or holds what one cannot: arrays that are not of numbers or
-            bool, names that are no strings, a round that is no whole number, or what JSON cannot
-            hold.
+            bool, names that are no strings, a round that is no whole number, a metric that float64
+            cannot hold, what JSON cannot hold, or more than `load_checkpoint` reads. Nothing is
+            written then.
     """
     given: object = checkpoint
     if not isinstance(given, Checkpoint):
         raise UsageError(f"expected a Checkpoint to save, got a {type(given).__name__}")
     target = Path(path)
+    for field_name in ("model", "arrays", "metrics", "extra"):
+        held: object = getattr(checkpoint, field_name)
+        if not isinstance(held, Mapping):
+            raise UsageError(f"{field_name}: expected a mapping, got {quoted(held)}")
     arrays = {f"model/{_name(key)}": value for key, value in checkpoint.model.items()}
     arrays.update({f"arrays/{_name(key)}": value for key, value in checkpoint.arrays.items()})
     meta = {
@@ -158,11 +164,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         order; what JSON holds is as JSON gives it back (a tuple is a list).
 
     Raises:
-        CheckpointError: The file is not there, is damaged, or is no checkpoint.
+        CheckpointError: The file is not there, is no regular file, is damaged, or is no checkpoint.
     """
     target = Path(path)
     try:
-        with open(target, "rb") as file:
+        with open(target, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(target, "not a regular file")
             arrays, meta = read_npz(file, own=True)
     except OSError as error:
         raise CheckpointError(target, f"could not be read ({error.strerror or error})") from error
@@ -181,7 +189,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(
             model=parts["model"],
             round=_round(meta["round"]),
-            metrics={name: float(value) for name, value in meta["metrics"].items()},
+            metrics={name: _number(value) for name, value in meta["metrics"].items()},
             extra=dict(meta["extra"]),
             arrays=parts["arrays"],
             best=bool(meta["best"]),
@@ -380,7 +388,17 @@ def _round(number: object) -> int:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise UsageError(f"metrics: expected numbers, got {quoted(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(
+            f"metrics: expected numbers that float64 can hold, got {quoted(value)}"
+        ) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever might be at the other end of it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_whole(path: Path) -> bool:

@@ -21,12 +21,16 @@ file is evaluated.
 For files that do not fit into memory there is the same in pieces: `list_npz` tells what a file
 holds, and `NpzWriter` takes the elements as they come.
 
+What would be beyond a limit of the reader is not written: that is a `UsageError` before the first
+byte.
+
 Whatever the bytes, what comes out is the right arrays or a `CheckpointError`, never another error.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import zipfile
@@ -40,10 +44,25 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import BLOCK, Damaged, check_archive, require, seal, unsealed_comment
+from fedavg_core.archive import (
+    BLOCK,
+    MOST_MEMBERS,
+    Damaged,
+    check_archive,
+    require,
+    seal,
+    unsealed_comment,
+)
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
-from fedavg_core.npy import decoded, encoded, header_of, read_exactly, read_layout
+from fedavg_core.npy import (
+    MOST_DIMENSIONS,
+    decoded,
+    encoded,
+    header_of,
+    read_exactly,
+    read_layout,
+)
 
 __all__ = ["Entry", "NpzWriter", "damage_told", "list_npz", "read_npz", "write_npz"]
 
@@ -80,7 +99,8 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
         meta: What JSON can hold.
 
     Raises:
-        UsageError: A name is no string, an array is of another dtype, or the meta is not for JSON.
+        UsageError: A name is no string, an array is of another dtype, the meta is not for JSON, or
+            this is more than `read_npz` reads. Nothing is written then.
         OSError: As the file raises it.
     """
     for name, array in arrays.items():
@@ -90,7 +110,13 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
                 f"of type {quoted(type(array).__name__)}"
             )
     spec = {name: ArraySpec(array.shape, array.dtype) for name, array in arrays.items()}
-    with NpzWriter(file, spec, meta) as writer:
+    writer = NpzWriter(file, spec, meta)
+    if writer.nbytes > _DEFAULT_LIMIT:
+        raise UsageError(
+            f"expected arrays of at most {_DEFAULT_LIMIT} bytes together with their names and the "
+            f"meta, got {writer.nbytes}"
+        )
+    with writer:
         for array in arrays.values():
             writer.write(array)
 
@@ -106,8 +132,9 @@ class NpzWriter:
         meta: What JSON can hold.
 
     Raises:
-        UsageError: An array is of a dtype that is not written, or the meta is not for JSON; on
-            leaving the context, that elements are missing.
+        UsageError: An array is of a dtype or of more dimensions than are written, there are too
+            many of them, or the meta is not for JSON or too long; on leaving the context, that
+            elements are missing.
         OSError: As the file raises it.
     """
 
@@ -117,12 +144,19 @@ class NpzWriter:
         spec: Mapping[str, ArraySpec],
         meta: Mapping[str, Any] | None = None,
     ) -> None:
+        if len(spec) >= MOST_MEMBERS:
+            raise UsageError(f"expected at most {MOST_MEMBERS - 1} arrays, got {len(spec)}")
         entries = []
         for number, (name, array) in enumerate(spec.items()):
             if _dtype_name(array.dtype) is None:
                 raise UsageError(
                     f"key {quoted(name)}: expected an array of bool, integers or floats of up to "
                     f"64 bits, got dtype {quoted(str(array.dtype))}"
+                )
+            if len(array.shape) > MOST_DIMENSIONS:
+                raise UsageError(
+                    f"key {quoted(name)}: expected an array of at most {MOST_DIMENSIONS} "
+                    f"dimensions, got {len(array.shape)}"
                 )
             plain = len(name) <= 200 and _PLAIN_NAME.fullmatch(name) and not _NUMBERED.match(name)
             member = f"{name if plain else f'array-{number}'}.npy"
@@ -131,11 +165,25 @@ class NpzWriter:
             index = json.dumps({"format": _FORMAT, "meta": dict(meta or {}), "arrays": entries})
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"expected meta that JSON can hold: {quoted(str(error))}") from error
+        if len(index) > _MOST_INDEX:
+            raise UsageError(
+                f"expected names of arrays and meta that take at most {_MOST_INDEX} bytes as JSON, "
+                f"got {len(index)}"
+            )
         self._file = file
         self._index = index
+        self._spec = spec
         self._coming = zip([str(entry["member"]) for entry in entries], spec.values(), strict=True)
         self._member: IO[bytes] | None = None
         self._left = 0
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the members of the file will have together."""
+        return len(self._index) + sum(
+            len(header_of(array)) + math.prod(array.shape) * array.dtype.itemsize
+            for array in self._spec.values()
+        )
 
     def write(self, values: npt.NDArray[Any]) -> None:
         """Write the next elements.

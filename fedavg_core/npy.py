@@ -21,10 +21,22 @@ import numpy.typing as npt
 from fedavg_core.archive import Damaged, require
 from fedavg_core.model import ArraySpec
 
-__all__ = ["MAGIC", "Layout", "decoded", "encoded", "header_of", "read_exactly", "read_layout"]
+__all__ = [
+    "MAGIC",
+    "MOST_DIMENSIONS",
+    "Layout",
+    "decoded",
+    "encoded",
+    "header_of",
+    "read_exactly",
+    "read_layout",
+]
 
 MAGIC = b"\x93NUMPY"
 """What an npy file begins with."""
+
+MOST_DIMENSIONS = 32
+"""How many dimensions an array may have to be read; NumPy before version 2 knows no more."""
 
 _MOST_HEADER = 10_000
 _PLAIN_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
@@ -98,7 +110,7 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
     shape = tuple(int(dim) for dim in re.findall("[0-9]+", dims))
     columns = fortran == "True" and sum(dim != 1 for dim in shape) > 1
     layout = Layout(shape, stored, meant, columns, 8 + width + length)
-    if len(shape) > 32 or layout.nbytes != size - layout.start:
+    if len(shape) > MOST_DIMENSIONS or layout.nbytes != size - layout.start:
         raise Damaged(
             f"{shown}: its header says {shape} of {stored}, {layout.nbytes} bytes, and "
             f"{size - layout.start} are there"

@@ -143,6 +143,8 @@ class TestASingleFile:
             ("model/w", {"round": "1"}, "not those of a checkpoint"),
             ("model/w", {"metrics": [1]}, "not those of a checkpoint"),
             ("model/w", {"metrics": {"a": "b"}}, "not those of a checkpoint"),
+            ("model/w", {"metrics": {"a": 10**400}}, "not those of a checkpoint .*float64"),
+            ("model/w", {"metrics": {"a": True}}, "not those of a checkpoint .*expected numbers"),
             ("model/w", {"extra": 5}, "not those of a checkpoint"),
         ],
     )
@@ -169,7 +171,17 @@ class TestASingleFile:
             {"metrics": {"loss": "low"}},
             {"metrics": {"loss": True}},
             {"metrics": {1: 1.0}},
+            {"metrics": {"loss": 10**400}},
+            {"metrics": {"loss": 10**5000}},
             {"extra": {"x": object()}},
+            {"extra": {"x": "x" * (1 << 26)}},
+            {"extra": None},
+            {"metrics": None},
+            {"model": None},
+            {"model": [("w", np.ones(1))]},
+            {"arrays": None},
+            {"arrays": {str(number): np.ones(0) for number in range(1 << 16)}},
+            {"model": {"w": np.broadcast_to(np.ones(1), 1 << 34)}},
         ],
     )
     def test_what_a_checkpoint_cannot_hold_is_a_usage_error_and_writes_nothing(
@@ -181,6 +193,22 @@ class TestASingleFile:
             save_checkpoint(path, checkpoint(2, **fields))
         assert number_in(load_checkpoint(path)) == 1
         assert [entry.name for entry in tmp_path.iterdir()] == ["one.npz"]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes among files")
+    def test_a_pipe_in_the_place_of_one_is_an_error_and_is_not_waited_for(
+        self, tmp_path: Path
+    ) -> None:
+        save_checkpoint(tmp_path / "round-00000001.npz", checkpoint(1))
+        pipe = tmp_path / "round-00000002.npz"
+        os.mkfifo(pipe)
+        with pytest.raises(CheckpointError, match="round-00000002.npz: not a regular file"):
+            load_checkpoint(pipe)
+        with pytest.raises(CheckpointError, match="not a regular file") as error:
+            CheckpointStore(tmp_path).load()
+        assert error.value.path == pipe
+        assert error.value.newest_good == tmp_path / "round-00000001.npz"
+        with pytest.raises(CheckpointError):
+            load_checkpoint(tmp_path)
 
     def test_a_folder_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"could not be written .*what was there before"):

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import fedavg_core.archive as archive_module
 import fedavg_core.codec as codec_module
 from fedavg_core.archive import BLOCK, seal, unsealed_comment
 from fedavg_core.codec import NpzWriter, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.model import ModelSpec, dtype_named, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, same_bits
 from fedavg_core.testing.strategies import averaged_dtypes
 
 ARRAYS: dict[str, npt.NDArray[Any]] = {
@@ -702,6 +703,48 @@ def test_an_index_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(codec_module, "_MOST_INDEX", 10)
     with pytest.raises(CheckpointError, match="its index is too long"):
         read(data)
+
+
+class TestWhatTheReaderWouldRefuse:
+    """It is refused before a byte is written; what is just within the limit is read."""
+
+    def refused(self, arrays: Any, meta: Any, message: str) -> None:
+        file = io.BytesIO()
+        with pytest.raises(UsageError, match=message):
+            write_npz(file, arrays, meta)
+        assert file.getvalue() == b""
+
+    def test_too_many_arrays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (archive_module, codec_module):
+            monkeypatch.setattr(module, "MOST_MEMBERS", 4)
+        arrays = {name: np.ones(1) for name in "abcd"}
+        self.refused(arrays, None, "expected at most 3 arrays, got 4")
+        del arrays["d"]
+        assert same_bits(read(written(arrays))[0], arrays)
+
+    def test_too_long_an_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(codec_module, "_MOST_INDEX", 200)
+        spare = 200 - len(json.dumps({"format": 1, "meta": {"x": ""}, "arrays": []}))
+        self.refused({}, {"x": "x" * (spare + 1)}, "at most 200 bytes as JSON, got 201")
+        assert read(written({}, {"x": "x" * spare}))[1] == {"x": "x" * spare}
+
+    def test_too_many_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = written()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        monkeypatch.setattr(codec_module, "_DEFAULT_LIMIT", total - 1)
+        self.refused(ARRAYS, None, f"at most {total - 1} bytes together .* got {total}")
+        monkeypatch.setattr(codec_module, "_DEFAULT_LIMIT", total)
+        assert written() == data
+
+    def test_too_many_dimensions(self) -> None:
+        spec = {"w": ArraySpec((1,) * 33, np.dtype(np.float32))}
+        file = io.BytesIO()
+        with pytest.raises(UsageError, match=r"key 'w': .* at most 32 dimensions, got 33"):
+            NpzWriter(file, spec)
+        assert file.getvalue() == b""
+        most = {"w": np.ones((1,) * 32)}
+        assert same_bits(read(written(most))[0], most)
 
 
 def test_without_ml_dtypes_its_arrays_are_refused_in_plain_words(
