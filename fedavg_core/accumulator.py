@@ -13,19 +13,23 @@ Two kinds of arithmetic:
 * ``"float64"`` and ``"float32"``. The sum is rounded at each addition, as other systems do it; the
   last bits depend on the order.
 
-An update is added whole or not at all. The exact sums find a NaN in the pass that adds, and undo
-what they had added before it by adding the same with the opposite weight; that is exact, so nothing
-remains. The plain sums look first.
+An update is added whole or not at all, whatever goes wrong on the way. The exact sums find a NaN in
+the pass that adds, and undo what they had added before it by adding the same with the opposite
+weight; that is exact, so nothing remains. The plain sums look first; where they are interrupted
+all the same (KeyboardInterrupt), they are unusable until they are reset, and say so.
 
 Parameters may be missing from an update; each has its own denominator.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -42,7 +46,7 @@ from fedavg_core.model import (
 )
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import ExactSums, Sums
-from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
+from fedavg_core.weight import Weight, exact_weight, is_whole, weight_from_text, weight_text
 
 __all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
@@ -52,6 +56,16 @@ State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
 _BLOCK = 1 << 17
 _STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Books:
+    """What is known beside the sums: replaced as a whole, in one step, when they have changed."""
+
+    spec: dict[str, ArraySpec]
+    weights: dict[str, Weight]
+    count: int
+    total: Weight
 
 
 class WeightedMean:
@@ -93,10 +107,8 @@ class WeightedMean:
             raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")
         self._accumulator: Accumulator = accumulator
         self._fixed = spec is not None
-        self._spec: dict[str, ArraySpec] = {}
-        self._weights: dict[str, Weight] = {}
-        self._count = 0
-        self._total: Weight = 0
+        self._books = _Books({} if spec is None else dict(spec), {}, 0, 0)
+        self._broken = False
         threads = threads or min(4, _processors())
         self._sums: Sums[Any] = (
             ExactSums(block, threads)
@@ -104,7 +116,6 @@ class WeightedMean:
             else PlainSums(np.dtype(accumulator), block, threads)
         )
         if spec is not None:
-            self._spec.update(spec)
             self._sums.grow(spec)
 
     @property
@@ -120,17 +131,17 @@ class WeightedMean:
     @property
     def count(self) -> int:
         """How many updates are in the sum."""
-        return self._count
+        return self._books.count
 
     @property
     def total_weight(self) -> Fraction:
         """The exact sum of the weights of all updates."""
-        return Fraction(self._total)
+        return Fraction(self._books.total)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The parameters that some update has brought."""
-        return tuple(key for key in self._spec if self._weights.get(key))
+        return tuple(key for key in self._books.spec if self._books.weights.get(key))
 
     def weight_of(self, key: str) -> Fraction:
         """The exact sum of the weights of those updates that brought a parameter.
@@ -141,7 +152,7 @@ class WeightedMean:
         Returns:
             Its denominator; 0 if no update brought it.
         """
-        return Fraction(self._weights.get(key, 0))
+        return Fraction(self._books.weights.get(key, 0))
 
     def add(self, params: Params, weight: float) -> None:
         """Add one update, whole or not at all.
@@ -170,10 +181,10 @@ class WeightedMean:
             RefusedUpdate: One of them is not fit to be added, see `add`; the state is unchanged.
         """
         terms = []
-        known = dict(self._spec)
-        for params, weight in updates:
+        known = dict(self._books.spec)
+        for given, weight in updates:
             exact = exact_weight(weight)
-            self._check(params, known)
+            params = self._check(given, known)
             known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
             terms.append((params, exact))
         self._apply(terms, 1)
@@ -192,17 +203,17 @@ class WeightedMean:
         """
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
-        self._check(params, self._spec)
+        params = self._check(params, self._books.spec)
         for key in params:
-            left = self._weights.get(key, 0) - exact
-            if left < 0 or self._count == 0:
+            left = self._books.weights.get(key, 0) - exact
+            if left < 0 or self._books.count == 0:
                 raise UsageError(
                     f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
                     f"the {float(self.weight_of(key)):g} that was added"
                 )
         self._apply([(params, exact)], -1)
         for key in params:
-            if not self._weights[key] and not sums.is_zero(key):
+            if not self._books.weights[key] and not sums.is_zero(key):
                 self._apply([(params, exact)], 1)
                 raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
 
@@ -221,27 +232,31 @@ class WeightedMean:
                 f"expected an accumulator of kind {self._accumulator!r} to merge, "
                 f"got one of kind {other._accumulator!r}"
             )
-        brought = {key: other._spec[key] for key in other.keys}
+        other._check_whole()
+        brought = {key: other._books.spec[key] for key in other.keys}
         for key, spec in brought.items():
-            known = self._spec.get(key)
+            known = self._books.spec.get(key)
             if known is None and self._fixed:
                 raise UsageError(f"key {quoted(key)}: the spec does not name it")
             if known is not None and known != spec:
                 raise UsageError(
                     f"key {quoted(key)}: expected {_shown(known)} to merge, got {_shown(spec)}"
                 )
-        new = {key: spec for key, spec in brought.items() if key not in self._spec}
-        mark = self._sums.grow(new)
-        try:
-            self._sums.merge(other._sums, brought)
-        except BaseException:
-            self._sums.shrink(mark)
-            raise
-        self._spec.update(new)
+        if other is self:
+            other = copy.deepcopy(self)
+        weights = dict(self._books.weights)
         for key in brought:
-            self._weights[key] = self._weights.get(key, 0) + other._weights[key]
-        self._count += other._count
-        self._total += other._total
+            weights[key] = weights.get(key, 0) + other._books.weights[key]
+        self._change(
+            _Books(
+                {**self._books.spec, **brought},
+                weights,
+                self._books.count + other._books.count,
+                self._books.total + other._books.total,
+            ),
+            partial(self._sums.merge, other._sums, brought),
+            partial(self._sums.undo_merge, other._sums, brought),
+        )
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
         """The weighted mean; the state is unchanged.
@@ -260,31 +275,32 @@ class WeightedMean:
             UsageError: Nothing was added and there is no base, or the base lacks a parameter, or
                 has it in another shape, or is not finite.
         """
+        self._check_whole()
         if base is None:
             if not self.keys:
                 raise UsageError("expected at least one update before the mean, got none")
-            targets = {key: self._spec[key] for key in self.keys}
-            return self._sums.means(targets, self._weights, None)
+            targets = {key: self._books.spec[key] for key in self.keys}
+            return self._sums.means(targets, self._books.weights, None)
         targets = dict(ModelSpec.of(base))
         for key in self.keys:
             if key not in targets:
                 raise UsageError(f"key {quoted(key)}: the base does not have it")
-            if targets[key].shape != self._spec[key].shape:
+            if targets[key].shape != self._books.spec[key].shape:
                 raise UsageError(
-                    f"key {quoted(key)}: expected a base of shape {self._spec[key].shape}, "
+                    f"key {quoted(key)}: expected a base of shape {self._books.spec[key].shape}, "
                     f"got {targets[key].shape}"
                 )
-        brought = {key: targets[key] for key in targets if self._weights.get(key)}
-        means = self._sums.means(brought, self._weights, base)
+        brought = {key: targets[key] for key in targets if self._books.weights.get(key)}
+        means = self._sums.means(brought, self._books.weights, base)
         kept = copy_params({key: base[key] for key in targets if key not in means})
         return {key: means[key] if key in means else kept[key] for key in targets}
 
     def reset(self) -> None:
         """Forget every update; the memory is kept, and with it the parameters' names and shapes."""
+        self._broken = True
         self._sums.reset()
-        self._weights.clear()
-        self._count = 0
-        self._total = 0
+        self._books = _Books(self._books.spec, {}, 0, 0)
+        self._broken = False
 
     def digest(self) -> str:
         """A fingerprint of the exact value: the sums and their weights.
@@ -297,10 +313,11 @@ class WeightedMean:
             UsageError: The sums are not exact.
         """
         sums = self._exact_sums("digest")
+        self._check_whole()
         sha = hashlib.sha256(b"fedavg_core sums, format 1")
         for key in sorted(self.keys):
-            spec = self._spec[key]
-            head = [key, list(spec.shape), spec.dtype.name, weight_text(self._weights[key])]
+            spec = self._books.spec[key]
+            head = [key, list(spec.shape), spec.dtype.name, weight_text(self._books.weights[key])]
             sha.update(repr(head).encode("utf-8", "surrogatepass"))
             for k, digits in sums.parts(key):
                 sha.update(f"[{k}]".encode())
@@ -314,10 +331,11 @@ class WeightedMean:
             A dictionary that JSON can hold, and arrays of float32, float64, int8 or int32; new
             memory. For exact sums equal values give equal states.
         """
+        self._check_whole()
         keys = []
         arrays: dict[str, Array] = {}
         for number, key in enumerate(self.keys):
-            spec = self._spec[key]
+            spec = self._books.spec[key]
             stored = []
             for k, part in self._sums.parts(key):
                 arrays[f"{number}.{k}"] = part
@@ -327,15 +345,15 @@ class WeightedMean:
                     "name": key,
                     "shape": list(spec.shape),
                     "dtype": spec.dtype.name,
-                    "weight": weight_text(self._weights[key]),
+                    "weight": weight_text(self._books.weights[key]),
                     "arrays": stored,
                 }
             )
         meta = {
             "format": _STATE_FORMAT,
             "accumulator": self._accumulator,
-            "count": self._count,
-            "total_weight": weight_text(self._total),
+            "count": self._books.count,
+            "total_weight": weight_text(self._books.total),
             "keys": keys,
         }
         return meta, arrays
@@ -363,19 +381,31 @@ class WeightedMean:
                     f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
                 )
             result = cls(spec, accumulator=meta["accumulator"])
+            known, weights = dict(result._books.spec), {}
             for number, entry in enumerate(meta["keys"]):
                 key = entry["name"]
-                array = ArraySpec(tuple(entry["shape"]), dtype_named(entry["dtype"]))
-                if result._spec.setdefault(key, array) != array:
+                array = ArraySpec(tuple(map(int, entry["shape"])), dtype_named(entry["dtype"]))
+                if not isinstance(key, str) or key in weights:
+                    raise UsageError(f"expected a new name of a parameter, got {quoted(key)}")
+                if known.setdefault(key, array) != array:
                     raise UsageError(f"key {quoted(key)}: the state has it as {_shown(array)}")
                 if spec is None:
                     result._sums.grow({key: array})
+                elif key not in spec:
+                    raise UsageError(f"key {quoted(key)}: the spec does not name it")
                 parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
                 result._sums.restore(key, parts)
-                result._weights[key] = weight_from_text(entry["weight"])
-            result._count = int(meta["count"])
-            result._total = weight_from_text(meta["total_weight"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+                weights[key] = weight_from_text(entry["weight"])
+            count, total = meta["count"], weight_from_text(meta["total_weight"])
+            if (
+                not is_whole(count)
+                or count < 0
+                or total < 0
+                or min(weights.values(), default=1) <= 0
+            ):
+                raise ValueError("a count or a weight that cannot be")
+            result._books = _Books(known, weights, count, total)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
@@ -388,14 +418,15 @@ class WeightedMean:
             )
         return self._sums
 
-    def _check(self, params: Params, spec: Mapping[str, ArraySpec]) -> None:
-        """Refuse what can be refused without reading the values."""
+    def _check(self, params: Params, spec: Mapping[str, ArraySpec]) -> dict[str, Array]:
+        """Refuse what can be refused without reading the values; read the mapping, once."""
         if not isinstance(params, Mapping):
             raise RefusedUpdate(
                 Reason.DTYPE,
                 expected="a mapping from names to arrays",
                 got=f"a {type(params).__name__}",
             )
+        params = dict(params)
         if not params:
             raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
         for key, value in params.items():
@@ -412,25 +443,49 @@ class WeightedMean:
                 raise RefusedUpdate(
                     Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
                 )
+        return params
 
     def _apply(self, terms: Sequence[tuple[Params, Weight]], sign: int) -> None:
         """Add checked terms, or take them away."""
-        new: dict[str, ArraySpec] = {}
-        for params, _ in terms:
-            fresh = {key: params[key] for key in params if key not in self._spec and key not in new}
-            new.update(ModelSpec.of(fresh))
-        mark = self._sums.grow(new)
-        try:
-            self._sums.add([(params, sign * weight) for params, weight in terms])
-        except BaseException:
-            self._sums.shrink(mark)
-            raise
-        self._spec.update(new)
+        spec, weights = dict(self._books.spec), dict(self._books.weights)
+        count, total = self._books.count, self._books.total
         for params, weight in terms:
+            spec.update(ModelSpec.of({k: v for k, v in params.items() if k not in spec}))
             for key in params:
-                self._weights[key] = self._weights.get(key, 0) + sign * weight
-            self._count += sign
-            self._total += sign * weight
+                weights[key] = weights.get(key, 0) + sign * weight
+            count += sign
+            total += sign * weight
+        signed = [(params, sign * weight) for params, weight in terms]
+        self._change(
+            _Books(spec, weights, count, total),
+            partial(self._sums.add, signed),
+            partial(self._sums.undo, signed),
+        )
+
+    def _change(
+        self, books: _Books, do: Callable[[], None], undo: Callable[[list[int]], bool]
+    ) -> None:
+        """Change the sums and the books together, or neither, whatever error comes between."""
+        self._check_whole()
+        mark = self._sums.mark()
+        try:
+            old = self._books.spec
+            self._sums.grow({key: spec for key, spec in books.spec.items() if key not in old})
+            do()
+            self._books = books
+        except BaseException:
+            if self._books is not books:
+                self._broken = True
+                self._broken = not undo(mark)
+                self._sums.shrink(mark)
+            raise
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise UsageError(
+                "expected a whole sum, got one that was interrupted while it was changed, "
+                "and could not be had back: reset the accumulator"
+            )
 
 
 def weighted_mean(

@@ -21,14 +21,17 @@ The origin is chosen from the first array that comes, HEADROOM bits above its la
   integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
   when nothing is left, so it is right for every finite input and every weight.
 
+An addition is made whole or not at all, whatever interrupts it. Python delivers a signal between
+two of its instructions, so what belongs together is done by one call into C: `map` over the
+operations, drained by `list` or `extend`.
+
 Weights are exact rationals whose denominator is a power of two: every int and every finite float64.
 A negative weight undoes an addition exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from math import frexp, ldexp
 from typing import Any, TypeAlias
@@ -84,16 +87,25 @@ class ExactSum:
 
     Args:
         size: n, at least 1.
+
+    Attributes:
+        size: n.
+        origin: The exponent of limb 0's unit; None while nothing was added.
+        limbs: The limbs, by their number.
+        bounds: What no element of a limb exceeds.
+        additions: How many additions were made, in all.
     """
 
-    __slots__ = ("_journal", "bounds", "limbs", "origin", "size")
+    __slots__ = ("_done", "_steps", "additions", "bounds", "limbs", "origin", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.origin: int | None = None
         self.limbs: dict[int, Floats] = {}
         self.bounds: dict[int, int] = {}
-        self._journal: list[tuple[int, Indices | None, Floats]] = []
+        self.additions = 0
+        self._steps: list[tuple[int, Indices | None, Floats]] = []
+        self._done: list[Any] = []
 
     def reset(self) -> None:
         """Make the sum zero again; the memory is kept for the next one."""
@@ -114,8 +126,9 @@ class ExactSum:
         Raises:
             NonFiniteError: An element is NaN or infinite.
         """
-        with self._undone_if_it_fails():
-            odd, shift = _dyadic(weight)
+        odd, shift = _dyadic(weight)
+
+        def deposit() -> None:
             if values.dtype == np.float32:
                 if self._add_float32(values, odd, shift, scratch):
                     return
@@ -124,6 +137,8 @@ class ExactSum:
                 if not largest < np.inf:
                     raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
             self._add_general(None, values, odd, shift)
+
+        self._whole_or_not_at_all(deposit)
 
     def add_sum(self, other: ExactSum, sign: int = 1, at: slice | None = None) -> None:
         """Add another sum, exactly; with any error nothing is added.
@@ -138,13 +153,16 @@ class ExactSum:
         if self.origin is None:
             self.origin = other.origin
         where = None if at is None else np.arange(self.size)[at]
-        with self._undone_if_it_fails():
+
+        def deposit() -> None:
             for k in other.used():
                 limb, bound = other.limbs[k], other.bounds[k]
                 if self.origin == other.origin and bound < _CAPACITY >> 1:
                     self._deposit(k, where, limb * sign, bound)
                 else:
-                    self._add_slices(where, limb, sign, other.origin + STEP * k)
+                    self._add_slices(where, limb, sign, (other.origin or 0) + STEP * k)
+
+        self._whole_or_not_at_all(deposit)
 
     def take(self, where: Indices | slice) -> ExactSum:
         """The sums of some of the elements.
@@ -303,14 +321,15 @@ class ExactSum:
         moved = ExactSum(self.size)
         moved._anchor(high)
         moved.add_sum(self)
-        self.origin, self.limbs, self.bounds = moved.origin, moved.limbs, moved.bounds
+        fields = ("origin", "limbs", "bounds")
+        list(map(setattr, (self,) * 3, fields, (moved.origin, moved.limbs, moved.bounds)))
 
     def _room(self, k: int, bound: int) -> Floats:
         """Limb k, made if need be, ready to take integers up to the bound."""
         limb = self.limbs.get(k)
         if limb is None:
-            limb = self.limbs[k] = np.zeros(self.size)
             self.bounds[k] = 0
+            limb = self.limbs[k] = np.zeros(self.size)
         elif self.bounds[k] + bound > _CAPACITY:
             self._carry(k)
         return limb
@@ -319,24 +338,31 @@ class ExactSum:
         """Add integers of at most the bound to limb k; positions occur once each."""
         limb = self._room(k, bound)
         self.bounds[k] += bound
+        self._steps.append((k, where, part))
+        # What is done is noted by the very call that does it: nothing can come between the two.
         if where is None:
-            limb += part
+            self._done.extend(map(np.add, (limb,), (part,), (limb,)))
         else:
-            limb[where] += part
-        self._journal.append((k, where, part))
+            self._done.extend(map(limb.__setitem__, (where,), (limb[where] + part,)))
 
-    @contextmanager
-    def _undone_if_it_fails(self) -> Iterator[None]:
-        """Take back what is deposited inside if it is left by an error, such as MemoryError."""
-        self._journal.clear()
+    def _whole_or_not_at_all(self, deposit: Callable[[], None]) -> None:
+        """Make an addition; take back what it deposited if it ends in an error.
+
+        Any error: a MemoryError on the way, or a KeyboardInterrupt between any two instructions.
+        `additions` says whether the addition stands.
+        """
+        before = self.additions
+        self._steps, self._done = [], []
         try:
-            yield
+            deposit()
+            self.additions = before + 1
         except BaseException:
-            for k, where, part in self._journal:
-                self.limbs[k][slice(None) if where is None else where] -= part
+            if self.additions == before:
+                for k, where, part in self._steps[: len(self._done)]:
+                    self.limbs[k][slice(None) if where is None else where] -= part
             raise
         finally:
-            self._journal.clear()
+            self._steps, self._done = [], []
 
     def _carry(self, k: int) -> None:
         """Move the upper part of limb k to the limb above."""
@@ -344,10 +370,9 @@ class ExactSum:
         bound = (self.bounds[k] >> STEP) + 1
         above = self._room(k + 1, bound)
         upper = np.rint(limb * 2.0**-STEP)
-        above += upper
+        lower = upper * -(2.0**STEP)
         self.bounds[k + 1] += bound
-        upper *= 2.0**STEP
-        limb -= upper
+        list(map(np.add, (above, limb), (upper, lower), (above, limb)))
         self.bounds[k] = _SETTLED
 
 

@@ -36,6 +36,7 @@ from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
 from fedavg_core.update import TransferType, Update
+from fedavg_core.weight import is_whole
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
@@ -245,7 +246,7 @@ class Gate:
 
     def _check_round(self, number: object) -> None:
         reason = Reason.STALE_ROUND
-        if isinstance(number, (int, np.integer)) and not isinstance(number, bool):
+        if is_whole(number):
             if number == self._number:
                 return
             if number > self._number:
@@ -269,7 +270,7 @@ class Gate:
     def _weight(self, weight: object) -> int | float:
         most = self._limits.max_weight
         exact: int | float = math.nan
-        if isinstance(weight, (int, np.integer)) and not isinstance(weight, bool):
+        if is_whole(weight):
             exact = int(weight)
         elif isinstance(weight, (float, np.float32, np.float16)):
             exact = float(weight)

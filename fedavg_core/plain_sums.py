@@ -7,7 +7,7 @@ on the order of the additions, and on nothing else: not on blocks, nor on thread
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,13 +36,34 @@ class PlainSums(Sums[Array]):
     def __init__(self, dtype: np.dtype[Any], block: int, threads: int) -> None:
         super().__init__(block, threads)
         self._dtype = dtype
+        self._under_way = False
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
         for params, weight in terms:
             self._check(params, weight)
+        self._under_way = True
         for params, weight in terms:
             self._add(params, float(weight))
+        self._under_way = False
+
+    def merge(self, other: Sums[Array], keys: Collection[str]) -> None:
+        """See `Sums.merge`."""
+        self._under_way = True
+        super().merge(other, keys)
+        self._under_way = False
+
+    def mark(self) -> list[int]:
+        """See `Sums.mark`."""
+        return [0] * len(self._blocks)
+
+    def undo(self, terms: Sequence[Term], mark: list[int]) -> bool:
+        """See `Sums.undo`: sums that were being changed cannot be had back."""
+        return not self._under_way
+
+    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
+        """See `Sums.undo_merge`: the same."""
+        return not self._under_way
 
     def _check(self, params: Params, weight: Weight) -> None:
         """Refuse what could not be added."""
@@ -79,6 +100,7 @@ class PlainSums(Sums[Array]):
         """See `Sums.reset`."""
         for _, total in self._blocks:
             total.fill(0)
+        self._under_way = False
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
@@ -87,14 +109,15 @@ class PlainSums(Sums[Array]):
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
+        _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
             total[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
     def _make(self, size: int) -> Array:
         return np.zeros(size, self._dtype)
 
-    def _add_piece(self, total: Array, at: slice, other: Array, of: slice, sign: int) -> None:
-        total[at] += sign * other[of]
+    def _add_piece(self, total: Array, at: slice, other: Array, of: slice) -> None:
+        total[at] += other[of]
 
     def _divide(
         self,
@@ -128,6 +151,11 @@ class PlainSums(Sums[Array]):
                 return offset + int(np.argmin(fine))
             offset += segment.size
         return -1
+
+
+def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
+    if part.dtype != dtype or part.shape != (size,) or not np.isfinite(part).all():
+        raise ValueError(f"expected {size} finite numbers of {dtype}")
 
 
 def _first_not_finite(values: Array) -> int:

@@ -105,8 +105,9 @@ def _quick(
         return None
     values /= ldexp(numerator / (1 << bits), -scale)
     doubt = None
+    # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
     least, reach = (power + scale - exponent for power in extent(total))
-    if least < number.least_exponent or reach >= frexp(number.largest)[1]:
+    if least < number.least_exponent or reach + 1 >= frexp(number.largest)[1]:
         np.abs(values, out=spare)
         doubt = ((spare < 2.0**number.least_exponent) & (spare > 0.0)) | (spare > number.largest)
     if unused:

@@ -5,9 +5,9 @@ interface, `Sums`, which knows arrays and weights and nothing of contributors or
 first makes room for the arrays (`grow`), then adds; what was made room for in vain is given back
 (`shrink`). Blocks are independent of each other, so several threads may work on them.
 
-`ExactSums` holds an `ExactSum` for each block. A block in which a NaN is found is left as it was,
-and those that came before it are undone by adding the same with the opposite weight, exactly.
-Ordinary arithmetic is in `plain_sums`.
+`ExactSums` holds an `ExactSum` for each block. An addition to a block is whole or not at all, and
+counted; so when one fails, those that were made before are known, and are undone by adding the same
+with the opposite weight, exactly. Ordinary arithmetic is in `plain_sums`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fedavg_core.blocks import Block, Buffers, Segment, flat, load, pack
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
-from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient
@@ -55,11 +55,24 @@ class Sums(ABC, Generic[Total]):
 
     @abstractmethod
     def add(self, terms: Sequence[Term]) -> None:
-        """Add each ``weight · params``, all of them or, with an error, none.
+        """Add each ``weight · params``.
 
         Raises:
-            RefusedUpdate: A value is not finite.
+            RefusedUpdate: A value is not finite. With this and any other error some may have been
+                added; then `undo` is due.
         """
+
+    @abstractmethod
+    def mark(self) -> list[int]:
+        """What `undo`, `undo_merge` and `shrink` need to know of the state: a number a block."""
+
+    @abstractmethod
+    def undo(self, terms: Sequence[Term], mark: list[int]) -> bool:
+        """Take back what an `add` that failed has added since the mark; False if it cannot be."""
+
+    @abstractmethod
+    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
+        """Take back what a `merge` that failed has added since the mark, in the same way."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -78,7 +91,7 @@ class Sums(ABC, Generic[Total]):
         """A sum of so many elements, all zero."""
 
     @abstractmethod
-    def _add_piece(self, total: Total, at: slice, other: Total, of: slice, sign: int) -> None:
+    def _add_piece(self, total: Total, at: slice, other: Total, of: slice) -> None:
         """Add some elements of another sum to some of ours."""
 
     @abstractmethod
@@ -93,34 +106,25 @@ class Sums(ABC, Generic[Total]):
     ) -> int:
         """Write base plus sum over weight for some segments; the first beyond the dtype, or -1."""
 
-    def grow(self, spec: Mapping[str, ArraySpec]) -> int:
-        """Make room for further arrays, whose sums are zero.
-
-        Returns:
-            A mark for `shrink`.
-        """
-        mark = len(self._blocks)
-        self._blocks += [(block, self._make(block.size)) for block in pack(spec, self._capacity)]
-        largest = max((block.size for block, _ in self._blocks[mark:]), default=0)
+    def grow(self, spec: Mapping[str, ArraySpec]) -> None:
+        """Make room for further arrays, whose sums are zero."""
+        blocks = [(block, self._make(block.size)) for block in pack(spec, self._capacity)]
+        largest = max((block.size for block, _ in blocks), default=0)
         if not self._buffers or largest > self._buffers[0].size:
             self._buffers = [Buffers(largest) for _ in range(self._threads)]
-        return mark
+        self._blocks += blocks
 
-    def shrink(self, mark: int) -> None:
+    def shrink(self, mark: list[int]) -> None:
         """Give back the room made since the mark."""
-        del self._blocks[mark:]
+        del self._blocks[len(mark) :]
 
     def merge(self, other: Sums[Total], keys: Collection[str]) -> None:
-        """Add the sums that another one of the same kind has for some of the arrays."""
-        done: list[tuple[Total, slice, Total, slice]] = []
-        try:
-            for piece in self._counterparts(other, keys):
-                self._add_piece(*piece, 1)
-                done.append(piece)
-        except BaseException:
-            for piece in done:
-                self._add_piece(*piece, -1)
-            raise
+        """Add the sums that another one of the same kind has for some of the arrays.
+
+        With an error some may have been added; then `undo_merge` is due.
+        """
+        for total, at, source, of in self._counterparts(other, keys):
+            self._add_piece(total, at, source, of)
 
     def means(
         self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
@@ -174,7 +178,8 @@ class Sums(ABC, Generic[Total]):
         """Do some work for each block, on several threads if there is enough of it.
 
         If it fails for several blocks, the error is that for the first of them, whatever the
-        threads: numbers are handed out in order, and each that was handed out is tried.
+        threads: numbers are handed out in order, and each that was handed out is tried. When this
+        returns or raises, no thread is at work any more.
         """
         size = sum(block.size for block, _ in self._blocks)
         threads = min(self._threads, size // _THREAD_SHARE, len(self._blocks))
@@ -182,24 +187,34 @@ class Sums(ABC, Generic[Total]):
         failed: list[tuple[int, BaseException]] = []
 
         def run(buffers: Buffers) -> None:
-            for number in numbers:
+            number: int | None = None
+            while not failed:
                 try:
+                    number = next(numbers, None)
+                    if number is None:
+                        return
                     work(number, buffers)
                 except BaseException as error:
-                    failed.append((number, error))
-                if failed:
-                    return
+                    failed.append((len(self._blocks) if number is None else number, error))
 
         others = [
             threading.Thread(target=run, args=(buffers,), daemon=True)
             for buffers in self._buffers[1:threads]
         ]
-        for other in others:
-            other.start()
-        if self._blocks:
-            run(self._buffers[0])
-        for other in others:
-            other.join()
+        try:
+            for other in others:
+                other.start()
+            if self._blocks:
+                run(self._buffers[0])
+        except BaseException as error:
+            failed.append((len(self._blocks), error))
+        while any(other.is_alive() for other in others):
+            try:
+                for other in others:
+                    if other.is_alive():
+                        other.join()
+            except BaseException as error:
+                failed.append((len(self._blocks), error))
         if failed:
             raise min(failed, key=itemgetter(0))[1]
 
@@ -236,31 +251,44 @@ class ExactSums(Sums[ExactSum]):
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
-        done: list[int] = []
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            added = 0
-            try:
-                for params, weight in terms:
+            for params, weight in terms:
+                try:
                     _add_block(block, total, params, params, weight, buffers)
-                    added += 1
-            except BaseException as error:
-                for params, weight in terms[:added]:
-                    _add_block(block, total, params, params, -weight, buffers)
-                if isinstance(error, NonFiniteError):
-                    raise not_finite(terms[added][0], *block.locate(error.index)) from None
-                raise
-            done.append(number)
+                except NonFiniteError as error:
+                    raise not_finite(params, *block.locate(error.index)) from None
 
-        try:
-            self._each_block(work)
-        except BaseException:
-            for number in done:
-                block, total = self._blocks[number]
-                for params, weight in terms:
-                    _add_block(block, total, params, params, -weight, self._buffers[0])
-            raise
+        self._each_block(work)
+
+    def mark(self) -> list[int]:
+        """See `Sums.mark`: how many additions each block has had."""
+        return [total.additions for _, total in self._blocks]
+
+    def undo(self, terms: Sequence[Term], mark: list[int]) -> bool:
+        """See `Sums.undo`."""
+        buffers = self._buffers[0]
+        for (block, total), before in zip(self._blocks, mark, strict=False):
+            made = total.additions - before
+            for params, weight in terms:
+                for values, exponent in load(block, params, params, buffers):
+                    if made > 0:
+                        total.add(values, -weight * (1 << exponent), buffers.scratch)
+                        made -= 1
+        return True
+
+    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
+        """See `Sums.undo_merge`."""
+        made = {
+            id(total): total.additions - before
+            for (_, total), before in zip(self._blocks, mark, strict=False)
+        }
+        for total, at, source, of in self._counterparts(other, keys):
+            if made.get(id(total), 0) > 0:  # blocks since the mark go as a whole
+                total.add_sum(source.take(of), sign=-1, at=at)
+                made[id(total)] -= 1
+        return True
 
     def is_zero(self, key: str) -> bool:
         """Whether every element of an array's sum is zero."""
@@ -283,6 +311,13 @@ class ExactSums(Sums[ExactSum]):
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
+        size = sum(segment.size for segment, _ in self._segments(key))
+        for name, part in parts.items():
+            least, most = (-1, 1) if name == "sign" else (0, (1 << STEP) - 1)
+            if part.dtype.kind != "i" or part.shape != (size,):
+                raise ValueError(f"expected {size} integers, got {part.dtype}{list(part.shape)}")
+            if size and not (least <= part.min() and part.max() <= most):
+                raise ValueError(f"expected integers from {least} to {most}")
         for segment, total in self._segments(key):
             of = slice(segment.start, segment.start + segment.size)
             columns = {int(k): part[of] for k, part in parts.items() if k != "sign"}
@@ -292,8 +327,8 @@ class ExactSums(Sums[ExactSum]):
     def _make(self, size: int) -> ExactSum:
         return ExactSum(size)
 
-    def _add_piece(self, total: ExactSum, at: slice, other: ExactSum, of: slice, sign: int) -> None:
-        total.add_sum(other.take(of), sign, at)
+    def _add_piece(self, total: ExactSum, at: slice, other: ExactSum, of: slice) -> None:
+        total.add_sum(other.take(of), at=at)
 
     def _divide(
         self,

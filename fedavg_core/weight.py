@@ -8,15 +8,27 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import isfinite
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
 
-__all__ = ["Weight", "exact_weight", "weight_from_text", "weight_text"]
+__all__ = ["Weight", "exact_weight", "is_whole", "weight_from_text", "weight_text"]
 
 Weight: TypeAlias = "int | Fraction"
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether something is a whole number, which truth values and spans of time are not.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for an int or an integer of NumPy.
+    """
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
 
 
 def exact_weight(weight: object) -> Weight:
@@ -31,7 +43,7 @@ def exact_weight(weight: object) -> Weight:
     Raises:
         RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
     """
-    if isinstance(weight, (int, np.integer)) and not isinstance(weight, bool) and weight > 0:
+    if is_whole(weight) and weight > 0:
         return int(weight)
     if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
         exact = Fraction(*weight.as_integer_ratio())

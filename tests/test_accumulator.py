@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,6 +18,7 @@ import pytest
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.model import ArraySpec
+from fedavg_core.plain_sums import PlainSums
 from fedavg_core.weight import exact_weight
 
 Array = npt.NDArray[Any]
@@ -164,6 +168,7 @@ BAD_UPDATES: list[tuple[Any, Any, fc.Reason, str]] = [
     ({"w": np.ones(2)}, True, fc.Reason.BAD_WEIGHT, "got True"),
     ({"w": np.ones(2)}, "3", fc.Reason.BAD_WEIGHT, "got '3'"),
     ({"w": np.ones(2)}, None, fc.Reason.BAD_WEIGHT, "got None"),
+    ({"w": np.ones(2)}, np.timedelta64(5, "s"), fc.Reason.BAD_WEIGHT, "timedelta64(5,'s')"),
     ({"w": np.ones(3)}, 1, fc.Reason.SHAPE, "(key 'w'): expected shape (2,), got (3,)"),
     ({"w": np.ones((1,))}, 1, fc.Reason.SHAPE, "expected shape (2,), got (1,)"),
     ({"w": np.ones(2, complex)}, 1, fc.Reason.DTYPE, "got dtype 'complex128'"),
@@ -222,26 +227,113 @@ def test_a_fixed_spec_names_all_there_is() -> None:
         mean.merge(other)
 
 
-def test_an_interrupted_addition_is_undone() -> None:
-    class Interrupting(dict[str, Array]):
-        armed = False
+class Fading(Mapping[str, Array]):
+    """A model that can be read a number of times, and never after."""
 
-        def __getitem__(self, key: str) -> Array:
-            if self.armed and key == "b":
-                self.armed = False
-                raise KeyboardInterrupt
-            return super().__getitem__(key)
+    def __init__(self, reads: int) -> None:
+        self.reads = reads
 
-    params = Interrupting(model(1))
-    mean = fc.WeightedMean(block=2)
-    mean.add(model(2), 600)
-    before = mean.digest()
-    params.armed = True
+    def __getitem__(self, key: str) -> Array:
+        self.reads -= 1
+        if self.reads < 0:
+            raise OSError("gone")
+        return model(5)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(model(5))
+
+    def __len__(self) -> int:
+        return 3
+
+
+@kinds
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_mapping_that_fails_while_it_is_read_leaves_no_trace(
+    kind: Accumulator, reads: int
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind, block=2)
+    mean.add(model(1), 3)
+    before = mean.state()
+    with pytest.raises(OSError, match="gone"):
+        mean.add(Fading(reads), 1)
+    assert mean.state()[0] == before[0]
+    assert fc.same_bits(mean.state()[1], before[1])
+    mean.add(Fading(3), 1)  # three reads are enough: each array is taken out once
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX's interval timer")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("operation", ["add", "merge"])
+def test_an_interruption_at_any_moment_leaves_all_or_nothing(operation: str, threads: int) -> None:
+    params: dict[str, Array] = {"w": np.ones(3 << 20, np.float32), "new": np.ones(7)}
+    other = fc.WeightedMean()
+    other.add(params, 1)
+    mean = fc.WeightedMean(threads=threads)
+    mean.add({"w": params["w"]}, 1)
+    empty, full = mean.digest(), ""
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    kept = signal.signal(signal.SIGALRM, interrupt)
+    interruptions = 0
+    try:
+        for delay in np.linspace(1e-5, 2e-2, 40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                mean.add(params, 1) if operation == "add" else mean.merge(other)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interruptions += 1
+            if mean.count == 2:
+                full = full or mean.digest()
+                assert mean.digest() == full
+                mean.remove(params, 1)
+            assert (mean.count, mean.digest()) == (1, empty)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, kept)
+    assert interruptions > 0
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_rounded_sums_that_were_interrupted_say_so_until_they_are_reset(
+    kind: Accumulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add(model(1), 1)
+
+    def interrupted(self: PlainSums, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlainSums, "_add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mean.add(params, 7)
-    assert mean.digest() == before
-    mean.add(params, 7)
-    assert fc.same_bits(mean.mean(), fc.weighted_mean([model(1), model(2)], [7, 600]))
+        mean.add(model(2), 1)
+    monkeypatch.undo()
+    other = fc.WeightedMean(accumulator=kind)
+    for use in (
+        mean.mean,
+        mean.state,
+        lambda: mean.add(model(2), 1),
+        lambda: mean.merge(other),
+        lambda: other.merge(mean),
+    ):
+        with pytest.raises(fc.UsageError, match="could not be had back: reset the accumulator"):
+            use()
+    monkeypatch.setattr(PlainSums, "_add_piece", interrupted)
+    other.add(model(1), 1)
+    mean.reset()
+    with pytest.raises(KeyboardInterrupt):
+        mean.merge(other)
+    with pytest.raises(fc.UsageError, match="reset the accumulator"):
+        mean.mean()
+    mean.reset()
+    mean.add(model(2), 3)
+    assert fc.same_bits(mean.mean(), fc.weighted_mean([model(2)], [3], accumulator=kind))
 
 
 @kinds
@@ -405,7 +497,11 @@ def test_a_state_goes_through_json_and_comes_back(kind: Accumulator) -> None:
         ({"accumulator": "float16"}, "expected accumulator 'exact', 'float64' or 'float32'"),
         ({"keys": 3}, "expected the state of an accumulator, got TypeError"),
         ({"count": None}, "expected the state of an accumulator"),
+        ({"count": -1}, "a count or a weight that cannot be"),
+        ({"count": np.inf}, "a count or a weight that cannot be"),
         ({"total_weight": "x/y"}, "expected the state of an accumulator, got ValueError"),
+        ({"total_weight": "1/0"}, "expected the state of an accumulator, got ZeroDivisionError"),
+        ({"total_weight": "-1/1"}, "a count or a weight that cannot be"),
     ],
 )
 def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str) -> None:
@@ -418,6 +514,39 @@ def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str)
         fc.WeightedMean.from_state({}, arrays)
     with pytest.raises(fc.UsageError, match="expected the state of an accumulator"):
         fc.WeightedMean.from_state(meta, {})
+
+
+@kinds
+@pytest.mark.parametrize("change", [np.nan, 1e300, -1, 7.5, "scalar", "short", "float32"])
+def test_arrays_that_are_no_sums_are_refused(kind: Accumulator, change: Any) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    name = sorted(arrays)[0]
+    good = arrays[name]
+    bad = {"scalar": good[0], "short": good[:2], "float32": good.astype(np.float16)}.get(
+        change, np.full(3, change)
+    )
+    if kind != "exact" and change in (1e300, -1, 7.5):
+        bad = np.full(3, np.inf, good.dtype)
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got ValueError"):
+        fc.WeightedMean.from_state(meta, {**arrays, name: bad})
+    if kind == "exact":
+        signs = {**arrays, "0.sign": np.full(3, 2, np.int8)}
+        with pytest.raises(fc.UsageError, match="integers from -1 to 1"):
+            fc.WeightedMean.from_state(meta, signs)
+
+
+def test_a_state_s_names_are_new_strings() -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    (entry,) = meta["keys"]
+    for keys in ([{**entry, "name": 7}], [entry, entry]):
+        with pytest.raises(fc.UsageError, match="expected a new name of a parameter, got"):
+            fc.WeightedMean.from_state({**meta, "keys": keys}, arrays)
+    with pytest.raises(fc.UsageError, match="key 'w': the spec does not name it"):
+        fc.WeightedMean.from_state(meta, arrays, fc.ModelSpec.of({"v": np.ones(1)}))
 
 
 def test_a_state_must_fit_the_spec_that_is_asked_for() -> None:
@@ -440,6 +569,23 @@ def test_a_result_beyond_its_dtype_is_an_error_and_not_an_infinity(kind: Accumul
         with pytest.raises(fc.OutOfRange, match=rf"key 'x': .* \[0, 1\] .* {np.dtype(dtype)}"):
             mean.mean(base)
         assert mean.mean()["x"].tolist() == base["x"].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("weight", [0.5, 1, 2, 3, 600, 1024])
+def test_the_largest_number_comes_out_and_half_a_step_more_does_not(
+    dtype: Any, weight: Any
+) -> None:
+    number = fc.ModelSpec.of({"x": np.ones(1, dtype)})["x"].number
+    largest = np.array([number.largest], dtype)
+    half = np.array([number.largest * 2.0**-number.precision])  # rounds down: less than half a step
+    mean = fc.WeightedMean()
+    mean.add({"x": half / 2}, weight)
+    assert mean.mean({"x": largest})["x"] == largest
+    mean.reset()
+    mean.add({"x": half * 2}, weight)
+    with pytest.raises(fc.OutOfRange):
+        mean.mean({"x": largest})
 
 
 @kinds
