@@ -201,7 +201,7 @@ class TestASingleFile:
         save_checkpoint(tmp_path / "round-00000001.npz", checkpoint(1))
         pipe = tmp_path / "round-00000002.npz"
         os.mkfifo(pipe)
-        with pytest.raises(CheckpointError, match="round-00000002.npz: not a regular file"):
+        with pytest.raises(CheckpointError, match=r"round-00000002\.npz: not a regular file"):
             load_checkpoint(pipe)
         with pytest.raises(CheckpointError, match="not a regular file") as error:
             CheckpointStore(tmp_path).load()
