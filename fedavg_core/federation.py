@@ -333,7 +333,7 @@ class Federation:
         given: object = self._evaluate(views)
         try:
             return {str(name): float(value) for name, value in dict(given).items()}  # type: ignore[call-overload]
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise UsageError(
                 f"evaluate: expected a mapping from names to numbers, got {quoted(given)}"
             ) from None
@@ -409,16 +409,45 @@ class Federation:
             raise UsageError(f"{store.folder}: the stored model has other parameters")
         self._model = copy_params(found.model)
         self._next = found.round
-        self._waited = found.extra["waited"]
-        self._stopped = found.extra["stopped"]
-        if found.extra["best"] is not None:
-            round, value = found.extra["best"]
+        waited, stopped, marked = (
+            found.extra.get(name, False) for name in ("waited", "stopped", "best")
+        )
+        if not (
+            _is_count(waited)
+            and (stopped is None or isinstance(stopped, str))
+            and (marked is None or _is_best(marked, found.round))
+        ):
+            raise CheckpointError(
+                store.paths()[-1],
+                "it does not tell as a federation does how the run was going: "
+                f"waited {quoted(waited)}, stopped {quoted(stopped)}, best {quoted(marked)}",
+            )
+        self._waited = waited
+        self._stopped = stopped
+        if marked is not None:
+            round, value = marked
             best = store.load_best()
             if best is None or best.round != round + 1:
                 raise CheckpointError(
                     store.folder, f"the best model of the run, that of round {round}, is not there"
                 )
             self._best = Best(round, value, copy_params(best.model))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_best(value: object, rounds: int) -> bool:
+    """Whether this is one of so many rounds, and the value of a metric."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and _is_count(value[0])
+        and value[0] < rounds
+        and isinstance(value[1], float)
+        and not math.isnan(value[1])
+    )
 
 
 def _count(participation: int | float | None, clients: int) -> int:

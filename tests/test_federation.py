@@ -573,6 +573,37 @@ class TestStoringAndResuming:
         with pytest.raises(UsageError, match="its checkpoints are not those of a federation"):
             federation(2, checkpoint=tmp_path, resume=True)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"waited": None},
+            {"waited": -1},
+            {"waited": True},
+            {"stopped": 3},
+            {"best": 3},
+            {"best": [0]},
+            {"best": [2, 1.0]},
+            {"best": [-1, 1.0]},
+            {"best": [0, "x"]},
+            {"best": [0, math.nan]},
+            {"best": [[], 1.0]},
+            *("waited", "stopped", "best"),
+        ],
+    )
+    def test_a_checkpoint_that_does_not_tell_how_the_run_was_going_is_an_error(
+        self, tmp_path: Path, change: dict[str, Any] | str
+    ) -> None:
+        federation(2, checkpoint=tmp_path).run()
+        store = CheckpointStore(tmp_path)
+        found = store.load()
+        extra = {**found.extra, **(change if isinstance(change, dict) else {})}
+        if isinstance(change, str):
+            del extra[change]
+        path = store.save(Checkpoint(found.model, found.round, extra=extra))
+        with pytest.raises(CheckpointError, match="does not tell as a federation does") as error:
+            federation(3, checkpoint=tmp_path, resume=True)
+        assert error.value.path == path
+
     def test_two_runs_cannot_share_a_folder(self, tmp_path: Path) -> None:
         first, second = (federation(2, checkpoint=tmp_path) for _ in range(2))
         rounds = iter(first)
@@ -671,7 +702,7 @@ def test_an_argument_without_meaning_is_a_usage_error(change: dict[str, Any], me
         federation(**change)
 
 
-@pytest.mark.parametrize("worth", ["good", 0.5, {"accuracy": "good"}, None])
+@pytest.mark.parametrize("worth", ["good", 0.5, {"accuracy": "good"}, {"accuracy": 10**400}, None])
 def test_an_evaluation_that_is_no_mapping_of_numbers_is_a_usage_error(worth: Any) -> None:
     with pytest.raises(UsageError, match="evaluate: expected a mapping from names to numbers, got"):
         federation(evaluate=lambda model: worth).run()
