@@ -182,13 +182,14 @@ def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
     except Exception:  # a foreign message may be anything
         return fc.Update(contributor, number, params=None, weight=1.0)  # type: ignore[arg-type]
     meta = dxo.meta or {}
+    metrics = meta.get(MetaKey.INITIAL_METRICS)
     return fc.Update(
         contributor=contributor,
         round=number,
         params=unpack(dxo.data, meta.get(_DTYPES)),
         weight=meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1.0),
         transfer=_transfer_type(dxo.data_kind),
-        metrics=meta.get(MetaKey.INITIAL_METRICS) or {},
+        metrics={} if metrics is None else metrics,
     )
 
 

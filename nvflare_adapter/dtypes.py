@@ -48,7 +48,7 @@ def unpack(params: Any, dtypes: Any) -> Any:
         The arrays. One whose dtype makes no sense becomes None, and what is no mapping stays what
         it is, for the gate to refuse.
     """
-    if not dtypes or not isinstance(params, dict):
+    if not isinstance(dtypes, dict) or not dtypes or not isinstance(params, dict):
         return params
     import ml_dtypes
 
@@ -60,5 +60,4 @@ def unpack(params: Any, dtypes: Any) -> Any:
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
-    named = dtypes.items() if isinstance(dtypes, dict) else ()
-    return {**params, **{key: restored(key, name) for key, name in named}}
+    return {**params, **{key: restored(key, name) for key, name in dtypes.items()}}

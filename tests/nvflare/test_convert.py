@@ -158,6 +158,7 @@ def judged(message: Any, fl_ctx: Any, model: Any) -> Any:
         (result({"w": np.ones(2)}, round="1"), fc.Reason.STALE_ROUND),
         (result({"w": np.ones(2)}, None), fc.Reason.BAD_NAME),
         (result({"w": np.ones(2)}, metrics=[1]), None),
+        (result({"w": np.ones(2)}, metrics=np.ones(3)), None),
     ],
 )
 def test_what_is_no_update_is_left_for_the_gate_to_refuse(
@@ -165,6 +166,15 @@ def test_what_is_no_update_is_left_for_the_gate_to_refuse(
 ) -> None:
     receipt = judged(message, server.context(), {"w": np.ones(2)})
     assert receipt.reason is reason
+
+
+@pytest.mark.parametrize("metrics", [np.ones(3), [1], [], 0, "loss"])
+def test_metrics_that_are_no_mapping_are_left_out_by_name(server: Server, metrics: Any) -> None:
+    message = result({"w": np.ones(2)}, metrics=metrics)
+    receipt = judged(message, server.context(), {"w": np.ones(2)})
+    assert receipt.accepted
+    assert receipt.metrics == {}
+    assert "metrics left out: <an object of type" in receipt.detail
 
 
 def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server: Server) -> None:
@@ -178,6 +188,7 @@ def test_a_message_without_parameters_is_left_for_the_gate_to_refuse(server: Ser
     ("dtypes", "reason"),
     [
         (["w"], fc.Reason.DTYPE),
+        (np.ones(3), fc.Reason.DTYPE),
         ({"w": "no_such_dtype"}, fc.Reason.DTYPE),
         ({"w": 3}, fc.Reason.DTYPE),
         ({"w": "float8_e4m3fn"}, fc.Reason.DTYPE),
