@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason
+from fedavg_core.errors import Reason, quoted
+from fedavg_core.gate import is_name
 
 __all__ = ["Failure", "Outcome", "Receipt", "mean_metrics", "total_weight"]
 
@@ -71,19 +72,31 @@ class Receipt:
             An equal receipt.
 
         Raises:
-            KeyError, TypeError, ValueError: The entry is no receipt.
+            AttributeError, KeyError, OverflowError, TypeError, ValueError: The entry is no receipt.
         """
-        reason = entry["reason"]
-        return cls(
+        reason, skipped = entry["reason"], entry["skipped_metrics"]
+        receipt = cls(
             contributor=entry["contributor"],
             round=round,
             accepted=entry["accepted"],
             reason=None if reason is None else Reason(reason),
             detail=entry["detail"],
             weight=entry["weight"],
-            metrics=dict(entry["metrics"]),
-            skipped_metrics=tuple(entry["skipped_metrics"]),
+            metrics={name: _number(value) for name, value in entry["metrics"].items()},
+            skipped_metrics=tuple(skipped),
         )
+        if not all(map(is_name, [receipt.contributor, *receipt.metrics])):
+            raise ValueError("a receipt whose contributor or metric has no name")
+        if not isinstance(receipt.detail, str) or isinstance(skipped, str):
+            raise TypeError("a receipt whose text is none")
+        if not all(isinstance(name, str) for name in skipped):
+            raise TypeError("a receipt whose text is none")
+        if receipt.accepted is True and receipt.reason is None:
+            if not 0 < _number(receipt.weight) < math.inf:
+                raise ValueError(f"a receipt for the weight {quoted(receipt.weight)}")
+        elif receipt.accepted is not False or not receipt.reason or receipt.weight is not None:
+            raise ValueError("a receipt that neither accepts nor refuses")
+        return receipt
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,13 @@ class Outcome:
     skipped_metrics: tuple[str, ...] = ()
     evaluation: dict[str, float] = field(default_factory=dict)
     failed: tuple[Failure, ...] = ()
+
+
+def _number(value: object) -> float:
+    """A finite number, as float64."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {quoted(value)}")
+    return float(value)
 
 
 def mean_metrics(accepted: Iterable[Receipt]) -> dict[str, float]:

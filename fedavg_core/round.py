@@ -44,7 +44,7 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
-from fedavg_core.gate import Gate, Limits, shown_name
+from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.update import TransferType, Update
@@ -233,7 +233,10 @@ class Round:
             )
             if meta["model"] != _digest(round._model):
                 raise UsageError("the round whose state this is began with another model")
-            round._keys = None if meta["keys"] is None else frozenset(meta["keys"])
+            keys = meta["keys"]
+            if isinstance(keys, str) or not all(map(is_name, keys or ())):
+                raise TypeError(f"the keys {quoted(keys)}")
+            round._keys = None if keys is None else frozenset(keys)
             round._receipts = [
                 Receipt.from_json(entry, round._number) for entry in meta["receipts"]
             ]
@@ -241,16 +244,25 @@ class Round:
             round._mean = WeightedMean.from_state(
                 meta["mean"], arrays, round._gate.spec if round._model else None
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"this is no state of a round: {quoted(str(error))}") from error
-        if round._mean.count != len(round._contributors):
-            raise UsageError(
-                f"this is no state of a round: {round._mean.count} updates were added, "
-                f"and {len(round._contributors)} contributors have a receipt"
-            )
+        round._check_restored()
         return round
+
+    def _check_restored(self) -> None:
+        """See that receipts, sums and model tell of the same round."""
+        problem = None
+        contributors, added = len(self._contributors), self._mean.count
+        if added != contributors:
+            problem = f"{added} updates were added, and {contributors} contributors have a receipt"
+        elif len(self.accepted) != contributors:
+            problem = "a contributor has two receipts for an update that was added"
+        elif bool(self._mean.keys) != bool(added):
+            problem = f"{added} updates were added, of {len(self._mean.keys)} parameters"
+        if problem is not None:
+            raise UsageError(f"this is no state of a round: {problem}")
 
     def _happens(self, event: _Event, *arguments: Any) -> Any:
         action, after = _TRANSITIONS[self._status, event]

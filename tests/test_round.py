@@ -529,6 +529,10 @@ class TestGoingOnAfterARestart:
             (lambda meta: meta.update(receipts=[]), "1 updates were added, and 0 contributors"),
             (lambda meta: meta.update(mean={}), "state"),
             (lambda meta: meta.update(keys=5), "no state of a round"),
+            (lambda meta: meta.update(keys="w"), "no state of a round"),
+            (lambda meta: meta.update(keys=[5]), "no state of a round"),
+            (lambda meta: meta["receipts"].append(meta["receipts"][0]), "has two receipts"),
+            (lambda meta: meta["mean"].update(keys=[]), "1 updates were added, of 0 parameters"),
         ],
     )
     def test_what_is_no_state_is_a_usage_error(
@@ -537,6 +541,55 @@ class TestGoingOnAfterARestart:
         meta, arrays = open_round().state()
         spoil(meta)
         with pytest.raises(UsageError, match=message):
+            Round.from_state(meta, arrays, model())
+
+    @pytest.mark.parametrize("name", ["contributor", "accepted", "weight", "metrics", "detail"])
+    @pytest.mark.parametrize("value", ["x\n", "", math.nan, math.inf, -1, 0, None, [1], {"a": "x"}])
+    def test_a_receipt_that_is_none_is_a_usage_error_and_not_an_error_of_close(
+        self, name: str, value: Any
+    ) -> None:
+        meta, arrays = open_round().state()
+        meta["receipts"][0][name] = value
+        if name == "detail" and isinstance(value, str):
+            assert Round.from_state(meta, arrays, model()).close().enough
+            return
+        with pytest.raises(UsageError, match="this is no state of a round: "):
+            Round.from_state(meta, arrays, model())
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            *({"metrics": {"a": value}} for value in ("x", math.nan, -math.inf, True, 10**400)),
+            {"metrics": {"": 1.0}},
+            {"weight": 10**400},
+            {"weight": "x"},
+            {"weight": True},
+            {"reason": "SHAPE"},
+            {"reason": "WHATEVER"},
+            {"accepted": False},
+            {"skipped_metrics": "abc"},
+            {"skipped_metrics": [1]},
+        ],
+        ids=lambda fields: repr(fields)[:40],
+    )
+    def test_a_receipt_that_says_what_none_can_say_is_a_usage_error(
+        self, fields: dict[str, Any]
+    ) -> None:
+        meta, arrays = open_round().state()
+        meta["receipts"][0].update(fields)
+        with pytest.raises(UsageError, match="this is no state of a round: "):
+            Round.from_state(meta, arrays, model())
+
+    @pytest.mark.parametrize("exclude", [None, "w"])
+    def test_sums_of_what_the_model_does_not_average_are_a_usage_error(
+        self, exclude: str | None
+    ) -> None:
+        meta, arrays = open_round().state()
+        if exclude is None:
+            meta["mean"]["keys"][0]["name"] = "other"
+        else:
+            meta["limits"]["exclude"] = exclude
+        with pytest.raises(UsageError, match=r"key '(other|w)': the spec does not name it"):
             Round.from_state(meta, arrays, model())
 
 
