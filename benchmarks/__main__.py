@@ -78,7 +78,8 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if read.save is not None:
         if find_spec("matplotlib") is None:
             parser.error(
-                "argument --save: expected the package matplotlib: pip install 'fedavg-core[bench]'"
+                "argument --save: expected the package matplotlib; install the extra 'bench': "
+                "in a clone pip install -e '.[bench]'"
             )
         try:
             read.save.mkdir(parents=True, exist_ok=True)

@@ -508,7 +508,8 @@ def test_plots_need_matplotlib_and_say_so_before_anything_is_measured(
     with pytest.raises(SystemExit) as stopped:
         run("--save", str(tmp_path / "plots"))
     assert stopped.value.code == 2
-    assert "pip install 'fedavg-core[bench]'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "install the extra 'bench': in a clone pip install -e '.[bench]'" in told
     assert not (tmp_path / "plots").exists()
 
 
