@@ -24,3 +24,6 @@ settings.register_profile("nightly", parent=_BASE, max_examples=10_000)
 
 _IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if _IN_CI else "default"))
+
+THOROUGH = settings().max_examples >= 1_000
+"""Whether the profile asks for all cases of the tests that count their own; else for a part."""

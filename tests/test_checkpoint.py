@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
 
 import fedavg_core.checkpoint as checkpoint_module
 from fedavg_core.checkpoint import (
@@ -32,10 +31,11 @@ from fedavg_core.checkpoint import (
 from fedavg_core.codec import write_npz
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import same_bits
+from tests.conftest import THOROUGH
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint-format-1.npz"
 ROOT = Path(__file__).parents[1]
-KILLS = 100 if settings().max_examples >= 1_000 else 5
+KILLS = 100 if THOROUGH else 3
 """How often a writing child is killed; 100 times in ci."""
 
 

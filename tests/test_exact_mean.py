@@ -24,6 +24,7 @@ from fedavg_core.testing import (
     exact_weighted_mean,
     exact_weighted_mean_by_mantissas,
 )
+from tests.conftest import THOROUGH
 
 ROOT = Path(__file__).parent.parent
 FLOATS = [dtype for dtype in averaged_dtypes() if dtype.kind not in "iu"]
@@ -144,7 +145,7 @@ ORDER_DTYPES = [np.dtype(d) for d in ("f2", "f4", "f8", "i8", "u1", ml_dtypes.bf
 FILLS = ("plain", "wide", "cancelling", "tiny", "near the largest", "ties", "equal", "sparse")
 SPLITS = ((6,), (1, 5), (3, 3), (2, 2, 2), (1, 1, 4), (1, 1, 1, 1, 1, 1))
 BLOCKS = (1 << 17, 24)
-ORDERS = 16
+ORDERS = 16 if THOROUGH else 2
 
 
 def filled(fill: str, dtype: np.dtype[Any], seed: int) -> list[dict[str, Array]]:
@@ -211,10 +212,10 @@ def test_no_order_split_or_block_size_changes_a_bit() -> None:
                 assert same_bits(accs[0].mean(), expected), (dtype, order, split)
                 cases += len(FILLS)
             assert accs[0].digest() == digest
-    assert cases >= 4_500
+    assert cases >= (4_500 if THOROUGH else 500)
 
 
-def test_a_thousand_random_merge_trees_end_in_the_same_bits() -> None:
+def test_random_merge_trees_end_in_the_same_bits() -> None:
     source = random.Random(7)
     models = [
         {
@@ -230,7 +231,7 @@ def test_a_thousand_random_merge_trees_end_in_the_same_bits() -> None:
     digest = whole.digest()
     assert same_bits(whole.mean(), expected)
     states = [accumulated([m], [w]).state() for m, w in zip(models, weights, strict=True)]
-    for tree in range(1_000):
+    for tree in range(1_000 if THOROUGH else 100):
         parts = [WeightedMean.from_state(*state) for state in states]
         while len(parts) > 1:
             taken = parts.pop(source.randrange(len(parts)))
@@ -368,8 +369,8 @@ def test_the_bits_written_down_are_the_oracle_s() -> None:
     assert inputs["fingerprint"](oracle) == GOLDEN_MEAN
 
 
-def test_five_hash_seeds_and_four_block_sizes_give_the_bits_written_down() -> None:
-    rows = [row for hash_seed in range(5) for row in run_script(hash_seed)]
-    assert len(rows) == 20
+def test_hash_seeds_and_block_sizes_give_the_bits_written_down() -> None:
+    rows = [row for hash_seed in range(5 if THOROUGH else 2) for row in run_script(hash_seed)]
+    assert len(rows) == (20 if THOROUGH else 8)
     assert {(mean, digest) for mean, digest, *_ in rows} == {(GOLDEN_MEAN, GOLDEN_DIGEST)}
     assert len({tuple(first) for _, _, *first in rows}) > 1  # or the seeds changed nothing

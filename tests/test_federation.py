@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
 
 from fedavg_core.accumulator import weighted_mean
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
@@ -30,10 +29,11 @@ from fedavg_core.model import same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.update import TransferType
+from tests.conftest import THOROUGH
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
 ROOT = Path(__file__).parents[1]
-KILLS = 20 if settings().max_examples >= 1_000 else 2
+KILLS = 20 if THOROUGH else 2
 """How often a run is killed; 20 times in ci."""
 
 

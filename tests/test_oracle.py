@@ -24,6 +24,7 @@ from fedavg_core.testing import (
     round_fraction,
     weighted_models,
 )
+from tests.conftest import THOROUGH
 
 ORACLES = [exact_weighted_mean, exact_weighted_mean_by_mantissas]
 DTYPES = averaged_dtypes()
@@ -151,10 +152,10 @@ def test_the_oracles_give_answers_known_by_hand(oracle: Any, row: Any) -> None:
     assert hexes(oracle(models, weights, base=start)["w"]) == [expected]
 
 
-def test_the_oracles_agree_on_ten_thousand_random_cases_of_every_dtype() -> None:
+def test_the_oracles_agree_on_thousands_of_random_cases_of_every_dtype() -> None:
     source = random.Random(20261101)
     cases = out_of_range = with_base = 0
-    for i in range(10_450):
+    for i in range(10_450 if THOROUGH else 1_900):
         dtype = DTYPES[i % len(DTYPES)]
         count = source.randint(1, 4)
         models = [{"w": arbitrary(source, dtype, 2)} for _ in range(count)]
@@ -168,8 +169,8 @@ def test_the_oracles_agree_on_ten_thousand_random_cases_of_every_dtype() -> None
         assert agree(one, two), (models, weights, base)
         out_of_range += isinstance(one, str)
         cases += 1
-    assert cases >= 10_000
-    assert with_base >= 3_000
+    assert cases >= (10_000 if THOROUGH else 1_800)
+    assert with_base >= cases // 4
     assert 0 < out_of_range < with_base
 
 
@@ -213,7 +214,8 @@ def test_rounding_to_a_narrower_float_is_that_of_a_cast(number: float, name: str
 @both
 @pytest.mark.parametrize("dtype", NARROW_FLOATS, ids=str)
 def test_every_number_of_a_narrow_float_is_its_own_mean(oracle: Any, dtype: np.dtype[Any]) -> None:
-    codes = np.arange(1 << (8 * dtype.itemsize)).astype(f"u{dtype.itemsize}")
+    step = 1 if THOROUGH or dtype.itemsize == 1 else 7
+    codes = np.arange(0, 1 << (8 * dtype.itemsize), step).astype(f"u{dtype.itemsize}")
     numbers = codes.view(dtype)
     with np.errstate(invalid="ignore"):
         wide = numbers.astype(np.float64)
