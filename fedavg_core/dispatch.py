@@ -179,7 +179,7 @@ def train_one(
                 transfer=transfer,
                 metrics=result.metrics,
             )
-        except (Exception, SystemExit) as error:  # noqa: PERF203  (a try is a whole training)
+        except (Exception, SystemExit) as error:
             _log.info("what %s raised:", context.contributor, exc_info=True)
             place = _place(error)
             problem = one_line(error, _PROBLEM_LENGTH - len(place)) + place
