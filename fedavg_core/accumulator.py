@@ -474,7 +474,7 @@ class WeightedMean:
             do()
             self._books = books
         except BaseException:
-            if self._books is not books:
+            if self._books is not books:  # pragma: no branch  (else it came after the change)
                 self._broken = True
                 self._broken = not undo(mark)
                 self._sums.shrink(mark)
