@@ -13,16 +13,17 @@ from benchmarks.peers import CONTESTANTS, Server
 from benchmarks.timing import Pace, Row, Timing, take_turns
 from benchmarks.workloads import Params, Workload, draw_updates
 
-__all__ = ["averaging", "one_round"]
+__all__ = ["AVERAGING", "averaging", "one_round"]
 
 _ROUND = "one round: take each client's update, then give the mean; what is kept between rounds is"
-_AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
+AVERAGING = tuple(name for name in CONTESTANTS if not name.startswith("Round"))
+"""All that take updates one by one and know no rounds' rules."""
 
 
 def averaging(
     benchmark: str,
     workload: Workload,
-    names: Iterable[str] = _AVERAGING,
+    names: Iterable[str] = AVERAGING,
     *,
     pace: Pace,
     reference: str | None = None,

@@ -180,7 +180,7 @@ class Workload:
 
 _MODELS: Sequence[tuple[str, str, Callable[[], Shapes], dict[str, int]]] = (
     ("resnet50", "ResNet-50", resnet50, {"float32": 10, "float16": 10}),
-    ("bert", "BERT-base", bert_base, {"float32": 4, "float16": 2}),
+    ("bert", "BERT-base", bert_base, {"float32": 2, "float16": 2}),
     ("llm", "LLM slice", llm_slice, {"float32": 4, "float16": 2}),
     ("lora", "LoRA adapter", lora_adapter, {"float32": 8, "float16": 8}),
 )
