@@ -357,7 +357,7 @@ class ExactSum:
             deposit()
             self.additions = before + 1
         except BaseException:
-            if self.additions == before:
+            if self.additions == before:  # pragma: no branch  (else it came after)
                 for k, where, part in self._steps[: len(self._done)]:
                     self.limbs[k][slice(None) if where is None else where] -= part
             raise

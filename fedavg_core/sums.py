@@ -206,14 +206,14 @@ class Sums(ABC, Generic[Total]):
                 other.start()
             if self._blocks:
                 run(self._buffers[0])
-        except BaseException as error:
+        except BaseException as error:  # pragma: no cover  (an interruption)
             failed.append((len(self._blocks), error))
         while any(other.is_alive() for other in others):
             try:
                 for other in others:
                     if other.is_alive():
                         other.join()
-            except BaseException as error:
+            except BaseException as error:  # pragma: no cover  (an interruption)
                 failed.append((len(self._blocks), error))
         if failed:
             raise min(failed, key=itemgetter(0))[1]
