@@ -54,7 +54,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
 State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 19
 _STATE_FORMAT = 1
 
 

@@ -11,11 +11,12 @@ The idea of summing on a fixed grid, where order cannot matter, is that of repro
 (Demmel and Nguyen, 2013) and of the superaccumulator (Kulisch and Miranker, 1986; Neal, 2015);
 limbs that are created only where the data ask for them keep it as small as a double-double.
 
-The origin is chosen from the first array that comes, HEADROOM bits above its largest product. Then
+The origin is chosen from the first array that comes: so that limb 0 has room for some hundreds of
+such products (`_anchor`). Then
 
 * **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and all but the
   smallest elements are multiples of limb 0's unit already: they are added in one operation. The few
-  that are not (below about 2**-20 of the largest) are taken out and go the general way.
+  that are not (below about 2**-10 of the largest) are taken out and go the general way.
 * **The general way** cuts the array at the limbs' units, from the top (`rint`, subtract, scale by
   2**STEP, again), as the Ozaki scheme does (Ozaki, Ogita, Oishi and Rump, 2012). A slice is an
   integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
@@ -39,7 +40,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["STEP", "ExactSum", "NonFiniteError", "Scratch"]
+__all__ = ["STEP", "ExactSum", "NonFiniteError", "Scratch", "positions"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -47,13 +48,17 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 STEP = 24
 """Bits from one limb to the next."""
 
-_HEADROOM = 6
+_HEADROOM = 6  # bits that limb 0 has, at least, above the first product
+_AMPLE = 10
 _CAPACITY = 1 << 53
 _SETTLED = 1 << (STEP - 1)
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
+
+
+_NOWHERE: Indices = np.empty(0, np.intp)
 
 
 class NonFiniteError(ValueError):
@@ -91,7 +96,8 @@ class ExactSum:
     Attributes:
         size: n.
         origin: The exponent of limb 0's unit; None while nothing was added.
-        limbs: The limbs, by their number.
+        limbs: The limbs, by their number. One whose bound is zero counts as zero, whatever the
+            memory holds: a reset writes nothing, and the next addition need not read.
         bounds: What no element of a limb exceeds.
         additions: How many additions were made, in all.
     """
@@ -109,11 +115,8 @@ class ExactSum:
 
     def reset(self) -> None:
         """Make the sum zero again; the memory is kept for the next one."""
+        self.bounds = dict.fromkeys(self.limbs, 0)
         self.origin = None
-        for k, limb in self.limbs.items():
-            if self.bounds[k]:
-                limb.fill(0.0)
-                self.bounds[k] = 0
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
         """Add ``weight · values``, exactly; with any error nothing is added.
@@ -209,36 +212,39 @@ class ExactSum:
             return False
         reach = (top_bits >> 24) - 126 if top_bits >> 24 else -126  # every |value| < 2**reach
         high = reach + weight_bits + shift
-        if high - self._anchor(high) > 52:
+        headroom = min(_AMPLE, max(_HEADROOM, _FAST_WEIGHT_BITS - 9 - weight_bits))
+        if high - self._anchor(high, headroom) > 52:
             self._rebase(high)
         origin = self._anchor(high)
         # A float32 ≥ 2**e is a multiple of 2**(e - 23): from this e on products are whole units.
         least = origin - shift + 23
         if least > 127:
             return False
-        small, count = scratch.small[:n], 0
+        where: Indices | None = _NOWHERE
         if least > -126:
-            np.less(bits, np.uint32((least + 127) << 24), out=small)
-            count = int(np.count_nonzero(small))
-            if count > n >> _SPARSE:
-                np.logical_and(small, bits, out=small)
-                count = int(np.count_nonzero(small))
+            small = np.less(bits, np.uint32((least + 127) << 24), out=scratch.small[:n])
+            where = positions(small, n >> _SPARSE)
+            if where is None:  # zeros are whole units as well
+                where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
         factor = ldexp(odd, shift - origin)
-        product = np.multiply(values, factor, out=scratch.product[:n], dtype=np.float64)
         largest = float(np.uint32(top_bits >> 1).view(np.float32))
         bound = int(abs(largest * factor)) + 1
-        if not count:
+        # The first products are written where they are to stay.
+        product = scratch.product[:n] if where is None else self._blank(0, scratch.product)
+        np.copyto(product, values)
+        np.multiply(product, factor, out=product)
+        if where is None:
+            self._cut(0, None, product, 1, bound)
+        elif not where.size:
             self._deposit(0, None, product, bound)
-        elif count <= n >> _SPARSE:
-            where = np.flatnonzero(small)
+        else:
             rest = product[where]
             whole = np.rint(rest)
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
-            self._cut(-1, where, rest * 2.0**STEP, 1, _SETTLED)
-        else:
-            self._cut(0, None, product, 1, bound)
+            rest *= 2.0**STEP
+            self._cut(-1, where, rest, 1, _SETTLED)
         return True
 
     def _add_general(
@@ -310,10 +316,10 @@ class ExactSum:
             k -= 1
             bound = 1 << (STEP - 1 + piece.bit_length())
 
-    def _anchor(self, high: int) -> int:
+    def _anchor(self, high: int, headroom: int = _HEADROOM) -> int:
         """The origin; if there is none yet, one such that limb 0 has head-room over 2**high."""
         if self.origin is None:
-            self.origin = high + _HEADROOM - 53
+            self.origin = high + headroom - 53
         return self.origin
 
     def _rebase(self, high: int) -> None:
@@ -324,18 +330,35 @@ class ExactSum:
         fields = ("origin", "limbs", "bounds")
         list(map(setattr, (self,) * 3, fields, (moved.origin, moved.limbs, moved.bounds)))
 
+    def _blank(self, k: int, spare: Floats) -> Floats:
+        """Where to write what goes to limb k: its own memory if the sum is zero, else the spare."""
+        if any(self.bounds.values()):
+            return spare[: self.size]
+        if k not in self.limbs:
+            self.bounds[k] = 0
+            self.limbs[k] = np.empty(self.size)
+        return self.limbs[k]
+
     def _room(self, k: int, bound: int) -> Floats:
         """Limb k, made if need be, ready to take integers up to the bound."""
         limb = self.limbs.get(k)
         if limb is None:
             self.bounds[k] = 0
             limb = self.limbs[k] = np.zeros(self.size)
+        elif not self.bounds[k]:
+            limb.fill(0.0)
         elif self.bounds[k] + bound > _CAPACITY:
             self._carry(k)
         return limb
 
     def _deposit(self, k: int, where: Indices | None, part: Floats, bound: int) -> None:
-        """Add integers of at most the bound to limb k; positions occur once each."""
+        """Add integers of at most the bound to limb k; positions occur once each.
+
+        What is in the limb's own memory already counts from here on.
+        """
+        if part is self.limbs.get(k):
+            self.bounds[k] = bound
+            return
         limb = self._room(k, bound)
         self.bounds[k] += bound
         self._steps.append((k, where, part))
@@ -351,14 +374,17 @@ class ExactSum:
         Any error: a MemoryError on the way, or a KeyboardInterrupt between any two instructions.
         `additions` says whether the addition stands.
         """
-        before = self.additions
+        before, was_zero = self.additions, not any(self.bounds.values())
         self._steps, self._done = [], []
         try:
             deposit()
             self.additions = before + 1
         except BaseException:
             if self.additions == before:  # pragma: no branch  (else it came after)
-                for k, where, part in self._steps[: len(self._done)]:
+                steps = self._steps[: len(self._done)]
+                if was_zero:
+                    steps, self.bounds = [], dict.fromkeys(self.limbs, 0)
+                for k, where, part in steps:
                     self.limbs[k][slice(None) if where is None else where] -= part
             raise
         finally:
@@ -374,6 +400,28 @@ class ExactSum:
         self.bounds[k + 1] += bound
         list(map(np.add, (above, limb), (upper, lower), (above, limb)))
         self.bounds[k] = _SETTLED
+
+
+def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
+    """Where a mask is true, fast if that is in few places.
+
+    Args:
+        mask: One dimension, contiguous; only read.
+        most: How many places the caller cares for.
+
+    Returns:
+        The positions, ascending; None if they are more than that.
+    """
+    whole = mask.size & -8
+    eights = mask[:whole].view(np.uint64)
+    hits = np.flatnonzero(eights != 0)
+    if hits.size > most:
+        return None
+    inside = np.flatnonzero(eights[hits].view(np.bool_))
+    found: Indices = (hits[inside >> 3] << 3) + (inside & 7)
+    if whole < mask.size:
+        found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
+    return found if found.size <= most else None
 
 
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[
     if len(lower) == 2 and max(total.bounds[k] for k in lower) > 1 << (52 - STEP):
         return None
     if not lower:
-        np.copyto(out, total.limbs[top][place])
+        np.add(total.limbs[top][place], 0.0, out=out)  # a limb may hold -0.0; what is told is +0.0
     else:
         np.multiply(total.limbs[lower[0]][place], 2.0 ** (STEP * (lower[0] - top)), out=spare)
         if len(lower) == 2:

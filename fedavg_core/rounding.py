@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum, Scratch
+from fedavg_core.exact import ExactSum, Scratch, positions
 from fedavg_core.model import NumberFormat
 from fedavg_core.readout import extent, leading, nearest, sign
 
@@ -36,9 +36,9 @@ Array: TypeAlias = npt.NDArray[Any]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
 _RELATIVE_ERROR = 2.0**-68
-_DIVISION_ERROR = 8  # more than one division can be off, in units in the last place
+_DIVISION_ERROR = 8  # more than a rounded sum times a rounded inverse is off, in last places
 _SAFE_SCALE = 900
-_PIECE = 1 << 16  # elements divided in one go, so that what is made on the way stays in the cache
+_PIECE = 1 << 17  # elements divided in one go, so that what is made on the way stays in the cache
 _SPLITTER = 2.0**27 + 1
 
 
@@ -85,25 +85,29 @@ def _quick(
     scratch: Scratch,
     result: Array,
 ) -> Indices | None:
-    """Write quotients by one division; the positions of those it cannot be trusted for, None: all.
+    """Write quotients at once; the positions of those that cannot be trusted, or None for all.
 
-    Into a narrow format: the division is off by a few units in the last place of float64, so its
-    rounding is right unless it lies that near to a midpoint. Into float64: of one float64 over
-    another the division is right by itself. Results that are not normal numbers are not trusted.
+    Into a narrow format: the product with the divisor's inverse is off by a few units in the last
+    place of float64, so its rounding is right unless it lies that near to a midpoint. Into float64:
+    of one float64 over another the division is right by itself. Results that are not normal numbers
+    are not trusted.
     """
     if number.kind == "integer":
         return None
     size = place.stop - place.start
     values, spare, strange = scratch.product[:size], scratch.spare[:size], scratch.small[:size]
-    near = nearest(total, place, values, spare)
-    if near is None:
+    found = nearest(total, place, values, spare)
+    if found is None:
         return None
-    exponent, exact = near
+    exponent, exact = found
     numerator, bits, scale = _scaled(weight, exponent)
     unused = 53 - number.precision
     if abs(scale) > _SAFE_SCALE or (not unused and not (exact and bits <= 53)):
         return None
-    values /= ldexp(numerator / (1 << bits), -scale)
+    if unused:
+        values *= ldexp((1 << bits) / numerator, scale)
+    else:
+        values /= ldexp(numerator / (1 << bits), -scale)
     doubt = None
     # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
     least, reach = (power + scale - exponent for power in extent(total))
@@ -115,16 +119,21 @@ def _quick(
         pattern, aside = values.view(np.int64), spare.view(np.int64)
         np.bitwise_and(pattern, (1 << unused) - 1, out=aside)
         aside -= half - _DIVISION_ERROR
-        np.less_equal(aside.view(np.uint64), np.uint64(2 * _DIVISION_ERROR), out=strange)
-        doubt = strange if doubt is None else doubt | strange
+        distance, near = aside.view(np.uint64), np.uint64(2 * _DIVISION_ERROR)
+        if distance.min() <= near:
+            np.less_equal(distance, near, out=strange)
+            doubt = strange if doubt is None else doubt | strange
         if number.precision < 24:
             # Halfway cases are in doubt, so adding half a unit and cutting rounds to nearest.
             pattern += half
             pattern &= -(1 << unused)
-    positions = np.empty(0, np.intp) if doubt is None else np.flatnonzero(doubt)
-    values[positions] = 0.0
+    if doubt is None:
+        result[:] = values
+        return np.empty(0, np.intp)
+    where = positions(doubt, size)
+    values[where] = 0.0
     result[:] = values
-    return positions
+    return where
 
 
 def _careful(
