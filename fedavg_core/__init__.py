@@ -10,10 +10,12 @@
 * files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`; `aggregate_files`
   for models larger than memory
 * models: `ModelSpec`, `compare`, `same_bits`
+* what a round did, and whether it did: `Audit`, `verify`, `Verdict`
 * for tests of your own: the subpackage `fedavg_core.testing`
 """
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.audit import Audit, Verdict, verify
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, save_checkpoint
 from fedavg_core.client import (
     Client,
@@ -42,6 +44,7 @@ from fedavg_core.update import TransferType, Update
 
 __all__ = [
     "ArraySpec",
+    "Audit",
     "Best",
     "Checkpoint",
     "CheckpointError",
@@ -67,6 +70,7 @@ __all__ = [
     "TransferType",
     "Update",
     "UsageError",
+    "Verdict",
     "WeightedMean",
     "aggregate_files",
     "apply",
@@ -77,5 +81,6 @@ __all__ = [
     "load_checkpoint",
     "same_bits",
     "save_checkpoint",
+    "verify",
     "weighted_mean",
 ]

@@ -113,6 +113,7 @@ class Federation:
         stop_when: Given an outcome, says whether to stop after it.
         limits: What is asked of an update.
         accumulator: The arithmetic of the mean.
+        audit: Whether each outcome shall have an `Audit`.
         observers: Are told what happens, in this order.
         checkpoint: A folder to store the run in; None to store nothing.
         checkpoint_every: Store each so many-th round; the last and the best are stored anyway.
@@ -147,6 +148,7 @@ class Federation:
         stop_when: Callable[[Outcome], bool] | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator = "exact",
+        audit: bool = False,
         observers: Sequence[Observer] = (),
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
@@ -197,6 +199,7 @@ class Federation:
         self._stop_when = stop_when
         self._limits = limits
         self._accumulator: Accumulator = accumulator
+        self._audit = audit
         self._mean: WeightedMean | None = None
         self._observers = tuple(observers)
         self._checkpoint_every = checkpoint_every
@@ -208,6 +211,7 @@ class Federation:
             transfer=transfer,
             limits=limits,
             accumulator=accumulator,
+            audit=audit,
         )
         if min_updates > self._selected:
             raise UsageError(
@@ -278,6 +282,7 @@ class Federation:
             transfer=self._transfer,
             limits=self._limits,
             accumulator=self._sums(),
+            audit=self._audit,
         )
         failed = []
         tasks = ((self._clients[name], self._context(name)) for name in selected)

@@ -34,15 +34,15 @@ The idea of a protocol without I/O, with its transitions in a table, is that of 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.audit import Audit
+from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import Params, copy_params
@@ -85,6 +85,8 @@ class Round:
         accumulator: How to add: ``"exact"``, ``"float64"`` or ``"float32"``; or a `WeightedMean`
             for models like this one, which is reset and used, so that its memory serves many
             rounds.
+        audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
+            the model before and after.
 
     Raises:
         UsageError: An argument has no meaning.
@@ -99,6 +101,7 @@ class Round:
         transfer: TransferType | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator | WeightedMean = "exact",
+        audit: bool = False,
     ) -> None:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UsageError(f"number: expected an integer of at least 0, got {quoted(number)}")
@@ -110,6 +113,8 @@ class Round:
             raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
         if not isinstance(limits, Limits):
             raise UsageError(f"limits: expected a Limits, got {quoted(limits)}")
+        if not isinstance(audit, bool):
+            raise UsageError(f"audit: expected True or False, got {quoted(audit)}")
         self._model: Params = {} if model is None else model
         self._gate = Gate(self._model, number, limits)
         if transfer is TransferType.DIFF and not self._model:
@@ -118,6 +123,7 @@ class Round:
         self._min_updates = min_updates
         self._transfer = transfer
         self._limits = limits
+        self._audit = audit
         self._status = RoundState.OPEN
         self._receipts: list[Receipt] = []
         self._contributors: set[str] = set()
@@ -230,8 +236,9 @@ class Round:
                 min_updates=meta["min_updates"],
                 transfer=None if transfer is None else TransferType(transfer),
                 limits=Limits(**meta["limits"]),
+                audit=meta.get("audit", False),
             )
-            if meta["model"] != _digest(round._model):
+            if meta["model"] != digest(fingerprints(round._model)):
                 raise UsageError("the round whose state this is began with another model")
             keys = meta["keys"]
             if isinstance(keys, str) or not all(map(is_name, keys or ())):
@@ -261,6 +268,8 @@ class Round:
             problem = "a contributor has two receipts for an update that was added"
         elif bool(self._mean.keys) != bool(added):
             problem = f"{added} updates were added, of {len(self._mean.keys)} parameters"
+        elif self._audit and not all(receipt.digest for receipt in self.accepted):
+            problem = "a receipt for an update that was added, without its digest"
         if problem is not None:
             raise UsageError(f"this is no state of a round: {problem}")
 
@@ -275,6 +284,7 @@ class Round:
             contribution = self._gate.judge(
                 update, accepted=self._contributors, transfer=self._transfer, keys=self._keys
             )
+            added = digest(fingerprints(contribution.params)) if self._audit else None
             try:
                 self._mean.add(contribution.params, contribution.weight)
             except RefusedUpdate as refusal:
@@ -297,6 +307,7 @@ class Round:
             weight=contribution.weight,
             metrics=contribution.metrics,
             skipped_metrics=skipped,
+            digest=added,
         )
         self._receipts.append(receipt)
         return receipt
@@ -318,6 +329,7 @@ class Round:
             accepted=False,
             reason=refusal.reason,
             detail=str(refusal),
+            digest=_digest_of_refused(update.params) if self._audit else None,
         )
         self._receipts.append(receipt)
         return receipt
@@ -346,6 +358,19 @@ class Round:
             enough=enough,
             problem=problem,
             skipped_metrics=tuple(sorted({n for r in accepted for n in r.skipped_metrics})),
+            audit=self._audited(model) if self._audit else None,
+        )
+
+    def _audited(self, model: Params) -> Audit:
+        return Audit(
+            round=self._number,
+            transfer=self._transfer,
+            accumulator=self._mean.accumulator,
+            min_updates=self._min_updates,
+            averaged=tuple(sorted(self._gate.spec if self._model else self._mean.keys)),
+            base=fingerprints(self._model),
+            receipts=tuple(self._receipts),
+            output=fingerprints(model),
         )
 
     def _average(self) -> dict[str, npt.NDArray[Any]]:
@@ -373,7 +398,8 @@ class Round:
             "min_updates": self._min_updates,
             "transfer": None if self._transfer is None else str(self._transfer),
             "limits": self._limits.to_json(),
-            "model": _digest(self._model),
+            "audit": self._audit,
+            "model": digest(fingerprints(self._model)),
             "keys": None if self._keys is None else sorted(self._keys),
             "receipts": [receipt.to_json() for receipt in self._receipts],
             "mean": mean,
@@ -394,12 +420,9 @@ _TRANSITIONS: dict[tuple[RoundState, _Event], tuple[Callable[..., Any], RoundSta
 }
 
 
-def _digest(model: Params) -> str:
-    """A digest of every bit of a model: names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for key in sorted(model):
-        native = np.ascontiguousarray(model[key], model[key].dtype.newbyteorder("<"))
-        head = f"{key!r} {native.dtype.name} {model[key].shape}\n"
-        digest.update(head.encode("utf-8", "surrogatepass"))
-        digest.update(native.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _digest_of_refused(params: Any) -> str | None:
+    """The digest of what a contributor sent, which may be anything; None if it is no model."""
+    try:
+        return digest(fingerprints(params))
+    except Exception:  # a foreign mapping may fail in any way
+        return None
