@@ -7,6 +7,7 @@
 * arithmetic: `weighted_mean`, `WeightedMean`, `diff`, `apply`
 * one round, without input or output: `Round`, `Update`, `Receipt`, `Outcome`, `Limits`
 * a whole federation in this process: `Federation`, `Context`, `TrainResult`
+* how the global model follows the mean: `optimizer_named`, `FedAdam` and others
 * files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`; `aggregate_files`
   for models larger than memory
 * models: `ModelSpec`, `compare`, `same_bits`
@@ -39,6 +40,15 @@ from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.round import Round, RoundState
+from fedavg_core.server_optimizer import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    ServerOptimizer,
+    optimizer_named,
+)
 from fedavg_core.transfer import apply, diff
 from fedavg_core.update import TransferType, Update
 
@@ -52,7 +62,12 @@ __all__ = [
     "Client",
     "Context",
     "Failure",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
     "FedAvgError",
+    "FedAvgM",
+    "FedYogi",
     "Federation",
     "KeyDifference",
     "Limits",
@@ -66,6 +81,7 @@ __all__ = [
     "RefusedUpdate",
     "Round",
     "RoundState",
+    "ServerOptimizer",
     "TrainResult",
     "TransferType",
     "Update",
@@ -79,6 +95,7 @@ __all__ = [
     "contributor_seed",
     "diff",
     "load_checkpoint",
+    "optimizer_named",
     "same_bits",
     "save_checkpoint",
     "verify",

@@ -46,12 +46,15 @@ class Outcome:
         refused: The receipts of all others, in the order of arrival.
         total_weight: The sum of the accepted weights, correctly rounded.
         enough: Whether at least `min_updates` were accepted.
-        problem: One line of why the model kept its values; None if it is the mean.
+        problem: One line of why the model kept its values; None if it is the mean, or the server
+            optimizer's step.
         skipped_metrics: The names of metrics that were left out, each once, sorted.
         evaluation: What the new model was found to be worth, by whoever evaluates it.
         failed: The clients that gave nothing to judge, as whoever ran them says.
         audit: What it takes to see later that the model is the mean of the updates (see
             `fedavg_core.audit`), if the round was asked for it.
+        optimizer_state: What the server optimizer needs to go on; empty without one. Its arrays
+            are to be read only.
     """
 
     round: int
@@ -66,6 +69,7 @@ class Outcome:
     evaluation: dict[str, float] = field(default_factory=dict)
     failed: tuple[Failure, ...] = ()
     audit: Audit | None = field(default=None, repr=False)
+    optimizer_state: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
 
 def mean_metrics(accepted: Iterable[Receipt]) -> dict[str, float]:

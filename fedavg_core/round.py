@@ -24,10 +24,13 @@ Rules that hold at any time:
   parameter that nobody sent, or that is excluded, keeps its value. With fewer accepted updates
   than `min_updates`, or where the mean is larger than the dtype's largest number, the whole model
   keeps its values, and the outcome says why.
+* With a server optimizer the outcome's model is its step from there towards the mean. A round that
+  keeps the model keeps the optimizer's state as well.
 * The model that the round began with is only read, and shares no memory with the outcome's.
 
 A round without a model takes FULL updates only; the first accepted update to bring a parameter
-says what it looks like, and the outcome's model has every parameter that came.
+says what it looks like, and the outcome's model has every parameter that came. There is nothing
+to step from, so it is their mean.
 
 The idea of a protocol without I/O, with its transitions in a table, is that of h11.
 """
@@ -45,8 +48,9 @@ from fedavg_core.audit import Audit
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
-from fedavg_core.model import Params, copy_params
+from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
+from fedavg_core.server_optimizer import ServerOptimizer, mean_change
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
@@ -87,6 +91,9 @@ class Round:
             rounds.
         audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
             the model before and after.
+        server_optimizer: What makes the next model of the mean; None: the mean is the next model.
+        optimizer_state: The state that its last step gave; None or empty at first. Borrowed like
+            the model.
 
     Raises:
         UsageError: An argument has no meaning.
@@ -102,6 +109,8 @@ class Round:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator | WeightedMean = "exact",
         audit: bool = False,
+        server_optimizer: ServerOptimizer | None = None,
+        optimizer_state: Params | None = None,
     ) -> None:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UsageError(f"number: expected an integer of at least 0, got {quoted(number)}")
@@ -117,6 +126,19 @@ class Round:
             raise UsageError(f"audit: expected True or False, got {quoted(audit)}")
         self._model: Params = {} if model is None else model
         self._gate = Gate(self._model, number, limits)
+        self._optimizer = server_optimizer
+        self._optimizer_state: Params = {} if optimizer_state is None else optimizer_state
+        if server_optimizer is not None:
+            if not isinstance(server_optimizer, ServerOptimizer):
+                raise UsageError(
+                    f"server_optimizer: expected a ServerOptimizer or None, "
+                    f"got {quoted(server_optimizer)}"
+                )
+            server_optimizer.check_state(ModelSpec.of(self._model), self._optimizer_state)
+        elif self._optimizer_state:
+            raise UsageError(
+                "optimizer_state: there is no server optimizer whose state it could be"
+            )
         if transfer is TransferType.DIFF and not self._model:
             raise UsageError("transfer: differences need a model that they are taken from")
         self._number = number
@@ -208,7 +230,12 @@ class Round:
 
     @classmethod
     def from_state(
-        cls, meta: Mapping[str, Any], arrays: Params, model: Params | None = None
+        cls,
+        meta: Mapping[str, Any],
+        arrays: Params,
+        model: Params | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        optimizer_state: Params | None = None,
     ) -> Round:
         """Go on with a round whose state was kept.
 
@@ -216,12 +243,15 @@ class Round:
             meta: The first part of `state`, as it was or as JSON gives it back.
             arrays: The second part.
             model: The model that the round began with; borrowed.
+            server_optimizer: Its server optimizer, if it has one.
+            optimizer_state: The state that the optimizer had when the round began; borrowed.
 
         Returns:
             An open round that goes on as the other would have, to the bit.
 
         Raises:
-            UsageError: The parts are no state of a round, or the model is another one.
+            UsageError: The parts are no state of a round, or the model is another one, or the
+                server optimizer or its state.
         """
         try:
             if meta["format"] != _STATE_FORMAT:
@@ -237,9 +267,16 @@ class Round:
                 transfer=None if transfer is None else TransferType(transfer),
                 limits=Limits(**meta["limits"]),
                 audit=meta.get("audit", False),
+                server_optimizer=server_optimizer,
+                optimizer_state=optimizer_state,
             )
             if meta["model"] != digest(fingerprints(round._model)):
                 raise UsageError("the round whose state this is began with another model")
+            if meta.get("optimizer") != round._optimizer_facts():
+                raise UsageError(
+                    "the round whose state this is began with another server optimizer, or with "
+                    "another state of it"
+                )
             keys = meta["keys"]
             if isinstance(keys, str) or not all(map(is_name, keys or ())):
                 raise TypeError(f"the keys {quoted(keys)}")
@@ -340,13 +377,15 @@ class Round:
         problem = None
         if enough:
             try:
-                model = self._average()
+                mean = self._average()
+                model, state = self._step(mean)
             except OutOfRange as error:
                 problem = str(error)
         else:
             problem = f"{len(accepted)} accepted where at least {self._min_updates} are needed"
         if problem is not None:
-            model = copy_params(self._model)
+            mean, state = copy_params(self._model), copy_params(self._optimizer_state)
+            model = mean
             problem = f"round {self._number}: {problem}; the model keeps its values"
         return Outcome(
             round=self._number,
@@ -358,8 +397,25 @@ class Round:
             enough=enough,
             problem=problem,
             skipped_metrics=tuple(sorted({n for r in accepted for n in r.skipped_metrics})),
-            audit=self._audited(model) if self._audit else None,
+            audit=self._audited(mean) if self._audit else None,
+            optimizer_state=state,
         )
+
+    def _step(
+        self, mean: dict[str, npt.NDArray[Any]]
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
+        """The next model, and the server optimizer's next state."""
+        optimizer = self._optimizer
+        if optimizer is None or optimizer.is_plain or not self._model:
+            return mean, {}
+        change = mean_change(self._mean, self._model, self._transfer)
+        return optimizer.update(self._model, mean, change, self._optimizer_state)
+
+    def _optimizer_facts(self) -> list[Any] | None:
+        """What tells one server optimizer with its state from another."""
+        if self._optimizer is None:
+            return None
+        return [self._optimizer.settings(), digest(fingerprints(self._optimizer_state))]
 
     def _audited(self, model: Params) -> Audit:
         return Audit(
@@ -399,6 +455,7 @@ class Round:
             "transfer": None if self._transfer is None else str(self._transfer),
             "limits": self._limits.to_json(),
             "audit": self._audit,
+            "optimizer": self._optimizer_facts(),
             "model": digest(fingerprints(self._model)),
             "keys": None if self._keys is None else sorted(self._keys),
             "receipts": [receipt.to_json() for receipt in self._receipts],
