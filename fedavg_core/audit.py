@@ -49,7 +49,6 @@ Source: TypeAlias = "Params | Callable[[], Params]"
 
 _FORMAT = 1
 _LINE = 200
-_SAME = "the same bits"
 _FIELDS = {
     "audit",
     "round",
@@ -225,8 +224,8 @@ def verify(audit: Audit, updates: Mapping[str, Source], base: Params | None = No
         updates: From what each is called, such as a file's path or the contributor's name, to its
             parameters, or to a function that loads them. A function is called twice, and one
             update is held at a time; what it raises of `FedAvgError` is told and not raised.
-        base: The model before the round; only read. Needed where the updates are differences;
-            where it is given, it is compared as well.
+        base: The model before the round; only read. Needed where the updates are differences.
+            Where it is given, it is compared; else its recorded fingerprints are believed.
 
     Returns:
         The verdict.
@@ -237,16 +236,7 @@ def verify(audit: Audit, updates: Mapping[str, Source], base: Params | None = No
     search = _Search(audit)
     for name, source in updates.items():
         search.look_at(name, source)
-    absent = [one.contributor for one in audit.accepted if one.contributor not in search.found]
-    wanted = set(absent)
-    changed, surplus = {}, []
-    for name in search.surplus:
-        contributor = next((one for one in _names(name) if one in wanted), None)
-        if contributor is None:
-            surplus.append(name)
-        else:
-            changed[contributor] = name
-    missing = [contributor for contributor in absent if contributor not in changed]
+    missing, changed, surplus = search.told_apart()
     lines = search.lines
     lines += [f"contributor {quoted(one)}: missing" for one in missing]
     lines += [
@@ -254,24 +244,25 @@ def verify(audit: Audit, updates: Mapping[str, Source], base: Params | None = No
         for one, name in changed.items()
     ]
     lines += [f"{_shown(name)}: surplus, for it was not offered in that round" for name in surplus]
-    differing = [] if base is None else _differing(audit.base, fingerprints(base))
-    lines += [f"key {quoted(key)}: the base is another one" for key in differing]
+    differing = {} if base is None else _differing(audit.base, fingerprints(base))
+    lines += [f"base, key {quoted(key)}: {what}" for key, what in differing.items()]
+    same = False
     told = "not replayed"
-    if not absent and not differing:
+    if not (missing or changed or differing):
         try:
-            again = _again(audit, search, base)
+            differing = _differing(audit.output, _again(audit, search, base))
         except FedAvgError as error:
             lines.append(f"the updates cannot be averaged: {one_line(error, _LINE)}")
         else:
-            differing = _differing(audit.output, again)
-            lines += [f"key {quoted(key)}: the mean has other bits" for key in differing]
-            told = f"other bits in {len(differing)} parameters" if differing else _SAME
+            lines += [f"model, key {quoted(key)}: {what}" for key, what in differing.items()]
+            same = not differing
+            told = "the same bits" if same else f"other bits in {len(differing)} parameters"
     lines.append(
         f"round {audit.round}: {told} (updates: {len(audit.accepted)}, "
         f"digest of the model: {digest(audit.output)})"
     )
     return Verdict(
-        same_bits=told == _SAME,
+        same_bits=same,
         lines=tuple(lines),
         missing=tuple(missing),
         changed=tuple(changed),
@@ -286,13 +277,14 @@ class _Search:
 
     def __init__(self, audit: Audit) -> None:
         self._averaged = frozenset(audit.averaged)
+        self._accepted = [receipt.contributor for receipt in audit.accepted]
         self._refused = {receipt.digest: receipt.reason for receipt in audit.refused}
         self._open: dict[str | None, list[str]] = {}
         for receipt in audit.accepted:
             self._open.setdefault(receipt.digest, []).append(receipt.contributor)
         self.found: dict[str, Source] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.surplus: list[str] = []
+        self._others: list[str] = []
         self.unread: list[str] = []
         self.lines: list[str] = []
 
@@ -314,7 +306,19 @@ class _Search:
         elif (sent := digest(whole)) in self._refused:
             self.lines.append(f"{_shown(name)}: was refused, as {self._refused[sent]}")
         else:
-            self.surplus.append(name)
+            self._others.append(name)
+
+    def told_apart(self) -> tuple[list[str], dict[str, str], list[str]]:
+        """The contributors who are missing, those whose update changed into which, what is left."""
+        missing = {one: True for one in self._accepted if one not in self.found}
+        changed, surplus = {}, []
+        for name in self._others:
+            contributor = next((one for one in _names(name) if missing.pop(one, False)), None)
+            if contributor is None:
+                surplus.append(name)
+            else:
+                changed[contributor] = name
+        return list(missing), changed, surplus
 
 
 def _again(audit: Audit, search: _Search, base: Params | None) -> Mapping[str, Fingerprint]:
@@ -351,8 +355,15 @@ def _loaded(source: Source) -> Params:
     return source() if callable(source) else source
 
 
-def _differing(recorded: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint]) -> list[str]:
-    return sorted(k for k in {**recorded, **found} if recorded.get(k) != found.get(k))
+def _differing(
+    recorded: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint]
+) -> dict[str, str]:
+    """The parameters that are not as recorded, and what is known of them."""
+    return {
+        key: f"recorded {recorded.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
+        for key in sorted({*recorded, *found})
+        if recorded.get(key) != found.get(key)
+    }
 
 
 def _names(name: str) -> tuple[str, str]:

@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from fedavg_core.blocks import flat
-from fedavg_core.model import ArraySpec, Params, check_array, dtype_named
+from fedavg_core.model import Params, check_array
 
 __all__ = ["Fingerprint", "digest", "fingerprints", "is_digest"]
 
 _RUN = 1 << 18
 _PREFIX = b"fedavg_core model, format 1\n"
 _DIGEST = re.compile("[0-9a-f]{64}")
+_DTYPE = re.compile("[a-z][a-z0-9_]{0,31}")
+_MOST_DIMENSIONS = 64
+_LONGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,13 @@ class Fingerprint:
         if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[1], list):
             raise TypeError("a fingerprint that is no list of a dtype, a shape and a digest")
         dtype, shape, sha256 = entry
-        if not all(type(length) is int and length >= 0 for length in shape):
+        if len(shape) > _MOST_DIMENSIONS or not all(
+            type(length) is int and 0 <= length < _LONGEST for length in shape
+        ):
             raise ValueError("a fingerprint whose shape is none")
-        if not isinstance(dtype, str) or not is_digest(sha256):
+        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not is_digest(sha256):
             raise ValueError("a fingerprint whose dtype or digest is none")
         return cls(dtype, tuple(shape), sha256)
-
-    def spec(self) -> ArraySpec:
-        """What a parameter of this fingerprint looks like.
-
-        Returns:
-            Its shape and dtype.
-
-        Raises:
-            UsageError: There is no such dtype here (see `dtype_named`).
-        """
-        return ArraySpec(self.shape, dtype_named(self.dtype))
 
 
 def fingerprints(params: Params) -> dict[str, Fingerprint]:
