@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -398,3 +402,212 @@ class TestByName:
         )
         assert outcome.model["w"].tolist() == [1.5, 1.5]
         assert Halfway().settings() == {"name": "halfway", "learning_rate": 1.0}
+
+
+def drift(params: Model, context: fc.Context) -> fc.TrainResult:
+    """A client whose every bit comes from its seed."""
+    source = np.random.default_rng(context.seed)
+    for array in params.values():
+        array += np.asarray(source.normal(size=array.shape)).astype(array.dtype)
+    return fc.TrainResult(params, int(source.integers(1, 100)))
+
+
+def federation(optimizer: ServerOptimizer | None, rounds: int = 5, **more: Any) -> fc.Federation:
+    clients = {f"site-{number}": drift for number in range(1, 7)}
+    return fc.Federation(
+        start(), clients, rounds, server_optimizer=optimizer, participation=4, **more
+    )
+
+
+class TestInAFederation:
+    """The state is kept from round to round, stored, and taken up again."""
+
+    @pytest.mark.parametrize("rule", RULES, ids=named)
+    def test_it_is_that_of_the_rounds_one_by_one(
+        self, rule: tuple[ServerOptimizer, Rule, float]
+    ) -> None:
+        fed, plain = federation(rule[0]), federation(None)
+        state: Mapping[str, Any] = {}
+        model = fed.model
+        for outcome in fed:
+            updates: list[Any] = [
+                (drift(fc.apply(model, {}), context_of(receipt, fed)).params, receipt.weight)
+                for receipt in outcome.accepted
+            ]
+            expected = close(
+                model, updates, outcome.round, server_optimizer=rule[0], optimizer_state=state
+            )  # fmt: skip
+            assert fc.same_bits(outcome.model, expected.model)
+            model, state = expected.model, expected.optimizer_state
+        plain.run()
+        assert not fc.same_bits(fed.model, plain.model)
+
+    @pytest.mark.parametrize("stop", range(1, 5))
+    @pytest.mark.parametrize("rule", RULES, ids=named)
+    def test_a_resumed_run_ends_with_the_same_bits(
+        self, tmp_path: Path, rule: tuple[ServerOptimizer, Rule, float], stop: int
+    ) -> None:
+        whole = federation(rule[0])
+        expected = whole.run()
+        for outcome in federation(rule[0], checkpoint=tmp_path):
+            if outcome.round + 1 == stop:
+                break
+        stored = fc.CheckpointStore(tmp_path).load().arrays
+        assert fc.same_bits(stored, expected[stop - 1].optimizer_state)
+        resumed = federation(rule[0], checkpoint=tmp_path, resume=True)
+        rest = resumed.run()
+        assert len(rest) == 5 - stop
+        assert fc.same_bits(resumed.model, whole.model)
+        assert fc.same_bits(rest[-1].optimizer_state, expected[-1].optimizer_state)
+
+    @pytest.mark.parametrize("transfer", fc.TransferType)
+    def test_in_line_on_threads_and_on_processes_the_bits_are_the_same(
+        self, transfer: fc.TransferType
+    ) -> None:
+        expected = federation(FedAdam(), transfer=transfer).run()[-1]
+        for executor in (ThreadPoolExecutor(3), ProcessPoolExecutor(2)):
+            with executor:
+                found = federation(FedAdam(), transfer=transfer, executor=executor).run()[-1]
+            assert fc.same_bits(found.model, expected.model)
+            assert fc.same_bits(found.optimizer_state, expected.optimizer_state)
+
+    @pytest.mark.parametrize("other", [None, FedYogi(), FedAdam(0.2)])
+    def test_another_optimizer_cannot_resume_a_run(
+        self, tmp_path: Path, other: ServerOptimizer | None
+    ) -> None:
+        federation(FedAdam(), 1, checkpoint=tmp_path).run()
+        with pytest.raises(fc.UsageError, match="expected a run with server_optimizer "):
+            federation(other, 2, checkpoint=tmp_path, resume=True)
+
+    def test_a_checkpoint_with_another_state_is_an_error(self, tmp_path: Path) -> None:
+        federation(FedAdam(), 1, checkpoint=tmp_path).run()
+        store = fc.CheckpointStore(tmp_path)
+        found = store.load()
+        arrays = {**found.arrays, "momentum/w": np.zeros(2)}
+        path = store.save(replace(found, arrays=arrays))
+        with pytest.raises(fc.CheckpointError, match="'momentum/w': expected finite float64") as e:
+            federation(FedAdam(), 2, checkpoint=tmp_path, resume=True)
+        assert e.value.path == path
+
+    def test_what_is_no_optimizer_is_a_usage_error(self) -> None:
+        other: Any = "fedadam"
+        with pytest.raises(fc.UsageError, match="server_optimizer: expected a ServerOptimizer or"):
+            federation(other)
+        with pytest.raises(fc.UsageError, match="optimizer_state: there is no server optimizer"):
+            fc.Round(start(), 0, optimizer_state={"momentum/w": np.zeros((4, 3))})
+
+
+def context_of(receipt: fc.Receipt, fed: fc.Federation) -> fc.Context:
+    seed = fc.contributor_seed(0, receipt.round, receipt.contributor)
+    return fc.Context(receipt.contributor, 0, 6, receipt.round, 5, seed)
+
+
+class TestAnOpenRound:
+    """It can go on in another process."""
+
+    def test_it_goes_on_to_the_same_bits(self) -> None:
+        model, updates = start(), updates_of(start(), 1)
+        state = close(model, updates_of(model, 7), server_optimizer=FedAdam()).optimizer_state
+        settings: dict[str, Any] = {"server_optimizer": FedAdam(), "optimizer_state": state}
+        expected = close(model, updates, **settings)
+        half = fc.Round(model, 0, transfer=fc.TransferType.FULL, **settings)
+        half.offer(fc.Update("site-0", 0, *updates[0]))
+        meta, arrays = half.state()
+        rest = fc.Round.from_state(json.loads(json.dumps(meta)), arrays, model, **settings)
+        for index in (1, 2):
+            rest.offer(fc.Update(f"site-{index}", 0, *updates[index]))
+        found = rest.close()
+        assert fc.same_bits(found.model, expected.model)
+        assert fc.same_bits(found.optimizer_state, expected.optimizer_state)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"server_optimizer": FedAdam(0.2)},
+            {"server_optimizer": FedAdam(), "optimizer_state": {"momentum/w": np.ones((4, 3))}},
+        ],
+    )
+    def test_another_optimizer_cannot_go_on_with_it(self, settings: dict[str, Any]) -> None:
+        model = start()
+        meta, arrays = fc.Round(model, 0, server_optimizer=FedAdam()).state()
+        fc.Round.from_state(meta, arrays, model, server_optimizer=FedAdam())
+        with pytest.raises(fc.UsageError, match="began with another server optimizer, or with"):
+            fc.Round.from_state(meta, arrays, model, **settings)
+
+    def test_the_audit_is_of_the_mean(self) -> None:
+        model = {"w": np.zeros(2, np.float32)}
+        updates: list[tuple[Model, int]] = [({"w": np.ones(2, np.float32)}, 1)]
+        plain = close(model, updates, audit=True)
+        found = close(model, updates, audit=True, server_optimizer=FedAvg(0.5))
+        assert found.model["w"].tolist() == [0.5, 0.5]
+        assert found.audit == plain.audit
+
+
+class TestFlower:
+    """The steps of Flower's strategies, where it is installed."""
+
+    @pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+    def test_the_steps_are_the_same_to_the_bit(self, name: str) -> None:
+        pytest.importorskip("flwr")
+        common = importlib.import_module("flwr.common")
+        strategies = importlib.import_module("flwr.server.strategy")
+        # Few bits, so that Flower's own sums and differences are exact.
+        source = np.random.default_rng(11)
+        model = {"w": source.integers(-64, 64, (4, 3)) / 8, "b": source.integers(-64, 64, 5) / 8}
+        initial = common.ndarrays_to_parameters(list(model.values()))
+        theirs = {
+            "fedavgm": lambda: strategies.FedAvgM(
+                initial_parameters=initial, server_learning_rate=0.5, server_momentum=0.7
+            ),
+            "fedadagrad": lambda: strategies.FedAdagrad(
+                initial_parameters=initial, eta=0.3, tau=0.01
+            ),
+            "fedadam": lambda: strategies.FedAdam(
+                initial_parameters=initial, eta=0.3, beta_1=0.8, beta_2=0.95, tau=0.01
+            ),
+            "fedyogi": lambda: strategies.FedYogi(
+                initial_parameters=initial, eta=0.3, beta_1=0.8, beta_2=0.95, tau=0.01
+            ),
+        }[name]()
+        # Flower's second moment begins with zero.
+        state: Mapping[str, Any] = {f"second_moment/{k}": a * 0 for k, a in model.items()}
+        if name == "fedavgm":
+            state = {}
+        for number in range(1, 6):
+            ours = {
+                "fedavgm": FedAvgM(0.5, momentum=0.7),
+                "fedadagrad": FedAdagrad(0.3, tau=0.01),
+                # Flower's rate for the round is corrected for Adam's bias.
+                "fedadam": FedAdam(
+                    0.3 * np.sqrt(1 - np.power(0.95, number + 1.0)).item()
+                    / (1 - np.power(0.8, number + 1.0)).item(),
+                    beta1=0.8, beta2=0.95, tau=0.01,
+                ),
+                "fedyogi": FedYogi(0.3, beta1=0.8, beta2=0.95, tau=0.01),
+            }[name]  # fmt: skip
+            updates = [
+                {k: np.round(a * 8) / 8 + source.integers(-9, 9, a.shape) for k, a in model.items()}
+                for _ in range(4)
+            ]
+            results = [
+                (
+                    None,
+                    common.FitRes(
+                        status=common.Status(code=common.Code.OK, message=""),
+                        parameters=common.ndarrays_to_parameters(list(update.values())),
+                        num_examples=4,
+                        metrics={},
+                    ),
+                )
+                for update in updates
+            ]
+            parameters, _ = theirs.aggregate_fit(number, results, [])
+            expected = common.parameters_to_ndarrays(parameters)
+            outcome = close(
+                model, [(update, 4) for update in updates],
+                server_optimizer=ours, optimizer_state=state,
+            )  # fmt: skip
+            model, state = outcome.model, outcome.optimizer_state
+            for key, wanted in zip(model, expected, strict=True):
+                assert fc.same_bits({key: model[key]}, {key: wanted})
