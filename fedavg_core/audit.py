@@ -180,6 +180,8 @@ class Audit:
             raise ValueError("a contributor has two receipts for an update that was added")
         if accepted and transfer is None:
             raise ValueError("updates that were added, and no transfer type")
+        if transfer is TransferType.DIFF and not base:
+            raise ValueError("differences, and no model that they are taken from")
         if base and (
             not base.keys() >= set(averaged)
             or {key: (one.dtype, one.shape) for key, one in base.items()}
