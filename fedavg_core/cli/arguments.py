@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -13,7 +14,16 @@ from fedavg_core.errors import UsageError, quoted
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-__all__ = ["Parser", "Subparsers", "byte_count", "check_new", "fraction", "weights", "whole"]
+__all__ = [
+    "Parser",
+    "Subparsers",
+    "byte_count",
+    "check_new",
+    "fraction",
+    "package_version",
+    "weights",
+    "whole",
+]
 
 _PATH_LENGTH = 300
 _SIZE = re.compile(r"([0-9]{1,18})(?:([KMGT]?)(i?)B)?", re.IGNORECASE | re.ASCII)
@@ -90,6 +100,14 @@ def weights(text: str) -> list[float]:
                 f"expected numbers with commas between them, got {quoted(text)}"
             ) from None
     return found
+
+
+def package_version() -> str:
+    """The version of this package."""
+    try:
+        return version("fedavg-core")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def check_new(path: Path, force: bool) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from fedavg_core.errors import quoted
 
@@ -93,9 +93,9 @@ def print_line(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def print_json(value: Any) -> None:
-    """Print JSON, one line."""
-    print(json.dumps(value, allow_nan=False), flush=True)
+def print_json(value: Any, file: TextIO | None = None) -> None:
+    """Print JSON, one line; to standard output if no other file is given."""
+    print(json.dumps(value, allow_nan=False), file=file, flush=True)
 
 
 @contextlib.contextmanager

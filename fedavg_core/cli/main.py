@@ -11,12 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from fedavg_core.cli import look, make
-from fedavg_core.cli.arguments import Parser
+from fedavg_core.cli import look, make, run
+from fedavg_core.cli.arguments import Parser, package_version
 from fedavg_core.cli.console import say
 from fedavg_core.errors import FedAvgError, one_line
 
@@ -43,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = int(read.run(read))
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        say("interrupted")
+    except KeyboardInterrupt as interruption:
+        say(str(interruption) or "interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read the output has seen enough. What is still buffered goes nowhere.
@@ -65,18 +64,11 @@ def _parser() -> Parser:
     parser = Parser(
         prog="fedavg", description="Federated averaging with an exact, order-independent mean."
     )
-    parser.add_argument("--version", action="version", version=f"fedavg-core {_version()}")
+    parser.add_argument("--version", action="version", version=f"fedavg-core {package_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (make, look):
+    for module in (run, make, look):
         module.add_commands(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("fedavg-core")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _failed(problem: str) -> int:
