@@ -7,11 +7,13 @@ other, each from its first element to its last, which is how every kind of file 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.cli.console import Progress
@@ -21,7 +23,7 @@ from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.safetensors import SafetensorsWriter, aligned
 
-__all__ = ["check_suffix", "opened", "pieces", "spec_of", "write_order", "writer"]
+__all__ = ["check_suffix", "load_model", "opened", "pieces", "spec_of", "write_order", "writer"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -63,6 +65,28 @@ def spec_of(file: ModelFile) -> ModelSpec:
     return ModelSpec(
         {key: ArraySpec(layout.shape, layout.dtype) for key, layout in layouts.items()}
     )
+
+
+def load_model(path: Path) -> dict[str, Array]:
+    """Read a model whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its arrays, as new memory.
+
+    Raises:
+        CheckpointError: It is not there, or is damaged.
+        UsageError: It holds something else than arrays of real numbers.
+    """
+    with opened(path) as (file,):
+        result = {}
+        for key, spec in spec_of(file).items():
+            size = math.prod(spec.shape)
+            values = file.read({key: (0, size)})[key] if size else np.empty(0, spec.dtype)
+            result[key] = values.reshape(spec.shape)
+        return result
 
 
 def pieces(

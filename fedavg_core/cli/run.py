@@ -81,6 +81,7 @@ def add_commands(commands: Subparsers) -> None:
         metavar="DIR",
         help="the run's folder (default: a new one in fedavg-runs)",
     )
+    add("--audit", action="store_true", help="write what fedavg verify needs, a file a round")
     add("--resume", action="store_true", help="go on with the run that is in the folder")
     add("--json", action="store_true", help="print a JSON object a round, instead of a table")
     parser.set_defaults(run=_run)
@@ -100,6 +101,7 @@ def _run(read: argparse.Namespace) -> int:
         transfer=TransferType(read.transfer.upper()),
         accumulator=read.accumulator,
         seed=read.seed,
+        audit=read.audit,
         executor=watch,
         in_flight=1,
         evaluate=None
@@ -183,6 +185,9 @@ class _Recorder(Observer):
         """Write the line of a round; as `stop_when`, which is asked before the checkpoint."""
         self.record = self._watch.record(outcome)
         append_round(self._folder, self.record)
+        if outcome.audit is not None:
+            with replacing(self._folder / f"audit-{outcome.round:08d}.json") as file:
+                file.write(outcome.audit.to_text().encode())
         self.problems.append(outcome.problem)
         return False
 
