@@ -16,7 +16,7 @@
 """
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
-from fedavg_core.audit import Audit, Verdict, verify
+from fedavg_core.audit import Audit
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, save_checkpoint
 from fedavg_core.client import (
     Client,
@@ -39,6 +39,7 @@ from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compa
 from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.replay import Verdict, verify
 from fedavg_core.round import Round, RoundState
 from fedavg_core.server_optimizer import (
     FedAdagrad,

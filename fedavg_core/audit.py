@@ -2,53 +2,34 @@
 
 A round that was asked for it ends with an `Audit`: which updates came, in which order, and what
 became of each, with the digest of its parameters; how they were averaged; and the fingerprint of
-each parameter of the model before and after. It holds no values of parameters.
+each parameter of the model before and after, and of the server optimizer's state where there is
+one. It holds no values of parameters. `fedavg_core.replay` says what can be done with it.
 
-    outcome = fc.Federation(model, clients, rounds=1, audit=True).run()[0]
+    outcome = fc.Round(model, number, audit=True).close()
     text = outcome.audit.to_text()  # JSON, for a file
-    verdict = fc.verify(fc.Audit.from_text(text), {"site-1": params, "site-2.npz": load}, model)
-    verdict.same_bits  # whether the recorded model is their mean
-    verdict.lines  # what is missing, changed, surplus or different, and last the verdict
+    audit = fc.Audit.from_text(text)
 
-Updates are told apart by their digests (see `fedavg_core.digest`), cut down to the parameters that
-were averaged, as the round did it. What they are called decides nothing; but where one that was not
-in the round is named after a contributor whose update is missing, that update is said to have
-changed.
-
-What a verdict says:
-
-* The same bits: the recorded updates with the recorded weights give the recorded model. With the
-  exact accumulator that holds on any machine. With the others the updates are added in the order
-  in which they were, and it holds where float64 and float32 are those of IEEE 754.
-* Nothing about a refusal. It is on record, with its reason; but most reasons (the sender, the
-  round, the weight) do not show in the parameters.
-* Nothing about who wrote the audit. Its checksum finds damage; against forgery it takes a signature
-  of the text.
+The text has a checksum, which finds damage. It does not say who wrote the text; for that it takes a
+signature of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
-from fedavg_core.accumulator import Accumulator, WeightedMean
-from fedavg_core.digest import Fingerprint, digest, fingerprints
-from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, one_line, quoted
-from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
+from fedavg_core.accumulator import Accumulator
+from fedavg_core.digest import Fingerprint
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.receipt import Receipt
 from fedavg_core.update import TransferType
 
-__all__ = ["Audit", "Verdict", "verify"]
-
-Source: TypeAlias = "Params | Callable[[], Params]"
-"""The parameters of an update, or what loads them."""
+__all__ = ["Audit"]
 
 _FORMAT = 1
-_LINE = 200
 _FIELDS = {
     "audit",
     "round",
@@ -59,6 +40,9 @@ _FIELDS = {
     "base",
     "receipts",
     "output",
+    "optimizer",
+    "state",
+    "output_state",
     "checksum",
 }
 
@@ -77,6 +61,9 @@ class Audit:
         base: The model before, by the fingerprints of its parameters; empty if there was none.
         receipts: What became of each update, in the order of arrival, with its digest.
         output: The model after, likewise.
+        optimizer: The settings of the server optimizer; None if the mean is the model after.
+        state: The optimizer's state before, like the models.
+        output_state: Its state after.
     """
 
     round: int
@@ -87,6 +74,9 @@ class Audit:
     base: Mapping[str, Fingerprint] = field(hash=False)
     receipts: tuple[Receipt, ...]
     output: Mapping[str, Fingerprint] = field(hash=False)
+    optimizer: Mapping[str, Any] | None = field(default=None, hash=False)
+    state: Mapping[str, Fingerprint] = field(default_factory=dict, hash=False)
+    output_state: Mapping[str, Fingerprint] = field(default_factory=dict, hash=False)
 
     @property
     def accepted(self) -> tuple[Receipt, ...]:
@@ -111,9 +101,12 @@ class Audit:
             "accumulator": self.accumulator,
             "min_updates": self.min_updates,
             "averaged": list(self.averaged),
-            "base": {key: one.to_json() for key, one in self.base.items()},
+            "base": _to_json(self.base),
             "receipts": [receipt.to_json() for receipt in self.receipts],
-            "output": {key: one.to_json() for key, one in self.output.items()},
+            "output": _to_json(self.output),
+            "optimizer": None if self.optimizer is None else dict(self.optimizer),
+            "state": _to_json(self.state),
+            "output_state": _to_json(self.output_state),
         }
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
@@ -166,9 +159,9 @@ class Audit:
         averaged = meta["averaged"]
         if not isinstance(averaged, list) or averaged != sorted({str(key) for key in averaged}):
             raise ValueError("the names of what was averaged are not sorted names")
-        base, output = (
-            {key: Fingerprint.from_json(one) for key, one in meta[model].items()}
-            for model in ("base", "output")
+        base, output, state, output_state = (
+            {key: Fingerprint.from_json(one) for key, one in meta[arrays].items()}
+            for arrays in ("base", "output", "state", "output_state")
         )
         receipts = tuple(Receipt.from_json(entry, round) for entry in meta["receipts"])
         if [receipt.to_json() for receipt in receipts] != meta["receipts"]:
@@ -188,193 +181,29 @@ class Audit:
             != {key: (one.dtype, one.shape) for key, one in output.items()}
         ):
             raise ValueError("the models before and after have other parameters")
+        optimizer = meta["optimizer"]
+        if optimizer is None:
+            if state or output_state:
+                raise ValueError("a state, and no server optimizer whose state it could be")
+        elif not isinstance(optimizer, dict) or not isinstance(optimizer.get("name"), str):
+            raise ValueError("a server optimizer without a name")
         return cls(
-            round, transfer, meta["accumulator"], least, tuple(averaged), base, receipts, output
+            round,
+            transfer,
+            meta["accumulator"],
+            least,
+            tuple(averaged),
+            base,
+            receipts,
+            output,
+            optimizer,
+            state,
+            output_state,
         )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a replay of a round found.
-
-    Attributes:
-        same_bits: Whether the updates that were given have, averaged as recorded, the bits of the
-            recorded model.
-        lines: What there is to say, one line of printable text each; the last is the verdict.
-        missing: The contributors of recorded updates that are neither here nor changed.
-        changed: The contributors whose update is here by its name, and is another.
-        surplus: The names of other updates that were given, and of which the record has nothing.
-        unread: The names of those that could not be read.
-        differing: The parameters whose bits are others than those recorded; of the base, if that
-            is another one, else of the mean.
-    """
-
-    same_bits: bool
-    lines: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    surplus: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
-    differing: tuple[str, ...] = ()
-
-
-def verify(audit: Audit, updates: Mapping[str, Source], base: Params | None = None) -> Verdict:
-    """Average the updates of a round again, and compare.
-
-    Args:
-        audit: What the round recorded.
-        updates: From what each is called, such as a file's path or the contributor's name, to its
-            parameters, or to a function that loads them. A function is called twice, and one
-            update is held at a time; what it raises of `FedAvgError` is told and not raised.
-        base: The model before the round; only read. Needed where the updates are differences.
-            Where it is given, it is compared; else its recorded fingerprints are believed.
-
-    Returns:
-        The verdict.
-
-    Raises:
-        RefusedUpdate: The base is no model.
-    """
-    search = _Search(audit)
-    for name, source in updates.items():
-        search.look_at(name, source)
-    missing, changed, surplus = search.told_apart()
-    lines = search.lines
-    lines += [f"contributor {quoted(one)}: missing" for one in missing]
-    lines += [
-        f"contributor {quoted(one)}: changed, for {_shown(name)} is another update"
-        for one, name in changed.items()
-    ]
-    lines += [f"{_shown(name)}: surplus, for it was not offered in that round" for name in surplus]
-    differing = {} if base is None else _differing(audit.base, fingerprints(base))
-    lines += [f"base, key {quoted(key)}: {what}" for key, what in differing.items()]
-    same = False
-    told = "not replayed"
-    if not (missing or changed or differing):
-        try:
-            differing = _differing(audit.output, _again(audit, search, base))
-        except FedAvgError as error:
-            lines.append(f"the updates cannot be averaged: {one_line(error, _LINE)}")
-        else:
-            lines += [f"model, key {quoted(key)}: {what}" for key, what in differing.items()]
-            same = not differing
-            told = "the same bits" if same else f"other bits in {len(differing)} parameters"
-    lines.append(
-        f"round {audit.round}: {told} (updates: {len(audit.accepted)}, "
-        f"digest of the model: {digest(audit.output)})"
-    )
-    return Verdict(
-        same_bits=same,
-        lines=tuple(lines),
-        missing=tuple(missing),
-        changed=tuple(changed),
-        surplus=tuple(surplus),
-        unread=tuple(search.unread),
-        differing=tuple(differing),
-    )
-
-
-class _Search:
-    """Finds, for each recorded update, the one that was given for it."""
-
-    def __init__(self, audit: Audit) -> None:
-        self._averaged = frozenset(audit.averaged)
-        self._accepted = [receipt.contributor for receipt in audit.accepted]
-        self._refused = {receipt.digest: receipt.reason for receipt in audit.refused}
-        self._open: dict[str | None, list[str]] = {}
-        for receipt in audit.accepted:
-            self._open.setdefault(receipt.digest, []).append(receipt.contributor)
-        self.found: dict[str, Source] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._others: list[str] = []
-        self.unread: list[str] = []
-        self.lines: list[str] = []
-
-    def look_at(self, name: str, source: Source) -> None:
-        """Find out which recorded update this is, if any."""
-        try:
-            whole = fingerprints(_loaded(source))
-        except FedAvgError as error:
-            self.unread.append(name)
-            self.lines.append(f"{_shown(name)}: not read, {one_line(error, _LINE)}")
-            return
-        brought = {key: one for key, one in whole.items() if key in self._averaged}
-        alike = self._open.get(digest(brought))
-        if alike:
-            contributor = next((one for one in _names(name) if one in alike), alike[0])
-            alike.remove(contributor)
-            self.found[contributor] = source
-            self.shapes.update({key: one.shape for key, one in brought.items()})
-        elif (sent := digest(whole)) in self._refused:
-            self.lines.append(f"{_shown(name)}: was refused, as {self._refused[sent]}")
-        else:
-            self._others.append(name)
-
-    def told_apart(self) -> tuple[list[str], dict[str, str], list[str]]:
-        """The contributors who are missing, those whose update changed into which, what is left."""
-        missing = {one: True for one in self._accepted if one not in self.found}
-        changed, surplus = {}, []
-        for name in self._others:
-            contributor = next((one for one in _names(name) if missing.pop(one, False)), None)
-            if contributor is None:
-                surplus.append(name)
-            else:
-                changed[contributor] = name
-        return list(missing), changed, surplus
-
-
-def _again(audit: Audit, search: _Search, base: Params | None) -> Mapping[str, Fingerprint]:
-    """What the model of the round must be, from the updates that were found."""
-    accepted = audit.accepted
-    if len(accepted) < audit.min_updates:
-        return audit.base
-    spec = None
-    if audit.base:
-        # Shapes are those of arrays that are here: what the audit claims asks for no memory.
-        spec = ModelSpec(
-            {
-                key: ArraySpec(shape, dtype_named(audit.base[key].dtype))
-                for key, shape in search.shapes.items()
-            }
-        )
-    mean = WeightedMean(spec, accumulator=audit.accumulator)
-    for receipt in accepted:
-        params = _loaded(search.found[receipt.contributor])
-        averaged = {key: params[key] for key in audit.averaged if key in params}
-        mean.add(averaged, receipt.weight or 0)
-    before = None
-    if audit.transfer is TransferType.DIFF:
-        if base is None:
-            raise UsageError("they are differences, and the base is not here")
-        before = {key: base[key] for key in mean.keys}
-    try:
-        return {**audit.base, **fingerprints(mean.mean(before))}
-    except OutOfRange:
-        return audit.base
-
-
-def _loaded(source: Source) -> Params:
-    return source() if callable(source) else source
-
-
-def _differing(
-    recorded: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint]
-) -> dict[str, str]:
-    """The parameters that are not as recorded, and what is known of them."""
-    return {
-        key: f"recorded {recorded.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
-        for key in sorted({*recorded, *found})
-        if recorded.get(key) != found.get(key)
-    }
-
-
-def _names(name: str) -> tuple[str, str]:
-    """The contributors after whom an update of this name may be named."""
-    return name, PurePath(name).stem
-
-
-def _shown(name: str) -> str:
-    return quoted(name, _LINE)
+def _to_json(found: Mapping[str, Fingerprint]) -> dict[str, Any]:
+    return {key: one.to_json() for key, one in found.items()}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Round:
             for models like this one, which is reset and used, so that its memory serves many
             rounds.
         audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
-            the model before and after.
+            the model and the optimizer's state before and after.
         server_optimizer: What makes the next model of the mean; None: the mean is the next model.
         optimizer_state: The state that its last step gave; None or empty at first. Borrowed like
             the model.
@@ -377,15 +377,13 @@ class Round:
         problem = None
         if enough:
             try:
-                mean = self._average()
-                model, state = self._step(mean)
+                model, state = self._step(self._average())
             except OutOfRange as error:
                 problem = str(error)
         else:
             problem = f"{len(accepted)} accepted where at least {self._min_updates} are needed"
         if problem is not None:
-            mean, state = copy_params(self._model), copy_params(self._optimizer_state)
-            model = mean
+            model, state = copy_params(self._model), copy_params(self._optimizer_state)
             problem = f"round {self._number}: {problem}; the model keeps its values"
         return Outcome(
             round=self._number,
@@ -397,7 +395,7 @@ class Round:
             enough=enough,
             problem=problem,
             skipped_metrics=tuple(sorted({n for r in accepted for n in r.skipped_metrics})),
-            audit=self._audited(mean) if self._audit else None,
+            audit=self._audited(model, state) if self._audit else None,
             optimizer_state=state,
         )
 
@@ -417,7 +415,7 @@ class Round:
             return None
         return [self._optimizer.settings(), digest(fingerprints(self._optimizer_state))]
 
-    def _audited(self, model: Params) -> Audit:
+    def _audited(self, model: Params, state: Params) -> Audit:
         return Audit(
             round=self._number,
             transfer=self._transfer,
@@ -427,6 +425,9 @@ class Round:
             base=fingerprints(self._model),
             receipts=tuple(self._receipts),
             output=fingerprints(model),
+            optimizer=None if self._optimizer is None else self._optimizer.settings(),
+            state=fingerprints(self._optimizer_state),
+            output_state=fingerprints(state),
         )
 
     def _average(self) -> dict[str, npt.NDArray[Any]]:

@@ -6,11 +6,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fedavg_core.audit import Audit, verify
+from fedavg_core.audit import Audit
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
 from fedavg_core.cli.model_stream import load_model
 from fedavg_core.errors import CheckpointError, UsageError
+from fedavg_core.replay import verify
 
 __all__ = ["add_commands"]
 
