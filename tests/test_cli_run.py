@@ -108,6 +108,25 @@ def test_the_accumulator_is_the_one_asked_for(
     assert fc.same_bits(final(tmp_path / "run"), wanted.model)
 
 
+@pytest.mark.parametrize("text", ["fedadam", "fedyogi:learning_rate=0.5, tau=0.25", "fedavg"])
+def test_the_server_optimizer_is_the_one_asked_for_and_goes_on_after_a_stop(
+    training: Path, tmp_path: Path, capsys: Capture, text: str
+) -> None:
+    folder = tmp_path / "run"
+    shared = ["run", training, "--clients", 4, "--checkpoint", folder, "--resume"]
+    for rounds in (2, 4):
+        assert run(capsys, *shared, "--rounds", rounds, "--optimizer", text)[0] == 0
+    wanted = {
+        "fedadam": fc.FedAdam(),
+        "fedyogi": fc.FedYogi(learning_rate=0.5, tau=0.25),
+        "fedavg": fc.FedAvg(),
+    }[text.partition(":")[0]]
+    assert fc.same_bits(final(folder), in_memory(training, server_optimizer=wanted).model)
+    assert read_settings(folder)["optimizer"] == wanted.settings()
+    if text != "fedavg":
+        assert "to resume" in fails(capsys, *shared, "--rounds", 5)
+
+
 def test_the_record_tells_what_happened(training: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "run"
     given = ["--clients", 3, "--rounds", 2, "--checkpoint", folder]
@@ -481,6 +500,10 @@ def test_an_evaluation_that_fails_is_one_line(
             "argument --fraction: expected a fraction above 0 and up",
         ),
         (["t.py", "--transfer", "x"], "argument --transfer: invalid choice: 'x'"),
+        (["t.py", "--optimizer", "x"], "argument --optimizer: server optimizer: expected one of "),
+        (["t.py", "--optimizer", "fedadam:x=1"], "argument --optimizer: server optimizer fedadam:"),
+        (["t.py", "--optimizer", "fedadam:tau"], "argument --optimizer: expected settings as name"),
+        (["t.py", "--optimizer", "fedadam:tau=0"], "argument --optimizer: tau: expected a finite "),
         (["t.py", "--resume"], "--resume: expected --checkpoint DIR as well"),
         (["t.py", "--checkpoint", "t.py"], "--checkpoint: expected a folder, got t.py"),
         (["t.py", "--checkpoint", "t.py", "--resume"], "--checkpoint: expected a folder, got t.py"),

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeAlias
 
 from fedavg_core.cli.console import say
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -20,6 +21,7 @@ __all__ = [
     "byte_count",
     "check_new",
     "fraction",
+    "optimizer",
     "package_version",
     "weights",
     "whole",
@@ -100,6 +102,24 @@ def weights(text: str) -> list[float]:
                 f"expected numbers with commas between them, got {quoted(text)}"
             ) from None
     return found
+
+
+def optimizer(text: str) -> ServerOptimizer:
+    """A server optimizer, such as ``fedadam`` or ``fedadam:learning_rate=0.03,tau=0.01``."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in rest.split(",") if rest else ():
+        setting, _, value = part.partition("=")
+        try:
+            settings[setting.strip()] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected settings as name=number with commas between them, got {quoted(part)}"
+            ) from None
+    try:
+        return optimizer_named(name, **settings)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def package_version() -> str:

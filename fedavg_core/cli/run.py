@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fedavg_core.checkpoint import replacing
-from fedavg_core.cli.arguments import Subparsers, fraction, package_version, whole
+from fedavg_core.cli.arguments import Subparsers, fraction, optimizer, package_version, whole
 from fedavg_core.cli.console import name_shown, open_console, print_json, print_line, printable
 from fedavg_core.cli.run_log import (
     RoundRecord,
@@ -74,6 +74,13 @@ def add_commands(commands: Subparsers) -> None:
         default="exact",
         help="the arithmetic of the mean (default: %(default)s)",
     )
+    add(
+        "--optimizer",
+        type=optimizer,
+        metavar="NAME[:SETTING=NUMBER,...]",
+        help="what the server makes of the mean: fedavg, fedavgm, fedadagrad, fedadam or fedyogi, "
+        "such as fedadam:learning_rate=0.03 (default: the mean is the next model)",
+    )
     add("--seed", type=whole(0), default=0, help="of all that is random (default: %(default)s)")
     add(
         "--checkpoint",
@@ -102,6 +109,7 @@ def _run(read: argparse.Namespace) -> int:
         accumulator=read.accumulator,
         seed=read.seed,
         audit=read.audit,
+        server_optimizer=read.optimizer,
         executor=watch,
         in_flight=1,
         evaluate=None
@@ -170,6 +178,7 @@ class _Recorder(Observer):
             {
                 "training_file": read.train.name,
                 **settings,
+                "optimizer": None if read.optimizer is None else read.optimizer.settings(),
                 "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "versions": {
                     "fedavg-core": package_version(),
