@@ -7,13 +7,16 @@
 * arithmetic: `weighted_mean`, `WeightedMean`, `diff`, `apply`
 * one round, without input or output: `Round`, `Update`, `Receipt`, `Outcome`, `Limits`
 * a whole federation in this process: `Federation`, `Context`, `TrainResult`
+* how the global model follows the mean: `optimizer_named`, `FedAdam` and others
 * files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`; `aggregate_files`
   for models larger than memory
 * models: `ModelSpec`, `compare`, `same_bits`
+* what a round did, and whether it did: `Audit`, `verify`, `Verdict`
 * for tests of your own: the subpackage `fedavg_core.testing`
 """
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.audit import Audit
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, save_checkpoint
 from fedavg_core.client import (
     Client,
@@ -36,12 +39,23 @@ from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compa
 from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.replay import Verdict, verify
 from fedavg_core.round import Round, RoundState
+from fedavg_core.server_optimizer import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    ServerOptimizer,
+    optimizer_named,
+)
 from fedavg_core.transfer import apply, diff
 from fedavg_core.update import TransferType, Update
 
 __all__ = [
     "ArraySpec",
+    "Audit",
     "Best",
     "Checkpoint",
     "CheckpointError",
@@ -49,7 +63,12 @@ __all__ = [
     "Client",
     "Context",
     "Failure",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
     "FedAvgError",
+    "FedAvgM",
+    "FedYogi",
     "Federation",
     "KeyDifference",
     "Limits",
@@ -63,10 +82,12 @@ __all__ = [
     "RefusedUpdate",
     "Round",
     "RoundState",
+    "ServerOptimizer",
     "TrainResult",
     "TransferType",
     "Update",
     "UsageError",
+    "Verdict",
     "WeightedMean",
     "aggregate_files",
     "apply",
@@ -75,7 +96,9 @@ __all__ = [
     "contributor_seed",
     "diff",
     "load_checkpoint",
+    "optimizer_named",
     "same_bits",
     "save_checkpoint",
+    "verify",
     "weighted_mean",
 ]

@@ -48,7 +48,7 @@ from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import ExactSums, Sums
 from fedavg_core.weight import Weight, exact_weight, is_whole, weight_from_text, weight_text
 
-__all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
+__all__ = ["Accumulator", "WeightedMean", "check_base", "check_update", "weighted_mean"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
@@ -184,7 +184,7 @@ class WeightedMean:
         known = dict(self._books.spec)
         for given, weight in updates:
             exact = exact_weight(weight)
-            params = self._check(given, known)
+            params = check_update(given, known, self._fixed)
             known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
             terms.append((params, exact))
         self._apply(terms, 1)
@@ -203,7 +203,7 @@ class WeightedMean:
         """
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
-        params = self._check(params, self._books.spec)
+        params = check_update(params, self._books.spec, self._fixed)
         for key in params:
             left = self._books.weights.get(key, 0) - exact
             if left < 0 or self._books.count == 0:
@@ -281,15 +281,7 @@ class WeightedMean:
                 raise UsageError("expected at least one update before the mean, got none")
             targets = {key: self._books.spec[key] for key in self.keys}
             return self._sums.means(targets, self._books.weights, None)
-        targets = dict(ModelSpec.of(base))
-        for key in self.keys:
-            if key not in targets:
-                raise UsageError(f"key {quoted(key)}: the base does not have it")
-            if targets[key].shape != self._books.spec[key].shape:
-                raise UsageError(
-                    f"key {quoted(key)}: expected a base of shape {self._books.spec[key].shape}, "
-                    f"got {targets[key].shape}"
-                )
+        targets = check_base(base, self.keys, self._books.spec)
         brought = {key: targets[key] for key in targets if self._books.weights.get(key)}
         means = self._sums.means(brought, self._books.weights, base)
         kept = copy_params({key: base[key] for key in targets if key not in means})
@@ -418,33 +410,6 @@ class WeightedMean:
             )
         return self._sums
 
-    def _check(self, params: Params, spec: Mapping[str, ArraySpec]) -> dict[str, Array]:
-        """Refuse what can be refused without reading the values; read the mapping, once."""
-        if not isinstance(params, Mapping):
-            raise RefusedUpdate(
-                Reason.DTYPE,
-                expected="a mapping from names to arrays",
-                got=f"a {type(params).__name__}",
-            )
-        params = dict(params)
-        if not params:
-            raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
-        for key, value in params.items():
-            array = check_array(key, value)
-            known = spec.get(key)
-            if known is None and self._fixed:
-                raise RefusedUpdate(
-                    Reason.UNEXPECTED_KEYS,
-                    key=key,
-                    expected="parameters of the model",
-                    got="another",
-                )
-            if known is not None and array.shape != known.shape:
-                raise RefusedUpdate(
-                    Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
-                )
-        return params
-
     def _apply(self, terms: Sequence[tuple[Params, Weight]], sign: int) -> None:
         """Add checked terms, or take them away."""
         spec, weights = dict(self._books.spec), dict(self._books.weights)
@@ -486,6 +451,71 @@ class WeightedMean:
                 "expected a whole sum, got one that was interrupted while it was changed, "
                 "and could not be had back: reset the accumulator"
             )
+
+
+def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> dict[str, Array]:
+    """Refuse what can be refused without reading the values; read the mapping, once.
+
+    Args:
+        params: What came for an update; only read.
+        spec: What is known of the parameters.
+        fixed: Whether it may have no others.
+
+    Returns:
+        The entries of ``params``; the arrays are borrowed.
+
+    Raises:
+        RefusedUpdate: It is not fit to be added, whatever its values.
+    """
+    if not isinstance(params, Mapping):
+        raise RefusedUpdate(
+            Reason.DTYPE,
+            expected="a mapping from names to arrays",
+            got=f"a {type(params).__name__}",
+        )
+    params = dict(params)
+    if not params:
+        raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
+    for key, value in params.items():
+        array = check_array(key, value)
+        known = spec.get(key)
+        if known is None and fixed:
+            raise RefusedUpdate(
+                Reason.UNEXPECTED_KEYS, key=key, expected="parameters of the model", got="another"
+            )
+        if known is not None and array.shape != known.shape:
+            raise RefusedUpdate(
+                Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
+            )
+    return params
+
+
+def check_base(
+    base: Params, keys: Iterable[str], spec: Mapping[str, ArraySpec]
+) -> dict[str, ArraySpec]:
+    """See that the mean of some updates can be added to a base.
+
+    Args:
+        base: The base; its values are not read.
+        keys: The parameters that some update brought.
+        spec: What they look like.
+
+    Returns:
+        What the base looks like.
+
+    Raises:
+        UsageError: It lacks one of them, or has it in another shape.
+    """
+    targets = dict(ModelSpec.of(base))
+    for key in keys:
+        if key not in targets:
+            raise UsageError(f"key {quoted(key)}: the base does not have it")
+        if targets[key].shape != spec[key].shape:
+            raise UsageError(
+                f"key {quoted(key)}: expected a base of shape {spec[key].shape}, "
+                f"got {targets[key].shape}"
+            )
+    return targets
 
 
 def weighted_mean(

@@ -51,6 +51,7 @@ from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
 from fedavg_core.round import Round
+from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
 
 __all__ = [
@@ -113,6 +114,8 @@ class Federation:
         stop_when: Given an outcome, says whether to stop after it.
         limits: What is asked of an update.
         accumulator: The arithmetic of the mean.
+        audit: Whether each outcome shall have an `Audit`.
+        server_optimizer: What makes the next model of the mean; None: the mean is the next model.
         observers: Are told what happens, in this order.
         checkpoint: A folder to store the run in; None to store nothing.
         checkpoint_every: Store each so many-th round; the last and the best are stored anyway.
@@ -147,6 +150,8 @@ class Federation:
         stop_when: Callable[[Outcome], bool] | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator = "exact",
+        audit: bool = False,
+        server_optimizer: ServerOptimizer | None = None,
         observers: Sequence[Observer] = (),
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
@@ -197,6 +202,9 @@ class Federation:
         self._stop_when = stop_when
         self._limits = limits
         self._accumulator: Accumulator = accumulator
+        self._audit = audit
+        self._optimizer = server_optimizer
+        self._optimizer_state: Params = {}
         self._mean: WeightedMean | None = None
         self._observers = tuple(observers)
         self._checkpoint_every = checkpoint_every
@@ -208,6 +216,8 @@ class Federation:
             transfer=transfer,
             limits=limits,
             accumulator=accumulator,
+            audit=audit,
+            server_optimizer=server_optimizer,
         )
         if min_updates > self._selected:
             raise UsageError(
@@ -278,6 +288,9 @@ class Federation:
             transfer=self._transfer,
             limits=self._limits,
             accumulator=self._sums(),
+            audit=self._audit,
+            server_optimizer=self._optimizer,
+            optimizer_state=self._optimizer_state,
         )
         failed = []
         tasks = ((self._clients[name], self._context(name)) for name in selected)
@@ -296,6 +309,7 @@ class Federation:
         outcome = replace(round.close(), failed=tuple(failed))
         outcome = replace(outcome, evaluation=self._evaluation(outcome))
         self._model = copy_params(outcome.model)
+        self._optimizer_state = outcome.optimizer_state
         self._next += 1
         is_best = self._track(outcome)
         self._stopped = self._reason_to_stop(outcome)
@@ -373,6 +387,7 @@ class Federation:
             "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
             "monitor": self._monitor,
             "mode": self._mode,
+            "server_optimizer": None if self._optimizer is None else self._optimizer.settings(),
         }
 
     def _save(self, outcome: Outcome, is_best: bool) -> None:
@@ -390,6 +405,7 @@ class Federation:
                     "waited": self._waited,
                     "stopped": self._stopped,
                 },
+                arrays=self._optimizer_state,
                 best=is_best,
             )
         )
@@ -422,6 +438,12 @@ class Federation:
                 "it does not tell as a federation does how the run was going: "
                 f"waited {quoted(waited)}, stopped {quoted(stopped)}, best {quoted(marked)}",
             )
+        try:
+            if self._optimizer is not None:
+                self._optimizer.check_state(ModelSpec.of(found.model), found.arrays)
+        except UsageError as error:
+            raise CheckpointError(store.paths()[-1], str(error)) from None
+        self._optimizer_state = found.arrays
         self._waited = waited
         self._stopped = stopped
         if marked is not None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedavg_core.model import Params
 
-__all__ = ["norm_above"]
+__all__ = ["norm_above", "norm_of_difference"]
 
 _BLOCK = 1 << 16
 
@@ -47,6 +47,29 @@ def norm_above(params: Params, base: Params, limit: float) -> float | None:
     except OverflowError:
         total = math.inf
     return None if total <= (limit * scale) ** 2 else math.sqrt(total) / scale
+
+
+def norm_of_difference(params: Params, base: Params) -> float:
+    """The norm of the difference between two models.
+
+    Args:
+        params: The one; only read.
+        base: The other, with the same shapes; only read. A parameter that it lacks is zero there.
+
+    Returns:
+        The norm over all parameters of ``params`` together. It is NaN or infinite where an element
+        is, and infinite where a square is beyond the largest float64; squares that float64 does not
+        tell from zero do not count. Deterministic.
+    """
+    parts = [
+        part
+        for key, array in params.items()
+        for part in _block_sums_of_squares(array, base.get(key), 1.0)
+    ]
+    try:
+        return math.sqrt(math.fsum(parts))
+    except OverflowError:
+        return math.inf
 
 
 def _block_sums_of_squares(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.blocks import Block, Buffers, Segment, flat, load
-from fedavg_core.errors import Reason, RefusedUpdate, quoted
+from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, quoted
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.sums import Sums, Term, base_not_finite, not_finite
 from fedavg_core.weight import Weight
@@ -88,13 +88,12 @@ class PlainSums(Sums[Array]):
             block, total = self._blocks[number]
             for values, exponent in load(block, params, params, buffers):
                 product = buffers.scratch.product.view(self._dtype)[: block.size]
-                scale = self._dtype.type(factor * 2.0**exponent)
                 with np.errstate(over="ignore", invalid="ignore"):
+                    scale = self._dtype.type(factor * 2.0**exponent)
                     np.multiply(values, scale, out=product, casting="same_kind")
                     np.add(total, product, out=total)
 
-        with np.errstate(over="ignore"):
-            self._each_block(work)
+        self._each_block(work)
 
     def reset(self) -> None:
         """See `Sums.reset`."""
@@ -117,7 +116,8 @@ class PlainSums(Sums[Array]):
         return np.zeros(size, self._dtype)
 
     def _add_piece(self, total: Array, at: slice, other: Array, of: slice) -> None:
-        total[at] += other[of]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total[at] += other[of]
 
     def _divide(
         self,
@@ -130,6 +130,11 @@ class PlainSums(Sums[Array]):
     ) -> int:
         _, total, segments = part
         number, offset = spec.number, 0
+        if weight > float(np.finfo(self._dtype).max):
+            raise OutOfRange(
+                f"key {quoted(segments[0].key)}: the sum of the weights is beyond the largest "
+                f"number of {self._dtype}"
+            )
         for segment in segments:
             place = slice(offset, offset + segment.size)
             with np.errstate(over="ignore", invalid="ignore"):
@@ -160,7 +165,10 @@ def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
 
 def _first_not_finite(values: Array) -> int:
     """The position of the first NaN or infinity, or -1."""
-    if values.dtype in (np.float32, np.float64) and np.isfinite(np.dot(values, values)):
-        return -1  # a sum of squares can only be finite if they all are
+    if values.dtype in (np.float32, np.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.dot(values, values)
+        if np.isfinite(squares):
+            return -1  # a sum of squares can only be finite if they all are
     fine = np.isfinite(values)
     return -1 if fine.all() else int(np.argmin(fine))

@@ -24,29 +24,33 @@ Rules that hold at any time:
   parameter that nobody sent, or that is excluded, keeps its value. With fewer accepted updates
   than `min_updates`, or where the mean is larger than the dtype's largest number, the whole model
   keeps its values, and the outcome says why.
+* With a server optimizer the outcome's model is its step from there towards the mean. A round that
+  keeps the model keeps the optimizer's state as well.
 * The model that the round began with is only read, and shares no memory with the outcome's.
 
 A round without a model takes FULL updates only; the first accepted update to bring a parameter
-says what it looks like, and the outcome's model has every parameter that came.
+says what it looks like, and the outcome's model has every parameter that came. There is nothing
+to step from, so it is their mean.
 
 The idea of a protocol without I/O, with its transitions in a table, is that of h11.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.audit import Audit
+from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
-from fedavg_core.model import Params, copy_params
+from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
+from fedavg_core.server_optimizer import ServerOptimizer, mean_change
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
@@ -85,6 +89,11 @@ class Round:
         accumulator: How to add: ``"exact"``, ``"float64"`` or ``"float32"``; or a `WeightedMean`
             for models like this one, which is reset and used, so that its memory serves many
             rounds.
+        audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
+            the model and the optimizer's state before and after.
+        server_optimizer: What makes the next model of the mean; None: the mean is the next model.
+        optimizer_state: The state that its last step gave; None or empty at first. Borrowed like
+            the model.
 
     Raises:
         UsageError: An argument has no meaning.
@@ -99,6 +108,9 @@ class Round:
         transfer: TransferType | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator | WeightedMean = "exact",
+        audit: bool = False,
+        server_optimizer: ServerOptimizer | None = None,
+        optimizer_state: Params | None = None,
     ) -> None:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UsageError(f"number: expected an integer of at least 0, got {quoted(number)}")
@@ -110,14 +122,30 @@ class Round:
             raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
         if not isinstance(limits, Limits):
             raise UsageError(f"limits: expected a Limits, got {quoted(limits)}")
+        if not isinstance(audit, bool):
+            raise UsageError(f"audit: expected True or False, got {quoted(audit)}")
         self._model: Params = {} if model is None else model
         self._gate = Gate(self._model, number, limits)
+        self._optimizer = server_optimizer
+        self._optimizer_state: Params = {} if optimizer_state is None else optimizer_state
+        if server_optimizer is not None:
+            if not isinstance(server_optimizer, ServerOptimizer):
+                raise UsageError(
+                    f"server_optimizer: expected a ServerOptimizer or None, "
+                    f"got {quoted(server_optimizer)}"
+                )
+            server_optimizer.check_state(ModelSpec.of(self._model), self._optimizer_state)
+        elif self._optimizer_state:
+            raise UsageError(
+                "optimizer_state: there is no server optimizer whose state it could be"
+            )
         if transfer is TransferType.DIFF and not self._model:
             raise UsageError("transfer: differences need a model that they are taken from")
         self._number = number
         self._min_updates = min_updates
         self._transfer = transfer
         self._limits = limits
+        self._audit = audit
         self._status = RoundState.OPEN
         self._receipts: list[Receipt] = []
         self._contributors: set[str] = set()
@@ -202,7 +230,12 @@ class Round:
 
     @classmethod
     def from_state(
-        cls, meta: Mapping[str, Any], arrays: Params, model: Params | None = None
+        cls,
+        meta: Mapping[str, Any],
+        arrays: Params,
+        model: Params | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        optimizer_state: Params | None = None,
     ) -> Round:
         """Go on with a round whose state was kept.
 
@@ -210,12 +243,15 @@ class Round:
             meta: The first part of `state`, as it was or as JSON gives it back.
             arrays: The second part.
             model: The model that the round began with; borrowed.
+            server_optimizer: Its server optimizer, if it has one.
+            optimizer_state: The state that the optimizer had when the round began; borrowed.
 
         Returns:
             An open round that goes on as the other would have, to the bit.
 
         Raises:
-            UsageError: The parts are no state of a round, or the model is another one.
+            UsageError: The parts are no state of a round, or the model is another one, or the
+                server optimizer or its state.
         """
         try:
             if meta["format"] != _STATE_FORMAT:
@@ -230,9 +266,17 @@ class Round:
                 min_updates=meta["min_updates"],
                 transfer=None if transfer is None else TransferType(transfer),
                 limits=Limits(**meta["limits"]),
+                audit=meta.get("audit", False),
+                server_optimizer=server_optimizer,
+                optimizer_state=optimizer_state,
             )
-            if meta["model"] != _digest(round._model):
+            if meta["model"] != digest(fingerprints(round._model)):
                 raise UsageError("the round whose state this is began with another model")
+            if meta.get("optimizer") != round._optimizer_facts():
+                raise UsageError(
+                    "the round whose state this is began with another server optimizer, or with "
+                    "another state of it"
+                )
             keys = meta["keys"]
             if isinstance(keys, str) or not all(map(is_name, keys or ())):
                 raise TypeError(f"the keys {quoted(keys)}")
@@ -261,6 +305,8 @@ class Round:
             problem = "a contributor has two receipts for an update that was added"
         elif bool(self._mean.keys) != bool(added):
             problem = f"{added} updates were added, of {len(self._mean.keys)} parameters"
+        elif self._audit and not all(receipt.digest for receipt in self.accepted):
+            problem = "a receipt for an update that was added, without its digest"
         if problem is not None:
             raise UsageError(f"this is no state of a round: {problem}")
 
@@ -275,6 +321,7 @@ class Round:
             contribution = self._gate.judge(
                 update, accepted=self._contributors, transfer=self._transfer, keys=self._keys
             )
+            added = digest(fingerprints(contribution.params)) if self._audit else None
             try:
                 self._mean.add(contribution.params, contribution.weight)
             except RefusedUpdate as refusal:
@@ -297,6 +344,7 @@ class Round:
             weight=contribution.weight,
             metrics=contribution.metrics,
             skipped_metrics=skipped,
+            digest=added,
         )
         self._receipts.append(receipt)
         return receipt
@@ -318,6 +366,7 @@ class Round:
             accepted=False,
             reason=refusal.reason,
             detail=str(refusal),
+            digest=_digest_of_refused(update.params) if self._audit else None,
         )
         self._receipts.append(receipt)
         return receipt
@@ -328,13 +377,13 @@ class Round:
         problem = None
         if enough:
             try:
-                model = self._average()
+                model, state = self._step(self._average())
             except OutOfRange as error:
                 problem = str(error)
         else:
             problem = f"{len(accepted)} accepted where at least {self._min_updates} are needed"
         if problem is not None:
-            model = copy_params(self._model)
+            model, state = copy_params(self._model), copy_params(self._optimizer_state)
             problem = f"round {self._number}: {problem}; the model keeps its values"
         return Outcome(
             round=self._number,
@@ -346,6 +395,39 @@ class Round:
             enough=enough,
             problem=problem,
             skipped_metrics=tuple(sorted({n for r in accepted for n in r.skipped_metrics})),
+            audit=self._audited(model, state) if self._audit else None,
+            optimizer_state=state,
+        )
+
+    def _step(
+        self, mean: dict[str, npt.NDArray[Any]]
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
+        """The next model, and the server optimizer's next state."""
+        optimizer = self._optimizer
+        if optimizer is None or optimizer.is_plain or not self._model:
+            return mean, {}
+        change = mean_change(self._mean, self._model, self._transfer)
+        return optimizer.update(self._model, mean, change, self._optimizer_state)
+
+    def _optimizer_facts(self) -> list[Any] | None:
+        """What tells one server optimizer with its state from another."""
+        if self._optimizer is None:
+            return None
+        return [self._optimizer.settings(), digest(fingerprints(self._optimizer_state))]
+
+    def _audited(self, model: Params, state: Params) -> Audit:
+        return Audit(
+            round=self._number,
+            transfer=self._transfer,
+            accumulator=self._mean.accumulator,
+            min_updates=self._min_updates,
+            averaged=tuple(sorted(self._gate.spec if self._model else self._mean.keys)),
+            base=fingerprints(self._model),
+            receipts=tuple(self._receipts),
+            output=fingerprints(model),
+            optimizer=None if self._optimizer is None else self._optimizer.settings(),
+            state=fingerprints(self._optimizer_state),
+            output_state=fingerprints(state),
         )
 
     def _average(self) -> dict[str, npt.NDArray[Any]]:
@@ -373,7 +455,9 @@ class Round:
             "min_updates": self._min_updates,
             "transfer": None if self._transfer is None else str(self._transfer),
             "limits": self._limits.to_json(),
-            "model": _digest(self._model),
+            "audit": self._audit,
+            "optimizer": self._optimizer_facts(),
+            "model": digest(fingerprints(self._model)),
             "keys": None if self._keys is None else sorted(self._keys),
             "receipts": [receipt.to_json() for receipt in self._receipts],
             "mean": mean,
@@ -394,12 +478,9 @@ _TRANSITIONS: dict[tuple[RoundState, _Event], tuple[Callable[..., Any], RoundSta
 }
 
 
-def _digest(model: Params) -> str:
-    """A digest of every bit of a model: names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for key in sorted(model):
-        native = np.ascontiguousarray(model[key], model[key].dtype.newbyteorder("<"))
-        head = f"{key!r} {native.dtype.name} {model[key].shape}\n"
-        digest.update(head.encode("utf-8", "surrogatepass"))
-        digest.update(native.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _digest_of_refused(params: Any) -> str | None:
+    """The digest of what a contributor sent, which may be anything; None if it is no model."""
+    try:
+        return digest(fingerprints(params))
+    except Exception:  # a foreign mapping may fail in any way
+        return None

@@ -10,6 +10,7 @@ difference of two small integers may be negative or large.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
 from fedavg_core.errors import OutOfRange, UsageError, quoted
-from fedavg_core.model import ModelSpec, Params
+from fedavg_core.model import ArraySpec, ModelSpec, Params
 
-__all__ = ["apply", "diff"]
+__all__ = ["apply", "diff", "diff_spec"]
 
 
 def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
@@ -37,18 +38,35 @@ def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
         UsageError: The base lacks a parameter or has it in another shape or dtype.
         OutOfRange: A difference is beyond the largest number of its dtype.
     """
-    expected, got = ModelSpec.of(base), ModelSpec.of(local)
-    result: dict[str, npt.NDArray[Any]] = {}
-    for key, spec in got.items():
-        if key not in expected:
+    diff_spec(ModelSpec.of(local), ModelSpec.of(base))
+    return {key: _difference(key, array, base[key]) for key, array in local.items()}
+
+
+def diff_spec(local: Mapping[str, ArraySpec], base: Mapping[str, ArraySpec]) -> ModelSpec:
+    """What the difference of two models looks like.
+
+    Args:
+        local: The model, or some of its parameters.
+        base: The model it started from.
+
+    Returns:
+        The parameters of ``local``, in its order; integers as int64.
+
+    Raises:
+        UsageError: The base lacks a parameter or has it in another shape or dtype.
+    """
+    result = {}
+    for key, spec in local.items():
+        if key not in base:
             raise UsageError(f"key {quoted(key)}: the base does not have it")
-        if spec != expected[key]:
+        if spec != base[key]:
             raise UsageError(
-                f"key {quoted(key)}: expected {expected[key].dtype}{list(expected[key].shape)} "
+                f"key {quoted(key)}: expected {base[key].dtype}{list(base[key].shape)} "
                 f"as in the base, got {spec.dtype}{list(spec.shape)}"
             )
-        result[key] = _difference(key, local[key], base[key])
-    return result
+        whole = spec.number.kind == "integer"
+        result[key] = ArraySpec(spec.shape, np.dtype(np.int64) if whole else spec.dtype)
+    return ModelSpec(result)
 
 
 def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:

@@ -123,10 +123,6 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     read.path = _DIGITS if read.train_script is None else Path(read.train_script)
     if not read.path.is_file() or read.path.suffix != ".py":
         parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
-    needed = {"rich": "cli"} | ({"nvflare": "nvflare"} if read.backend == "simulator" else {})
-    missing = {package: needed[package] for package in needed if find_spec(package) is None}
-    if missing:
-        parser.error(not_installed(missing))
     if read.output is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
         read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
@@ -137,6 +133,10 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if read.backend == "simulator" and shlex.split(path) != [path]:
             expected = "a path without spaces and quotes, as NVFlare's simulator needs"
             parser.error(f"expected {expected}, got {quoted(path, 300)}")
+    needed = {"rich": "cli"} | ({"nvflare": "nvflare"} if read.backend == "simulator" else {})
+    missing = {package: needed[package] for package in needed if find_spec(package) is None}
+    if missing:
+        parser.error(not_installed(missing))
     return read
 
 

@@ -1,17 +1,22 @@
 # mypy: disable-error-code="misc"
-"""NVFlare's aggregators over the core's round, for its ScatterAndGather controller.
+"""NVFlare's aggregators over the core's round, for either of its controllers.
 
 `FedAvgAggregator` opens a `fedavg_core.Round` when a round starts, offers it each client's result,
-and hands the controller the whole new model when the round is closed. It judges nothing itself.
+and hands the controller the whole new model when the round is closed. It judges nothing itself. It
+has two faces: ``accept`` and ``aggregate`` for ScatterAndGather, and ``accept_model`` and
+``aggregate_model`` for the FedAvg controller, so that the recipes that run it, PyTorch's included,
+take the exact mean by ``aggregator=FedAvgAggregator()``.
 
 `CustomAggregator` stands in for an aggregator of the user's, an ``Aggregator`` or a
-``ModelAggregator``, which is a component of its own and is found by its id. It adds what that
-controller withholds from one: a contributor's name, and shelter for the round.
+``ModelAggregator``, which is a component of its own and is found by its id. It adds what
+ScatterAndGather withholds from one: a contributor's name, and shelter for the round.
 
 What NVFlare makes of an answer decides what may be answered here:
 
 * An exception out of ``accept`` ends the round at once, without the clients still to come, and the
   job is counted as a success. So ``accept`` never raises: it answers False and logs one line.
+* The FedAvg controller does not look at what ``accept_model`` answers, so that one raises to
+  refuse: there an exception costs one client's update, and a line of the log.
 * An exception out of ``aggregate`` ends the job. It is let through where the user's own code fails;
   a round with too few updates is no failure, but keeps the model and says so.
 * ``accept`` runs on NVFlare's callback threads, ``aggregate`` and ``reset`` on another, and a late
@@ -25,6 +30,8 @@ They are therefore kept as they were given, and made use of when the run starts.
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,14 +46,17 @@ from nvflare.app_common.app_event_type import AppEventType
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.errors import one_line, quoted
-from fedavg_core.outcome import Failure
 from nvflare_adapter import convert
-from nvflare_adapter.report import report_of_outcome
+from nvflare_adapter.dtypes import plain
+from nvflare_adapter.report import report_of_outcome, statistics
 
 __all__ = ["CustomAggregator", "FedAvgAggregator"]
 
+# NVFlare has had a name for it since 2.9.
+_STATISTICS = getattr(AppConstants, "AGGREGATION_STATS", "_aggregation_stats")
 
-class FedAvgAggregator(Aggregator):
+
+class FedAvgAggregator(ModelAggregator):
     """The exact weighted mean of what the clients send.
 
     Args:
@@ -54,18 +64,29 @@ class FedAvgAggregator(Aggregator):
             are refused.
         min_updates: How many accepted updates it takes to change the model.
         accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
+        limits: What else is asked of an update: the fields of `fedavg_core.Limits`, by name.
+        aggregation_weights: From a contributor's name to a factor of its weights; 1 for others.
     """
 
     def __init__(
-        self, transfer: str = "FULL", min_updates: int = 1, accumulator: Accumulator = "exact"
+        self,
+        transfer: str = "FULL",
+        min_updates: int = 1,
+        accumulator: Accumulator = "exact",
+        limits: Mapping[str, Any] | None = None,
+        aggregation_weights: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
+        Aggregator.__init__(self)
+        ModelAggregator.__init__(self)
         self.transfer = transfer
         self.min_updates = min_updates
         self.accumulator = accumulator
+        self.limits = limits
+        self.aggregation_weights = aggregation_weights
         self._lock = threading.Lock()
         self._round: fc.Round | None = None
-        self._failed: dict[str, Failure] = {}
+        self._failed: dict[str, fc.Failure] = {}
+        self._received: Counter[str] = Counter()
         self._mean: fc.WeightedMean | None = None
         self._spec: fc.ModelSpec | None = None
 
@@ -76,13 +97,16 @@ class FedAvgAggregator(Aggregator):
             event_type: NVFlare's name of the event.
             fl_ctx: Its context.
         """
+        if event_type in (AppEventType.ROUND_STARTED, AppEventType.BEFORE_AGGREGATION):
+            self.fl_ctx = fl_ctx
         if event_type == AppEventType.ROUND_STARTED:
             with self._lock:
-                self._round, self._failed = self._open(fl_ctx), {}
+                self._round = self._open(fl_ctx)
+                self._failed, self._received = {}, Counter()
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
         model = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
-        spec = fc.ModelSpec.of(model)
+        spec = self._asked().averaged(fc.ModelSpec.of(model))
         if model and spec != self._spec:
             self._mean, self._spec = fc.WeightedMean(spec, accumulator=self.accumulator), spec
         return fc.Round(
@@ -90,8 +114,12 @@ class FedAvgAggregator(Aggregator):
             fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
             min_updates=self.min_updates,
             transfer=fc.TransferType(self.transfer),
+            limits=self._asked(),
             accumulator=self._mean if model and self._mean is not None else self.accumulator,
         )
+
+    def _asked(self) -> fc.Limits:
+        return fc.Limits(**(self.limits or {}))
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Offer a client's result to the round, or note that the client has failed.
@@ -104,32 +132,56 @@ class FedAvgAggregator(Aggregator):
             Whether it is in the mean. If not, one line of the log says why, and the sums are as
             they were, to the bit.
         """
+        problem = self._take(shareable, fl_ctx)
+        if problem is not None:
+            self.log_warning(fl_ctx, problem)
+        return problem is None
+
+    def accept_model(self, model: Any) -> None:
+        """Offer a client's result to the round, for the FedAvg controller.
+
+        Args:
+            model: The result, as an ``FLModel``; its arrays are read and not kept.
+
+        Raises:
+            FedAvgError: It is not in the mean; the message says why.
+        """
+        number = None if self._round is None else self._round.number
+        problem = self._take(convert.message_from_fl_model(model, number), self.fl_ctx)
+        if problem is not None:
+            raise fc.FedAvgError(problem)
+
+    def _take(self, message: Shareable, fl_ctx: FLContext) -> str | None:
+        """Judge a client's result; say in one line why it is not in the mean, if it is not."""
         try:
-            failure = convert.failure_from_message(shareable, fl_ctx)
-            update = convert.update_from_message(shareable, fl_ctx)
+            answer = convert.answer_from_message(message, fl_ctx)
             with self._lock:
                 if self._round is None:
-                    self.log_warning(
-                        fl_ctx, f"refused {quoted(update.contributor)}: no round is open"
-                    )
-                    return False
-                if failure is not None and failure.round == self._round.number:
-                    self._failed[failure.contributor] = failure
-                    self.log_warning(fl_ctx, f"{failure.contributor} failed: {failure.problem}")
-                    return False
-                receipt = self._round.offer(update)
+                    return f"refused {quoted(answer.contributor)}: no round is open"
+                if isinstance(answer, fc.Failure):
+                    if answer.round == self._round.number:
+                        self._failed[answer.contributor] = answer
+                        return f"{answer.contributor} failed: {answer.problem}"
+                    answer = fc.Update(answer.contributor, answer.round, params={}, weight=1)
+                receipt = self._round.offer(self._weighted(answer))
+                if receipt.accepted:
+                    self._received.update(k for k in answer.params if isinstance(k, str))
         except Exception as error:  # an exception here would end the round for everyone
-            self.log_error(fl_ctx, f"refused: {one_line(error)}")
-            return False
-        if not receipt.accepted:
-            self.log_warning(fl_ctx, f"refused: {receipt.detail}")
-        return bool(receipt.accepted)
+            return f"refused: {one_line(error)}"
+        return None if receipt.accepted else f"refused: {receipt.detail}"
+
+    def _weighted(self, update: fc.Update) -> fc.Update:
+        factor = (self.aggregation_weights or {}).get(update.contributor)
+        weight = plain(update.weight)
+        if factor is None or isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return update
+        return replace(update, weight=weight * factor)
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
         """Close the round.
 
         Args:
-            fl_ctx: The context.
+            fl_ctx: The context; the round's statistics are put there.
 
         Returns:
             The whole new model and the report of the round; the model of before where there were
@@ -143,9 +195,22 @@ class FedAvgAggregator(Aggregator):
                 raise fc.UsageError("aggregate: no round is open")
             failed = (self._failed[name] for name in fc.contributor_order(self._failed))
             outcome = replace(self._round.close(), failed=tuple(failed))
+            told = statistics(outcome, self._received, self._asked())
         if outcome.problem is not None:
             self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
-        return convert.result_from_model(outcome.model, report_of_outcome(outcome))
+        fl_ctx.set_prop(_STATISTICS, told, private=True, sticky=False)
+        return convert.result_from_model(outcome.model, {"report": report_of_outcome(outcome)})
+
+    def aggregate_model(self) -> Any:
+        """Close the round, for the FedAvg controller.
+
+        Returns:
+            What `aggregate` gives, as an ``FLModel``.
+
+        Raises:
+            UsageError: No round is open.
+        """
+        return convert.fl_model_from_result(self.aggregate(self.fl_ctx))
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget the round; the memory of its sums is kept for the next.
@@ -155,6 +220,9 @@ class FedAvgAggregator(Aggregator):
         """
         with self._lock:
             self._round = None
+
+    def reset_stats(self) -> None:
+        """Nothing: the FedAvg controller asks for it when the new round is open already."""
 
 
 class CustomAggregator(Aggregator):
@@ -206,21 +274,21 @@ class CustomAggregator(Aggregator):
         """
         name = None
         try:
-            name, number = convert.origin_of(shareable, fl_ctx)
+            answer = convert.answer_from_message(shareable, fl_ctx)
+            name, number = answer.contributor, answer.round
             with self._lock:
                 if number != self._number or number is None:
                     raise fc.UsageError(
                         f"expected a result for round {self._number}, got one for {quoted(number)}"
                     )
-                failure = convert.failure_from_message(shareable, fl_ctx)
-                if failure is not None:
-                    self.log_warning(fl_ctx, f"{failure.contributor} failed: {failure.problem}")
+                if isinstance(answer, fc.Failure):
+                    self.log_warning(fl_ctx, f"{name} failed: {answer.problem}")
                     return False
-                convert.restore_dtypes(shareable)
+                model = convert.named_fl_model(shareable, fl_ctx)
                 if not isinstance(self._inner, ModelAggregator):
                     return bool(self._inner.accept(shareable, fl_ctx))
                 self._inner.fl_ctx = fl_ctx
-                self._inner.accept_model(convert.named_fl_model(shareable, fl_ctx))
+                self._inner.accept_model(model)
         except Exception as error:  # an exception here would end the round for everyone
             self.log_warning(fl_ctx, f"refused {quoted(name)}: {one_line(error)}")
             return False

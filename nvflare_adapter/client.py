@@ -123,6 +123,4 @@ def serve(train: fc.Client) -> None:
         answer = train_one(train, model, context, transfer, retries=0)
         if isinstance(answer, Failure):
             _log.error("failed in round %d: %s", answer.round, answer.problem)
-            flare.send(convert.failure_to_fl_model(answer, transfer))
-        else:
-            flare.send(convert.update_to_fl_model(answer))
+        flare.send(convert.answer_to_fl_model(answer, transfer))

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_constant import ReservedKey
@@ -32,34 +31,31 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 import fedavg_core as fc
 from fedavg_core.errors import quoted
 from fedavg_core.gate import is_name
-from fedavg_core.outcome import Failure
 from nvflare_adapter.assignment import Assignment
-from nvflare_adapter.dtypes import pack, unpack
+from nvflare_adapter.dtypes import finite, pack, plain, unpack
 
 __all__ = [
+    "answer_from_message",
+    "answer_to_fl_model",
     "assignment_of",
-    "failure_from_message",
-    "failure_to_fl_model",
+    "extra_of",
+    "fl_model_from_result",
     "learnable",
+    "message_from_fl_model",
     "message_from_model",
     "model_from_message",
     "model_from_result",
     "model_of",
     "named_fl_model",
-    "origin_of",
-    "report_of",
-    "restore_dtypes",
     "result_from_fl_model",
     "result_from_model",
-    "update_from_message",
-    "update_to_fl_model",
 ]
 
 _ASSIGNMENT = "fedavg.assignment"
 _DTYPES = "fedavg.dtypes"
 _FAILURE = "fedavg.failure"
-_REPORT = "fedavg.report"
-_LINE_LENGTH = 200
+_EXTRA = "fedavg.extra"
+_LINE = 200
 _TRANSFER_TYPES = {"WEIGHTS": fc.TransferType.FULL, "WEIGHT_DIFF": fc.TransferType.DIFF}
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -112,61 +108,38 @@ def assignment_of(message: FLModel) -> Assignment:
     return Assignment(**told)
 
 
-def _plain(value: object) -> object:
-    """A metric as something that NVFlare can send; what is no number does not count anyway."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if isinstance(value, (bool, int, float, str)) else quoted(value)
-
-
-def update_to_fl_model(update: fc.Update) -> FLModel:
+def answer_to_fl_model(answer: fc.Update | fc.Failure, transfer: fc.TransferType) -> FLModel:
     """What a client sends back.
 
     Args:
-        update: Its update; the arrays are borrowed until they are sent.
-
-    Returns:
-        The argument for NVFlare's client API, which takes no difference from what is one.
-    """
-    params, dtypes = pack(update.params)
-    return FLModel(
-        params_type=ParamsType(update.transfer.value),
-        params=params,
-        metrics={str(name): _plain(value) for name, value in update.metrics.items()},
-        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: _plain(update.weight), _DTYPES: dtypes},
-    )
-
-
-def failure_to_fl_model(failure: Failure, transfer: fc.TransferType) -> FLModel:
-    """What a client sends back that has failed.
-
-    Args:
-        failure: Why.
+        answer: Its update, whose arrays are borrowed until they are sent, or why it has failed.
         transfer: What it was to send.
 
     Returns:
-        The argument for NVFlare's client API, without arrays.
+        The argument for NVFlare's client API, which takes no difference from what is one. That of
+        a failure is without arrays.
     """
-    return FLModel(ParamsType(transfer.value), {}, meta={_FAILURE: failure.problem})
+    kind = ParamsType(transfer.value)
+    if isinstance(answer, fc.Failure):
+        return FLModel(kind, {}, meta={_FAILURE: answer.problem})
+    params, dtypes = pack(answer.params)
+    return FLModel(
+        params_type=kind,
+        params=params,
+        metrics={str(name): plain(value) for name, value in answer.metrics.items()},
+        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: plain(answer.weight), _DTYPES: dtypes},
+    )
 
 
-def origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
-    """Who sent a client's result, as NVFlare knows it, and which round it answers.
-
-    Args:
-        message: A client's result.
-        fl_ctx: The context in which it is offered.
-
-    Returns:
-        The name, and the number from the task's cookie; None for what is not known.
-    """
+def _origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
+    """Who sent a client's result, as NVFlare knows it, and which round it answers, or None."""
     name = message.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
     if name is None and fl_ctx.get_peer_context() is not None:
         name = fl_ctx.get_peer_context().get_identity_name()
     return name, message.get_cookie(AppConstants.CONTRIBUTION_ROUND)
 
 
-def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
+def answer_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update | fc.Failure:
     """A client's result as the core's update, for the core's gate to judge.
 
     Args:
@@ -174,17 +147,23 @@ def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
         fl_ctx: The context in which it is offered.
 
     Returns:
-        The update; its arrays are the message's. What the message lacks is None.
+        The update; its arrays are the message's, and what the message lacks is None. If it tells
+        why the client has failed, the failure.
     """
-    contributor, number = origin_of(message, fl_ctx)
+    name, number = _origin_of(message, fl_ctx)
     try:
         dxo = from_shareable(message)
     except Exception:  # a foreign message may be anything
-        return fc.Update(contributor, number, params=None, weight=1.0)  # type: ignore[arg-type]
+        return fc.Update(name, number, params=None, weight=1.0)  # type: ignore[arg-type]
     meta = dxo.meta or {}
+    if _FAILURE in meta:
+        problem = meta[_FAILURE]
+        if not (isinstance(problem, str) and problem.isprintable() and len(problem) <= _LINE):
+            problem = quoted(problem, _LINE)
+        return fc.Failure(name if is_name(name) else quoted(name), number, problem)
     metrics = meta.get(MetaKey.INITIAL_METRICS)
     return fc.Update(
-        contributor=contributor,
+        contributor=name,
         round=number,
         params=unpack(dxo.data, meta.get(_DTYPES)),
         weight=meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1.0),
@@ -193,37 +172,23 @@ def update_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update:
     )
 
 
-def failure_from_message(message: Shareable, fl_ctx: FLContext) -> Failure | None:
-    """Why a client has failed.
-
-    Args:
-        message: A client's result, or whatever came instead.
-        fl_ctx: The context in which it is offered.
-
-    Returns:
-        The failure; None if the message tells of none.
-    """
-    try:
-        problem = from_shareable(message).meta[_FAILURE]
-    except Exception:
-        return None
-    name, number = origin_of(message, fl_ctx)
-    if not (isinstance(problem, str) and problem.isprintable() and len(problem) <= _LINE_LENGTH):
-        problem = quoted(problem, _LINE_LENGTH)
-    return Failure(name if is_name(name) else quoted(name), number, problem)
-
-
 def _transfer_type(kind: Any) -> Any:
     """The transfer type of a data kind; another kind as it is."""
     name = getattr(kind, "value", kind)
     return _TRANSFER_TYPES.get(name, name) if isinstance(name, str) else name
 
 
-def restore_dtypes(message: Shareable) -> None:
-    """Give a client's result, in place, the dtypes that it had before it was sent.
+def named_fl_model(message: Shareable, fl_ctx: FLContext) -> FLModel:
+    """A client's result for a user's aggregator: with the dtypes that it had before it was sent.
 
     Args:
-        message: A client's result.
+        message: A client's result, which gets those dtypes in place.
+        fl_ctx: The context in which it is offered.
+
+    Returns:
+        NVFlare's own form of it for a ``ModelAggregator``, with the name under
+        ``meta["client_name"]`` and the round under ``meta["current_round"]``, where NVFlare's
+        FedAvg controller puts them.
 
     Raises:
         ValueError: It is no DXO.
@@ -231,35 +196,58 @@ def restore_dtypes(message: Shareable) -> None:
     dxo = from_shareable(message)
     dxo.data = unpack(dxo.data, dxo.meta.pop(_DTYPES, None))
     dxo.update_shareable(message)
-
-
-def named_fl_model(message: Shareable, fl_ctx: FLContext) -> FLModel:
-    """A client's result for a ``ModelAggregator``, which is to know whose it is.
-
-    Args:
-        message: A client's result.
-        fl_ctx: The context in which it is offered.
-
-    Returns:
-        NVFlare's own form of it, with the name under ``meta["client_name"]`` and the round under
-        ``meta["current_round"]``, where NVFlare's FedAvg controller puts them.
-    """
     model = FLModelUtils.from_shareable(message, fl_ctx)
-    model.meta["client_name"], model.meta["current_round"] = origin_of(message, fl_ctx)
+    model.meta["client_name"], model.meta["current_round"] = _origin_of(message, fl_ctx)
     return model
 
 
-def result_from_model(model: fc.Params, report: Mapping[str, Any]) -> Shareable:
+def message_from_fl_model(model: FLModel, number: int | None) -> Shareable:
+    """A client's result as NVFlare's FedAvg controller hands it on, in the form that it came in.
+
+    Args:
+        model: The result, with the name under ``meta["client_name"]``; borrowed.
+        number: The round that is on, for a result that does not say which round it answers.
+
+    Returns:
+        The message, for `answer_from_message`.
+
+    Raises:
+        ValueError: There are neither parameters nor metrics in it.
+    """
+    message = FLModelUtils.to_shareable(model)
+    message.set_peer_props({ReservedKey.IDENTITY_NAME: (model.meta or {}).get("client_name")})
+    answered = number if model.current_round is None else model.current_round
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, answered)
+    return message
+
+
+def result_from_model(model: fc.Params, extra: Mapping[str, Any]) -> Shareable:
     """A round's outcome as the aggregator hands it to the controller.
 
     Args:
         model: The whole new global model; borrowed.
-        report: What happened in the round, as JSON holds it.
+        extra: What goes with it, as JSON holds it: what happened in the round, under ``"report"``.
 
     Returns:
         The result, for `model_from_result`.
     """
-    return DXO(DataKind.WEIGHTS, data=dict(model), meta={_REPORT: dict(report)}).to_shareable()
+    meta = {_EXTRA: dict(extra), MetaKey.INITIAL_METRICS: dict(extra["report"]["metrics"])}
+    return DXO(DataKind.WEIGHTS, data=dict(model), meta=meta).to_shareable()
+
+
+def fl_model_from_result(result: Shareable) -> FLModel:
+    """A round's outcome as a ``ModelAggregator`` hands it to NVFlare's FedAvg controller.
+
+    Args:
+        result: The result.
+
+    Returns:
+        The whole new global model. Without one, a difference that changes nothing.
+    """
+    model = FLModelUtils.from_shareable(result)
+    if not model.params:
+        model.params_type = ParamsType.DIFF
+    return model
 
 
 def result_from_fl_model(model: FLModel | None) -> Shareable:
@@ -285,7 +273,7 @@ def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[
 
     Returns:
         The new model, in which keys that the result lacks have the base's values (borrowed), and
-        the round's report, empty if there is none.
+        what goes with it; of another aggregator, a report of its metrics alone.
 
     Raises:
         UsageError: The result is of another kind, or a difference that does not fit the base.
@@ -299,20 +287,23 @@ def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[
         model = fc.apply(base, dxo.data)
     else:
         raise fc.UsageError(f"expected parameters from the aggregator, got {quoted(transfer)}")
-    return model, (dxo.meta or {}).get(_REPORT, {})
+    meta = dxo.meta or {}
+    return model, meta.get(_EXTRA) or {
+        "report": {"metrics": finite(meta.get(MetaKey.INITIAL_METRICS))}
+    }
 
 
-def learnable(model: fc.Params, report: Mapping[str, Any] | None = None) -> ModelLearnable:
+def learnable(model: fc.Params, extra: Mapping[str, Any] | None = None) -> ModelLearnable:
     """The global model as NVFlare's controller holds it.
 
     Args:
         model: The model; borrowed. Empty if clients start from their own.
-        report: What happened in the round that it came out of.
+        extra: What goes with it, as JSON holds it.
 
     Returns:
         NVFlare's form of it.
     """
-    return make_model_learnable(dict(model), {_REPORT: dict(report or {})})
+    return make_model_learnable(dict(model), {_EXTRA: dict(extra or {})})
 
 
 def model_of(held: ModelLearnable | None) -> Arrays:
@@ -327,14 +318,14 @@ def model_of(held: ModelLearnable | None) -> Arrays:
     return {} if not held else (held.get(LearnableKey.WEIGHTS) or {})
 
 
-def report_of(held: ModelLearnable) -> dict[str, Any]:
-    """What happened in the round that a model learnable came out of.
+def extra_of(held: ModelLearnable) -> dict[str, Any]:
+    """What goes with the global model: what happened in its round under ``"report"``, and more.
 
     Args:
         held: The model learnable.
 
     Returns:
-        The aggregator's report; empty if it gave none.
+        The dictionary that it holds; an empty one of its own if it held none.
     """
-    report: dict[str, Any] = (held.get(LearnableKey.META) or {}).get(_REPORT, {})
-    return report
+    extra: dict[str, Any] = held.setdefault(LearnableKey.META, {}).setdefault(_EXTRA, {})
+    return extra

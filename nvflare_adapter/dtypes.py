@@ -1,19 +1,23 @@
-"""Dtypes that NVFlare cannot send.
+"""Dtypes that NVFlare cannot send, of arrays and of single numbers.
 
 NVFlare sends an array as the bytes of an npy file, which has no name for the dtypes of `ml_dtypes`.
 Such an array travels as bytes without a meaning (void), with which nobody can calculate by mistake,
-and its dtype as a name beside it; everything else travels as it is.
+and its dtype as a name beside it; everything else travels as it is. Of NumPy's scalars NVFlare can
+send few, so none is sent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pack", "unpack"]
+from fedavg_core.errors import quoted
+
+__all__ = ["finite", "pack", "plain", "unpack"]
 
 
 def pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -61,3 +65,38 @@ def unpack(params: Any, dtypes: Any) -> Any:
             return None
 
     return {**params, **{key: restored(key, name) for key, name in dtypes.items()}}
+
+
+def plain(value: object) -> object:
+    """A metric or a weight as something that NVFlare can send.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        It, as a number of Python's or a string; what is no number does not count anyway.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, (bool, int, float, str)) else quoted(value)
+
+
+def finite(metrics: object) -> dict[str, float]:
+    """Those metrics that are finite numbers.
+
+    Args:
+        metrics: What came as a mapping of metrics.
+
+    Returns:
+        They, as numbers of Python's.
+    """
+    given = (
+        {str(name): plain(value) for name, value in metrics.items()}
+        if isinstance(metrics, dict)
+        else {}
+    )
+    return {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }

@@ -75,6 +75,7 @@ class CheckpointPersistor(ModelPersistor):
         """
         root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
         completed = fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1
-        checkpoint = round_checkpoint(convert.model_of(model), completed, convert.report_of(model))
+        extra = {"report": {}, **convert.extra_of(model)}
+        checkpoint = round_checkpoint(convert.model_of(model), completed, **extra)
         path = fc.CheckpointStore(Path(root) / self.folder, keep=self.keep).save(checkpoint)
         self.log_info(fl_ctx, f"stored the global model: {path}")

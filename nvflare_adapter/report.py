@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import fedavg_core as fc
 
-__all__ = ["report_of_outcome", "round_checkpoint"]
+__all__ = ["report_of_outcome", "round_checkpoint", "statistics"]
 
 
 def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
@@ -36,17 +37,47 @@ def report_of_outcome(outcome: fc.Outcome) -> dict[str, Any]:
     }
 
 
-def round_checkpoint(model: fc.Params, rounds: int, report: dict[str, Any]) -> fc.Checkpoint:
+def round_checkpoint(
+    model: fc.Params, rounds: int, report: dict[str, Any], **more: Any
+) -> fc.Checkpoint:
     """The checkpoint that is stored after a round.
 
     Args:
         model: The global model; borrowed.
         rounds: How many rounds are completed.
         report: What happened in the last of them; empty if nothing is known.
+        **more: What else JSON can hold, by name.
 
     Returns:
-        The checkpoint, the report under ``extra["report"]``.
+        The checkpoint; all but the model is in its ``extra``, the report under ``"report"``.
     """
-    return fc.Checkpoint(
-        model=model, round=rounds, metrics=report.get("metrics", {}), extra={"report": report}
-    )
+    extra = {"report": report, **more}
+    return fc.Checkpoint(model, rounds, metrics=report.get("metrics", {}), extra=extra)
+
+
+def statistics(outcome: fc.Outcome, received: Counter[str], limits: fc.Limits) -> dict[str, Any]:
+    """What happened in a round, in the words of NVFlare's aggregation statistics.
+
+    Args:
+        outcome: The closed round's outcome.
+        received: For each parameter how many accepted updates had it.
+        limits: What was asked of an update.
+
+    Returns:
+        The statistics that NVFlare's own aggregators publish, and ``refused`` and ``failed``.
+    """
+    accepted = len(outcome.accepted)
+    averaged = [count for key, count in received.items() if not limits.excludes(key)]
+    matched = averaged.count(accepted)
+    return {
+        "round": outcome.round,
+        "accepted_contributions": accepted,
+        "contributors": sorted(receipt.contributor for receipt in outcome.accepted),
+        "keys_seen": len(received),
+        "keys_aggregated": len(averaged),
+        "fully_matched_keys": matched,
+        "partially_matched_keys": len(averaged) - matched,
+        "skipped_keys": len(received) - len(averaged),
+        "refused": [receipt.detail for receipt in outcome.refused],
+        "failed": [f"{one.contributor} failed: {one.problem}" for one in outcome.failed],
+    }

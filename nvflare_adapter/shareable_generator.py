@@ -42,7 +42,7 @@ class FedAvgShareableGenerator(ShareableGenerator):
         """The model of a round, with what the clients are told along with it.
 
         The roster is read once, in the first round: who leaves later keeps its place, so that
-        nobody else's changes.
+        nobody else's changes. It is kept with the model, for a job that goes on from there.
 
         Args:
             model_learnable: What the controller holds; borrowed until it is sent.
@@ -52,7 +52,10 @@ class FedAvgShareableGenerator(ShareableGenerator):
             The message.
         """
         if not self._roster:
-            self._roster = [client.name for client in fl_ctx.get_engine().get_clients()]
+            present = {client.name for client in fl_ctx.get_engine().get_clients()}
+            self._roster = sorted(
+                present.union(convert.extra_of(model_learnable).get("roster", ()))
+            )
         start = fl_ctx.get_prop(AppConstants.START_ROUND, 0)
         assignment = Assignment(
             roster=self._roster,
@@ -74,5 +77,5 @@ class FedAvgShareableGenerator(ShareableGenerator):
             What the controller is to hold; the former is unchanged.
         """
         base = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
-        model, report = convert.model_from_result(shareable, base)
-        return convert.learnable(model, report)
+        model, extra = convert.model_from_result(shareable, base)
+        return convert.learnable(model, {**extra, "roster": self._roster})

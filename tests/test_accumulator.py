@@ -394,6 +394,31 @@ def test_what_was_not_added_cannot_be_removed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["float64", "float32"])
+@pytest.mark.parametrize("size", [2, 3 << 18])
+def test_sums_at_the_end_of_the_range_are_right_or_out_of_range_without_a_warning(
+    kind: Accumulator, size: int
+) -> None:
+    def mean(value: float, *weights: float, dtype: Any = np.float32) -> Any:
+        total = fc.WeightedMean(accumulator=kind, threads=2)
+        for weight in weights:
+            one = fc.WeightedMean(accumulator=kind, threads=2)
+            one.add({"x": np.full(size, value, dtype)}, weight)
+            total.merge(one)
+        return total.mean()["x"]
+
+    assert mean(1e30, 1).max() == np.float32(1e30)
+    assert mean(-3e38, 0.5).min() == np.float32(-3e38)
+    most = float(np.finfo(kind).max)
+    for value, weights in ((0.1, [most, most]), (1e-30, [1e308, 1e308]), (3e38, [most, 1])):
+        with pytest.raises(fc.OutOfRange, match="key 'x': "):
+            mean(value, *weights)
+    with pytest.raises(fc.OutOfRange, match="the sum of the weights is beyond the largest number"):
+        mean(0.1, most, most)
+    with pytest.raises(fc.RefusedUpdate, match="NON_FINITE"):
+        mean(np.inf, 1)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_plain_sums_cannot_undo_and_have_no_digest(kind: Accumulator) -> None:
     mean = fc.WeightedMean(accumulator=kind)
     with pytest.raises(fc.UsageError, match=f"remove needs exact sums.*{kind}"):

@@ -16,12 +16,12 @@ pytest.importorskip("nvflare")
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import ReservedKey
 from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
-from fedavg_core.outcome import Failure
 from nvflare_adapter import CustomAggregator, FedAvgAggregator, FedAvgShareableGenerator, convert
 from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
 from tests.nvflare.server_side import Server, result
@@ -59,12 +59,12 @@ def test_the_new_model_is_the_exact_weighted_mean(server: Server) -> None:
     first, second = params(0.1, 2, 1e30, n=8), params(0.7, 2.5, -1e30, n=11)
     assert aggregator.accept(result(first, "site-1", weight=3, metrics={"loss": 1.0}), fl_ctx)
     assert aggregator.accept(result(second, "site-2", weight=1, metrics={"loss": 2.0}), fl_ctx)
-    model, report = closed(aggregator, fl_ctx)
+    model, extra = closed(aggregator, fl_ctx)
     expected = (3 * Fraction(float(first["w"][0])) + Fraction(float(second["w"][0]))) / 4
     assert model["w"][0] == np.float32(float(expected))
     assert model["n"].tolist() == [[9]]
     assert model["n"].dtype == np.int64
-    assert report == {
+    assert extra["report"] == {
         "round": 0,
         "accepted": {"site-1": 3, "site-2": 1},
         "refused": [],
@@ -90,6 +90,131 @@ def test_a_key_that_nobody_sent_keeps_its_value(server: Server) -> None:
     assert aggregator.accept(result({"n": np.array([[9]])}), fl_ctx)
     model, _ = closed(aggregator, fl_ctx)
     assert fc.same_bits(model, {"w": MODEL["w"], "n": np.array([[9]])})
+
+
+def test_a_difference_of_some_parameters_leaves_the_others_and_rounds_once(server: Server) -> None:
+    base = {"w": np.full(2, 0.1, np.float32), "v": np.full(1, 7.0)}
+    aggregator, fl_ctx = opened(server, base, transfer="DIFF")
+    moved = [np.full(2, x, np.float32) for x in (1e-9, 0.2, 0.7)]
+    for name, one in zip(("site-1", "site-2", "site-3"), moved, strict=True):
+        assert aggregator.accept(result({"w": one}, name, kind="WEIGHT_DIFF"), fl_ctx)
+    model, _ = closed(aggregator, fl_ctx, base)
+    exact = Fraction(float(base["w"][0])) + sum(Fraction(float(one[0])) for one in moved) / 3
+    assert fc.same_bits(model, {"w": np.full(2, float(exact)).astype(np.float32), "v": base["v"]})
+
+
+def test_limits_are_the_gates(server: Server) -> None:
+    limits = {"max_norm": 2.0, "exclude": "^n$"}
+    aggregator, fl_ctx = opened(server, limits=limits)
+    assert aggregator.accept(result(params(2, 2, 4, n=100), "site-1"), fl_ctx)
+    assert not aggregator.accept(result(params(9, 2, 4), "site-2"), fl_ctx)
+    model, extra = closed(aggregator, fl_ctx)
+    assert fc.same_bits(model, params(2, 2, 4, n=7))
+    assert extra["report"]["refused"][0].startswith("NORM (contributor 'site-2'")
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"), [(3, 9.0), (np.int32(3), 9.0), (0.5, 1.5), (np.float32(0.5), 1.5)]
+)
+def test_a_contributors_weight_is_multiplied_by_its_factor(
+    server: Server, weight: Any, expected: float
+) -> None:
+    aggregator, fl_ctx = opened(server, aggregation_weights={"site-1": 3})
+    assert aggregator.accept(result(params(1, 1, 1), "site-1", weight=weight), fl_ctx)
+    assert aggregator.accept(result(params(2, 2, 2), "site-2", weight=1), fl_ctx)
+    assert closed(aggregator, fl_ctx)[1]["report"]["accepted"] == {"site-1": expected, "site-2": 1}
+
+
+@pytest.mark.parametrize("weight", ["two", True, None, [1]])
+def test_a_weight_that_is_no_number_is_refused_whatever_the_factor(
+    server: Server, caplog: pytest.LogCaptureFixture, weight: Any
+) -> None:
+    aggregator, fl_ctx = opened(server, aggregation_weights={"site-1": 3})
+    assert aggregator.accept(result(params(1, 1, 1), "site-1", weight=weight), fl_ctx) is False
+    assert "BAD_WEIGHT" in caplog.text
+
+
+def failed(problem: Any, contributor: str, round: int = 0) -> Any:
+    """What reaches the server of a client that has failed."""
+    failure = fc.Failure(contributor, round, problem)
+    sent = convert.answer_to_fl_model(failure, fc.TransferType.FULL)
+    message = FLModelUtils.to_shareable(sent)
+    message.set_peer_props({ReservedKey.IDENTITY_NAME: contributor})
+    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, round)
+    return message
+
+
+def test_a_rounds_statistics_are_published_as_nvflares_own_are(server: Server) -> None:
+    model = {**MODEL, "v": np.zeros(2)}
+    aggregator, fl_ctx = opened(server, model, limits={"exclude": "^n$"})
+    assert aggregator.accept(result({**params(1, 1, 1), "v": np.ones(2)}, "site-2"), fl_ctx)
+    assert aggregator.accept(result({"v": np.ones(2)}, "site-1"), fl_ctx)
+    assert not aggregator.accept(result(params(1, np.nan, 1), "site-3"), fl_ctx)
+    assert not aggregator.accept(failed("no disk", "site-4"), fl_ctx)
+    aggregator.aggregate(fl_ctx)
+    told = fl_ctx.get_prop("_aggregation_stats")
+    assert told.pop("refused")[0].startswith("NON_FINITE (contributor 'site-3'")
+    assert told == {
+        "round": 0,
+        "accepted_contributions": 2,
+        "contributors": ["site-1", "site-2"],
+        "keys_seen": 3,
+        "keys_aggregated": 2,
+        "fully_matched_keys": 1,
+        "partially_matched_keys": 1,
+        "skipped_keys": 1,
+        "failed": ["site-4 failed: no disk"],
+    }
+
+
+def fl_model(params: Any, contributor: str = "site-1", kind: str = "FULL", **fields: Any) -> Any:
+    """A client's result as NVFlare's FedAvg controller hands it on."""
+    meta = {"client_name": contributor, "NUM_STEPS_CURRENT_ROUND": fields.pop("weight", 1)}
+    return FLModel(ParamsType(kind), params, meta=meta, **fields)
+
+
+def test_nvflares_fedavg_controller_gets_the_exact_mean(server: Server) -> None:
+    aggregator, fl_ctx = opened(server)
+    aggregator.reset_stats()  # as that controller does when it has begun a round
+    aggregator.accept_model(fl_model(params(0.1, 2, 1e30), weight=3, metrics={"loss": 1.0}))
+    aggregator.accept_model(fl_model(params(0.7, 2.5, -1e30, n=11), "site-2", metrics={"loss": 2}))
+    made = aggregator.aggregate_model()
+    assert made.params_type == ParamsType.FULL
+    assert made.metrics == {"loss": 1.25}
+    expected = (3 * Fraction(float(np.float32(0.1))) + Fraction(float(np.float32(0.7)))) / 4
+    assert made.params["w"][0] == np.float32(float(expected))
+    assert made.params["n"].tolist() == [[8]]
+    held = FLModelUtils.to_model_learnable(made)
+    assert convert.extra_of(held)["report"]["accepted"] == {"site-1": 3, "site-2": 1}
+    assert fl_ctx.get_prop("_aggregation_stats")["accepted_contributions"] == 2
+
+
+def test_nvflares_fedavg_controller_is_told_of_a_refusal_by_an_exception(server: Server) -> None:
+    aggregator, _ = opened(server)
+    with pytest.raises(fc.FedAvgError, match="refused: NON_FINITE"):
+        aggregator.accept_model(fl_model(params(np.nan, 1, 1)))
+    with pytest.raises(fc.FedAvgError, match="refused: FUTURE_ROUND"):
+        aggregator.accept_model(fl_model(params(1, 1, 1), current_round=4))
+    with pytest.raises(fc.FedAvgError, match="refused: BAD_NAME"):
+        aggregator.accept_model(FLModel(ParamsType.FULL, params(1, 1, 1), meta={}))
+    assert fc.same_bits(aggregator.aggregate_model().params, MODEL)
+
+
+def test_nvflares_fedavg_controller_gets_a_difference_as_a_whole_model(server: Server) -> None:
+    aggregator, _ = opened(server, transfer="DIFF")
+    for name in ("site-1", "site-2"):
+        tiny = {"w": np.full(3, 2.0**-25, dtype=np.float32)}
+        aggregator.accept_model(fl_model(tiny, name, "DIFF"))
+    made = aggregator.aggregate_model()
+    assert made.params_type == ParamsType.FULL
+    assert fc.same_bits(made.params, MODEL)
+
+
+def test_nvflares_fedavg_controller_keeps_its_model_where_there_is_no_other(server: Server) -> None:
+    aggregator, _ = opened(server, model={})
+    made = aggregator.aggregate_model()
+    kept = FLModelUtils.update_model(FLModel(ParamsType.FULL, dict(MODEL)), made)
+    assert fc.same_bits(kept.params, MODEL)
 
 
 class Hostile(Shareable):  # type: ignore[misc]
@@ -153,16 +278,6 @@ def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(
     assert fc.same_bits(closed(aggregator, fl_ctx)[0], closed(alone, alone_ctx)[0])
 
 
-def failed(problem: Any, contributor: str, round: int = 0) -> Any:
-    """What reaches the server of a client that has failed."""
-    failure = Failure(contributor, round, problem)
-    sent = convert.failure_to_fl_model(failure, fc.TransferType.FULL)
-    message = FLModelUtils.to_shareable(sent)
-    message.set_peer_props({ReservedKey.IDENTITY_NAME: contributor})
-    message.add_cookie(AppConstants.CONTRIBUTION_ROUND, round)
-    return message
-
-
 def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,7 +291,8 @@ def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
     ):
         assert aggregator.accept(message, fl_ctx) is False
     assert "site-10 failed: OSError: no disk (train.py, line 3)" in caplog.text
-    model, report = closed(aggregator, fl_ctx)
+    model, extra = closed(aggregator, fl_ctx)
+    report = extra["report"]
     assert fc.same_bits(model, params(5, 5, 5))
     assert report["failed"] == [
         "site-2 failed: 'two\\nlines'",
@@ -187,7 +303,7 @@ def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
         "STALE_ROUND (contributor 'site-10'",
     ]
     aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
-    assert closed(aggregator, fl_ctx)[1]["failed"] == []
+    assert closed(aggregator, fl_ctx)[1]["report"]["failed"] == []
 
 
 def test_a_result_between_two_rounds_is_refused(
@@ -210,10 +326,10 @@ def test_too_few_updates_keep_the_model_and_say_so(
 ) -> None:
     aggregator, fl_ctx = opened(server, min_updates=2)
     assert aggregator.accept(result(params(5, 5, 5)), fl_ctx)
-    model, report = closed(aggregator, fl_ctx)
+    model, extra = closed(aggregator, fl_ctx)
     assert fc.same_bits(model, MODEL)
-    assert report["problem"] is not None
-    assert report["problem"] in caplog.text
+    assert extra["report"]["problem"] is not None
+    assert extra["report"]["problem"] in caplog.text
 
 
 def test_the_next_round_starts_from_nothing(server: Server) -> None:
@@ -292,8 +408,9 @@ def test_a_users_aggregator_gets_the_dtypes_that_the_client_sent(
 ) -> None:
     import ml_dtypes
 
-    sent = convert.update_to_fl_model(
-        fc.Update("site-1", 0, {"w": np.array([1.5, -2.0]).astype(ml_dtypes.bfloat16)}, weight=1)
+    sent = convert.answer_to_fl_model(
+        fc.Update("site-1", 0, {"w": np.array([1.5, -2.0]).astype(ml_dtypes.bfloat16)}, weight=1),
+        fc.TransferType.FULL,
     )
     assert sent.params["w"].dtype.kind == "V"
     message = named(FLModelUtils.to_shareable(sent))
@@ -344,11 +461,21 @@ def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server: Server)
         assert (told.round, told.num_rounds, told.seed, told.transfer) == (2, 6, 9, "DIFF")
 
 
-def test_the_generator_makes_a_new_model_and_keeps_the_report(server: Server) -> None:
+def test_the_generator_makes_a_new_model_and_keeps_what_goes_with_it(server: Server) -> None:
     generator = FedAvgShareableGenerator()
     new = {"w": MODEL["w"] + 1}
+    report = {"round": 0, "metrics": {"loss": 0.5}}
+    generator.learnable_to_shareable(convert.learnable(MODEL), server.context(MODEL))
     held = generator.shareable_to_learnable(
-        convert.result_from_model(new, {"round": 0}), server.context(MODEL)
+        convert.result_from_model(new, {"report": report}), server.context(MODEL)
     )
     assert fc.same_bits(convert.model_of(held), {**MODEL, **new})
-    assert convert.report_of(held) == {"round": 0}
+    assert convert.extra_of(held) == {"report": report, "roster": ["site-1", "site-10", "site-2"]}
+
+
+def test_who_was_there_before_a_job_was_resumed_keeps_its_place(server: Server) -> None:
+    server.clients = ["site-2", "site-3"]
+    held = convert.learnable(MODEL, {"roster": ["site-1", "site-2"]})
+    sent = FedAvgShareableGenerator().learnable_to_shareable(held, server.context(MODEL))
+    told = convert.assignment_of(FLModelUtils.from_shareable(sent))
+    assert told.roster == ["site-1", "site-2", "site-3"]

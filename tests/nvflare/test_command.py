@@ -187,7 +187,6 @@ def test_the_help_names_the_functions_that_a_training_file_may_have(
 def test_a_path_that_nvflares_simulator_would_split_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("nvflare")
     with pytest.raises(SystemExit):
         main(["--output", str(tmp_path / "my run")])
     error = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ pytest.importorskip("nvflare")
 
 from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_constant import ReservedKey
-from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.utils import fobs
@@ -99,11 +100,12 @@ def test_an_update_reaches_the_server_with_all_that_it_says(
         weight=np.int32(120),
         metrics={"loss": np.float16(0.5), "hits": np.int64(3), "name": "x", "odd": [1, 2]},
     )
-    sent = convert.update_to_fl_model(trained)
+    sent = convert.answer_to_fl_model(trained, transfer)
     assert sent.params_type == ParamsType(transfer.value)
     message = over_the_wire(FLModelUtils.to_shareable(sent))
     message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 4)
-    update = convert.update_from_message(message, server.context())
+    update = convert.answer_from_message(message, server.context())
+    assert isinstance(update, fc.Update)
     assert (update.contributor, update.round, update.weight) == (None, 4, 120)
     assert update.transfer is transfer
     assert update.metrics == {"loss": 0.5, "hits": 3, "name": "x", "odd": "[1, 2]"}
@@ -113,41 +115,38 @@ def test_an_update_reaches_the_server_with_all_that_it_says(
 def test_a_failure_reaches_the_server_with_its_line(server: Server) -> None:
     failure = Failure("site-2", 3, "OSError: no disk (train.py, line 3)")
     for transfer in fc.TransferType:
-        sent = FLModelUtils.to_shareable(convert.failure_to_fl_model(failure, transfer))
+        sent = FLModelUtils.to_shareable(convert.answer_to_fl_model(failure, transfer))
         message = over_the_wire(sent)
         message.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
         message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 3)
-        assert convert.failure_from_message(message, server.context()) == failure
-        assert convert.update_from_message(message, server.context()).params == {}
+        assert convert.answer_from_message(message, server.context()) == failure
 
 
 @pytest.mark.parametrize("problem", ["a\nb", "x" * 10_000, 5, ["x"]])
 def test_a_failures_line_is_one_line_whoever_sent_it(server: Server, problem: Any) -> None:
-    sent = convert.failure_to_fl_model(Failure("?", 0, problem), fc.TransferType.FULL)
+    sent = convert.answer_to_fl_model(Failure("?", 0, problem), fc.TransferType.FULL)
     message = FLModelUtils.to_shareable(sent)
     message.set_peer_props({ReservedKey.IDENTITY_NAME: "site\n2"})
-    failure = convert.failure_from_message(message, server.context())
-    assert failure is not None
+    failure = convert.answer_from_message(message, server.context())
+    assert isinstance(failure, Failure)
     assert failure.contributor == r"'site\n2'"
     assert failure.problem.isprintable()
     assert len(failure.problem) <= 200
 
 
-def test_what_tells_of_no_failure_is_none(server: Server) -> None:
-    messages: list[Any] = [result({"w": np.ones(2)}), Shareable(), {}]
-    for message in messages:
-        assert convert.failure_from_message(message, server.context()) is None
-
-
 def test_an_update_without_a_weight_counts_once(server: Server) -> None:
     message = DXO("WEIGHTS", data={"w": np.ones(2)}).to_shareable()
     message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
-    assert convert.update_from_message(message, server.context()).weight == 1.0
+    update = convert.answer_from_message(message, server.context())
+    assert isinstance(update, fc.Update)
+    assert update.weight == 1.0
 
 
 def judged(message: Any, fl_ctx: Any, model: Any) -> Any:
     """What a round says of a message, as the aggregator would offer it."""
-    return fc.Round(model, 0).offer(convert.update_from_message(message, fl_ctx))
+    update = convert.answer_from_message(message, fl_ctx)
+    assert isinstance(update, fc.Update)
+    return fc.Round(model, 0).offer(update)
 
 
 @pytest.mark.parametrize(
@@ -208,19 +207,31 @@ def test_dtypes_that_make_no_sense_are_left_for_the_gate_to_refuse(
 
 def test_the_sender_and_the_round_are_what_nvflare_says(server: Server) -> None:
     fl_ctx = server.context()
-    assert convert.origin_of(result({}, "site-7", round=3), fl_ctx) == ("site-7", 3)
-    assert convert.origin_of(result({}, None, round=None), fl_ctx) == (None, None)
+
+    def origin(contributor: Any, round: Any) -> Any:
+        answer = convert.answer_from_message(result({}, contributor, round=round), fl_ctx)
+        return answer.contributor, answer.round
+
+    assert origin("site-7", 3) == ("site-7", 3)
+    assert origin(None, None) == (None, None)
     fl_ctx.set_peer_context(server.context())
-    assert convert.origin_of(result({}, None), fl_ctx) == ("server", 0)
+    assert origin(None, 0) == ("server", 0)
 
 
 def test_a_result_of_some_keys_leaves_the_others_as_they_were() -> None:
     base = {"a": np.ones(2), "b": np.zeros(1)}
-    new, report = convert.model_from_result(
+    new, extra = convert.model_from_result(
         DXO("WEIGHTS", data={"a": np.full(2, 5.0)}).to_shareable(), base
     )
     assert fc.same_bits(new, {"a": np.full(2, 5.0), "b": np.zeros(1)})
-    assert report == {}
+    assert extra == {"report": {"metrics": {}}}
+
+
+@pytest.mark.parametrize("metrics", [{"loss": np.float32(0.5), "f": math.nan, "s": "x"}, [1], None])
+def test_of_another_aggregators_metrics_the_finite_numbers_are_kept(metrics: Any) -> None:
+    message = result({"a": np.ones(2)}, metrics=metrics)
+    extra = convert.model_from_result(message, {})[1]
+    assert extra == {"report": {"metrics": {"loss": 0.5} if isinstance(metrics, dict) else {}}}
 
 
 def test_a_result_that_is_a_difference_is_added_to_a_new_model() -> None:
@@ -237,9 +248,11 @@ def test_a_result_that_is_no_parameters_is_refused() -> None:
         convert.model_from_result(DXO("METRICS", data={"a": 1}).to_shareable(), {})
 
 
-def test_the_report_stays_with_the_model() -> None:
-    held = convert.learnable({"a": np.ones(1)}, {"round": 2})
-    assert convert.report_of(held) == {"round": 2}
+def test_what_goes_with_the_model_stays_with_it() -> None:
+    held = convert.learnable({"a": np.ones(1)}, {"report": {"round": 2}})
+    convert.extra_of(held)["roster"] = ["site-1"]
+    assert convert.extra_of(held) == {"report": {"round": 2}, "roster": ["site-1"]}
     assert fc.same_bits(convert.model_of(held), {"a": np.ones(1)})
     assert convert.model_of(None) == {}
-    assert convert.report_of(convert.learnable({})) == {}
+    assert convert.extra_of(convert.learnable({})) == {}
+    assert convert.extra_of(make_model_learnable({}, {})) == {}

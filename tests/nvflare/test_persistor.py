@@ -67,12 +67,13 @@ def test_a_damaged_file_is_an_error_and_never_another_model(server: Server, dama
 def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server: Server) -> None:
     model = mixed.initial_model(4)
     report = {"round": 2, "metrics": {"loss": 0.1}, "accepted": {"site-1": 3}}
-    CheckpointPersistor().save_model(convert.learnable(model, report), server.context(round=2))
+    held = convert.learnable(model, {"report": report, "roster": ["site-1"]})
+    CheckpointPersistor().save_model(held, server.context(round=2))
     checkpoint = stored(server).load()
     assert fc.same_bits(checkpoint.model, model)
     assert checkpoint.round == 3
     assert checkpoint.metrics == {"loss": 0.1}
-    assert checkpoint.extra == {"report": report}
+    assert checkpoint.extra == {"report": report, "roster": ["site-1"]}
 
 
 def test_only_the_newest_are_kept(server: Server) -> None:

@@ -1,0 +1,7 @@
+"""``python -m fedavg_core.cli``: the command where its script is not on the path."""
+
+import sys
+
+from fedavg_core.cli.main import main
+
+sys.exit(main())

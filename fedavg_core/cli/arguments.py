@@ -1,0 +1,146 @@
+"""How the values on the command line are read: one line says what is wrong with one."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from fedavg_core.cli.console import say
+from fedavg_core.errors import UsageError, quoted
+from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+__all__ = [
+    "Parser",
+    "Subparsers",
+    "byte_count",
+    "check_new",
+    "fraction",
+    "optimizer",
+    "package_version",
+    "weights",
+    "whole",
+]
+
+_PATH_LENGTH = 300
+_SIZE = re.compile(r"([0-9]{1,18})(?:([KMGT]?)(i?)B)?", re.IGNORECASE | re.ASCII)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and says what is wrong in one line."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings, allow_abbrev=False)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        say(message)
+        self.exit(2)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number.
+
+    Args:
+        least: The smallest that has a meaning.
+
+    Returns:
+        What reads it.
+    """
+
+    def parse(text: str) -> int:
+        short = text.isascii() and text.isdecimal() and len(text) <= 18
+        if not short or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, got {quoted(text)}"
+            )
+        return int(text)
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a fraction above 0 and up to 1, got {quoted(text)}"
+        )
+    return value
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, such as ``65536``, ``64KiB``, ``256MiB`` or ``2GB``."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"expected a size such as 256MiB or 2GB, got {quoted(text)}"
+        )
+    number, unit, binary = match.groups()
+    power = "KMGT".index(unit.upper()) + 1 if unit else 0
+    unit_bytes: int = (1024 if binary else 1000) ** power
+    return int(number) * unit_bytes
+
+
+def weights(text: str) -> list[float]:
+    """Numbers with commas between them; whole ones stay exact, whatever their size."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            digits = part.strip()
+            found.append(int(digits) if re.fullmatch("[0-9]{1,4000}", digits) else float(digits))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected numbers with commas between them, got {quoted(text)}"
+            ) from None
+    return found
+
+
+def optimizer(text: str) -> ServerOptimizer:
+    """A server optimizer, such as ``fedadam`` or ``fedadam:learning_rate=0.03,tau=0.01``."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in rest.split(",") if rest else ():
+        setting, _, value = part.partition("=")
+        try:
+            settings[setting.strip()] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected settings as name=number with commas between them, got {quoted(part)}"
+            ) from None
+    try:
+        return optimizer_named(name, **settings)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def package_version() -> str:
+    """The version of this package."""
+    try:
+        return version("fedavg-core")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def check_new(path: Path, force: bool) -> None:
+    """See that an output may be written.
+
+    Args:
+        path: Where it would go.
+        force: Whether what is there may be replaced.
+
+    Raises:
+        UsageError: Something is there that may not be replaced.
+    """
+    if not force and (path.exists() or path.is_symlink()):
+        raise UsageError(
+            f"{quoted(str(path), _PATH_LENGTH)} is there already; --force would replace it"
+        )

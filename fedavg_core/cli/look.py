@@ -1,0 +1,229 @@
+"""The commands that look at model files: ``inspect`` and ``compare``.
+
+Files are read piece by piece, whatever their size. Norms, least and largest values are those of the
+finite elements; how many others there are is counted beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.cli.arguments import Subparsers
+from fedavg_core.cli.console import (
+    byte_progress,
+    name_shown,
+    print_json,
+    print_line,
+    print_table,
+)
+from fedavg_core.cli.model_stream import opened, pieces, spec_of
+from fedavg_core.model import ArraySpec, KeyDifference, compare
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Tell a parser about these commands."""
+    parser = commands.add_parser(
+        "inspect",
+        help="what a model file holds",
+        description="Keys, shapes, dtypes, L2 norms, least and largest values of a model file, and "
+        "how many of its elements are NaN or infinite.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model: npz, npy or safetensors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_inspect)
+
+    parser = commands.add_parser(
+        "compare",
+        help="how far apart two model files are",
+        description="How many elements of two models have other bits, and the largest distance, in "
+        "steps from one representable number to the next (ulps; for integers the difference). "
+        "Exit code 0: the same to the bit; 1: they differ; 2: an error.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="a model")
+    parser.add_argument("b", type=Path, metavar="B", help="another")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_compare)
+
+
+@dataclass
+class _Summary:
+    """What an array's elements are like.
+
+    Attributes:
+        norm: The L2 norm of those that are finite.
+        least: The smallest of them; None if there is none.
+        largest: The largest of them; None if there is none.
+        nan: How many are NaN.
+        infinite: How many are infinite.
+    """
+
+    norm: float = 0.0
+    least: float | None = None
+    largest: float | None = None
+    nan: int = 0
+    infinite: int = 0
+
+    def add(self, values: npt.NDArray[Any]) -> None:
+        """Take in a piece; at least one element."""
+        if values.dtype.kind not in "iu":
+            values = values.astype(np.float64)
+            self.nan += int(np.count_nonzero(np.isnan(values)))
+            self.infinite += int(np.count_nonzero(np.isinf(values)))
+            values = values[np.isfinite(values)]
+            if not values.size:
+                return
+        low, high = values.min().item(), values.max().item()
+        self.least = low if self.least is None else min(low, self.least)
+        self.largest = high if self.largest is None else max(high, self.largest)
+        # Scaled by a power of two, so that no square overflows, and none that counts vanishes.
+        exponent = math.frexp(max(abs(low), abs(high)))[1]
+        scaled = np.ldexp(values.astype(np.float64), -exponent)
+        norm = math.sqrt(float(np.square(scaled).sum()))
+        self.norm = math.hypot(self.norm, _times_power(norm, exponent))
+
+    def to_json(self, spec: ArraySpec) -> dict[str, Any]:
+        """With what the array looks like, as JSON can hold it."""
+        return {
+            "shape": list(spec.shape),
+            "dtype": str(spec.dtype),
+            "norm": self.norm if self.norm < math.inf else None,
+            "min": self.least,
+            "max": self.largest,
+            "nan": self.nan,
+            "infinite": self.infinite,
+        }
+
+
+def _times_power(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf
+
+
+def _inspect(read: argparse.Namespace) -> int:
+    with opened(read.file) as files, byte_progress("reading") as progress:
+        spec = spec_of(files[0])
+        found = {key: _Summary() for key in spec}
+        sizes = {key: math.prod(array.shape) for key, array in spec.items()}
+        for key, (values,) in pieces(files, sizes, progress):
+            found[key].add(values)
+    elements = sum(sizes.values())
+    held = sum(sizes[key] * array.dtype.itemsize for key, array in spec.items())
+    nan = sum(summary.nan for summary in found.values())
+    infinite = sum(summary.infinite for summary in found.values())
+    norm = math.hypot(*(summary.norm for summary in found.values()))
+    if read.json:
+        arrays = {key: summary.to_json(spec[key]) for key, summary in found.items()}
+        print_json(
+            {
+                "file": str(read.file),
+                "elements": elements,
+                "bytes": held,
+                "norm": norm if norm < math.inf else None,
+                "nan": nan,
+                "infinite": infinite,
+                "arrays": arrays,
+            }
+        )
+        return 0
+    print_table(
+        ("key", "dtype", "shape", "norm", "min", "max", "NaN", "infinite"),
+        [
+            (
+                name_shown(key),
+                str(spec[key].dtype),
+                _shape(spec[key]),
+                f"{summary.norm:.6g}",
+                _number(summary.least),
+                _number(summary.largest),
+                f"{summary.nan:,}",
+                f"{summary.infinite:,}",
+            )
+            for key, summary in found.items()
+        ],
+        words=3,
+    )
+    count = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
+    others = f"{nan + infinite:,} of them not finite" if nan + infinite else "all finite"
+    print_line(f"{count}, {elements:,} elements, {others}; {held:,} bytes; norm {norm:.6g}")
+    return 0
+
+
+def _shape(spec: ArraySpec) -> str:
+    return " x ".join(map(str, spec.shape)) or "scalar"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _compare(read: argparse.Namespace) -> int:
+    with opened(read.a, read.b) as files, byte_progress("comparing") as progress:
+        a, b = map(spec_of, files)
+        odd = {
+            key: f"only in {'A' if key in a else 'B'}"
+            if (key in a) != (key in b)
+            else f"{_looks(a[key])} in A, {_looks(b[key])} in B"
+            for key in [*a, *(key for key in b if key not in a)]
+            if a.get(key) != b.get(key)
+        }
+        sizes = {key: math.prod(a[key].shape) for key in a if key not in odd}
+        found = {key: KeyDifference(0, 0) for key in sizes}
+        for key, (of_a, of_b) in pieces(files, sizes, progress):
+            here, before = compare({key: of_a}, {key: of_b})[key], found[key]
+            found[key] = KeyDifference(
+                before.differing + here.differing, max(before.largest_ulps, here.largest_ulps)
+            )
+    same = not odd and not any(one.differing for one in found.values())
+    if read.json:
+        print_json(
+            {
+                "same": same,
+                "arrays": {
+                    key: {
+                        "elements": sizes[key],
+                        "differing": one.differing,
+                        "largest_ulps": one.largest_ulps,
+                    }
+                    for key, one in found.items()
+                },
+                "not_comparable": odd,
+            }
+        )
+        return 0 if same else 1
+    if found:
+        print_table(
+            ("key", "elements", "differing", "largest ulps"),
+            [
+                (
+                    name_shown(key),
+                    f"{sizes[key]:,}",
+                    f"{one.differing:,}",
+                    f"{one.largest_ulps:,}",
+                )
+                for key, one in found.items()
+            ],
+        )
+    for key, problem in odd.items():
+        print_line(f"{name_shown(key)}: {problem}")
+    differing = len(odd) + sum(bool(one.differing) for one in found.values())
+    print_line(
+        "the same to the bit"
+        if same
+        else f"{differing:,} of {len(odd) + len(found):,} arrays differ"
+    )
+    return 0 if same else 1
+
+
+def _looks(spec: ArraySpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"

@@ -1,0 +1,76 @@
+"""The command as a whole: which commands there are, and what becomes of an error.
+
+Whatever goes wrong is one line on standard error. Exit codes: 0, done; 1, `compare` or `verify`
+found a difference; 2, an error; 130, interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedavg_core.cli import look, make, run, verify
+from fedavg_core.cli.arguments import Parser, package_version
+from fedavg_core.cli.console import say
+from fedavg_core.errors import FedAvgError, one_line
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those of the command line; None for the process's own.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: The arguments make no sense (code 2), or ask for help only (code 0).
+    """
+    read = _parser().parse_args(arguments)
+    if find_spec("rich") is None:
+        return _failed("this needs the package rich: pip install 'fedavg-core[cli]'")
+    with contextlib.suppress(AttributeError):  # standard output may be no text of a file
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = int(read.run(read))
+        sys.stdout.flush()
+    except KeyboardInterrupt as interruption:
+        say(str(interruption) or "interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except FedAvgError as error:
+        return _failed(str(error))
+    except (OSError, MemoryError) as error:
+        return _failed(one_line(error))
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        return _failed(f"a fault in this program: {one_line(error)} ({where})")
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fedavg", description="Federated averaging with an exact, order-independent mean."
+    )
+    parser.add_argument("--version", action="version", version=f"fedavg-core {package_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (run, make, look, verify):
+        module.add_commands(commands)
+    return parser
+
+
+def _failed(problem: str) -> int:
+    say(problem)
+    return 2

@@ -1,0 +1,155 @@
+"""The commands that make a model file out of others: ``aggregate``, ``diff`` and ``apply``.
+
+None of them holds a model in memory. The output is written beside its final name and put in place
+when it is whole, so that an error or an interruption leaves what was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from fedavg_core.checkpoint import replacing
+from fedavg_core.cli.arguments import Subparsers, byte_count, check_new, weights
+from fedavg_core.cli.console import byte_progress, print_line
+from fedavg_core.cli.model_stream import (
+    check_suffix,
+    opened,
+    pieces,
+    spec_of,
+    write_order,
+    writer,
+)
+from fedavg_core.errors import UsageError
+from fedavg_core.model import ModelSpec
+from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.transfer import diff, diff_spec
+
+__all__ = ["add_commands"]
+
+_LIMIT = "256MiB"
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Tell a parser about these commands."""
+    parser = commands.add_parser(
+        "aggregate",
+        help="the exact weighted mean of model files",
+        description="The weighted mean of model files (npz, npy, safetensors, in any mix), exact "
+        "and rounded once, in memory that is bounded.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a model")
+    parser.add_argument(
+        "--weights",
+        type=weights,
+        metavar="W,W,...",
+        help="a number above 0 for each file, with commas between them (default: all alike)",
+    )
+    parser.add_argument(
+        "--base", type=Path, help="the files are differences from this model: add their mean to it"
+    )
+    _add_limit(parser)
+    _add_output(parser)
+    parser.set_defaults(run=_aggregate)
+
+    parser = commands.add_parser(
+        "diff",
+        help="what a model has more than another",
+        description="Write MODEL minus BASE, each element rounded once (integers: exact, as int64)."
+        " To add it again: fedavg apply BASE DIFF.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model after training")
+    parser.add_argument("base", type=Path, metavar="BASE", help="the model before it")
+    _add_output(parser)
+    parser.set_defaults(run=_diff)
+
+    parser = commands.add_parser(
+        "apply",
+        help="add a difference to a model",
+        description="Write BASE plus DIFF in the dtypes of BASE, each element rounded once.",
+    )
+    parser.add_argument("base", type=Path, metavar="BASE", help="a model")
+    parser.add_argument("diff", type=Path, metavar="DIFF", help="what to add to it")
+    _add_limit(parser)
+    _add_output(parser)
+    parser.set_defaults(run=_apply)
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-limit",
+        type=byte_count,
+        default=_LIMIT,
+        metavar="SIZE",
+        help="the most memory to take, beside the interpreter's own (default: %(default)s)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="where to write it: .npz or .safetensors",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+
+
+def _aggregate(read: argparse.Namespace) -> int:
+    given = [1] * len(read.files) if read.weights is None else read.weights
+    check_new(read.output, read.force)
+    with byte_progress("averaging") as progress:
+        spec = aggregate_files(
+            read.files,
+            given,
+            read.output,
+            base=read.base,
+            memory_limit=read.memory_limit,
+            progress=progress,
+        )
+    count = len(read.files)
+    _written(read.output, spec, f"the mean of {count} {'file' if count == 1 else 'files'}")
+    return 0
+
+
+def _apply(read: argparse.Namespace) -> int:
+    check_new(read.output, read.force)
+    with byte_progress("adding") as progress:
+        spec = aggregate_files(
+            [read.diff],
+            [1],
+            read.output,
+            base=read.base,
+            memory_limit=read.memory_limit,
+            progress=progress,
+        )
+    _written(read.output, spec, "the base and its difference")
+    return 0
+
+
+def _diff(read: argparse.Namespace) -> int:
+    check_suffix(read.output)
+    check_new(read.output, read.force)
+    with opened(read.model, read.base, scratch=read.output.parent) as files:
+        spec = write_order(read.output, diff_spec(*map(spec_of, files)))
+        if not spec:
+            raise UsageError(f"{read.model}: expected at least one parameter, got none")
+        sizes = {key: math.prod(array.shape) for key, array in spec.items()}
+        with (
+            byte_progress("subtracting") as progress,
+            replacing(read.output) as file,
+            writer(read.output, file, spec) as out,
+        ):
+            for key, (model, base) in pieces(files, sizes, progress):
+                out.write(diff({key: model}, {key: base})[key])
+    _written(read.output, spec, "the difference")
+    return 0
+
+
+def _written(path: Path, spec: ModelSpec, what: str) -> None:
+    elements = sum(math.prod(array.shape) for array in spec.values())
+    arrays = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
+    print_line(f"{path}: {what}, {arrays} of {elements:,} elements")

@@ -1,0 +1,308 @@
+"""``fedavg run``: a federation in this process, of as many clients as are asked for.
+
+The run's folder holds the checkpoints, the record of the run (see `run_log`), and at the end the
+model, as ``model.npz``. Whenever it is interrupted, ``--resume`` goes on after the last round whose
+checkpoint is there, and ends with the bits of a run that was not interrupted, if the training file
+takes all randomness from its context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from fedavg_core.checkpoint import replacing
+from fedavg_core.cli.arguments import Subparsers, fraction, optimizer, package_version, whole
+from fedavg_core.cli.console import name_shown, open_console, print_json, print_line, printable
+from fedavg_core.cli.run_log import (
+    RoundRecord,
+    append_round,
+    start_log,
+    write_settings,
+)
+from fedavg_core.cli.training_file import read_training_file
+from fedavg_core.cli.watch import Watch
+from fedavg_core.codec import write_npz
+from fedavg_core.errors import FedAvgError, UsageError
+from fedavg_core.federation import Federation
+from fedavg_core.observer import Observer
+from fedavg_core.outcome import Outcome
+from fedavg_core.update import TransferType
+
+__all__ = ["add_commands"]
+
+MODEL = "model.npz"
+_MOST_MEASURED = 4
+_MOST_NOTES = 10
+_WIDTH = 8
+_INDENT = " " * 7
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Tell a parser about this command."""
+    parser = commands.add_parser(
+        "run",
+        help="train a file with a train(params, context) function, federated",
+        description="Run federated averaging in this process. TRAIN.py has a function "
+        "train(params, context) that gives a fedavg_core.TrainResult, and may have an "
+        "initial_model(seed) and an evaluate(params). Ctrl-C stops a run; --resume goes on with "
+        "it.",
+    )
+    add = parser.add_argument
+    add("train", type=Path, metavar="TRAIN.py", help="what a client does")
+    add("--clients", type=whole(1), default=10, help="how many (default: %(default)s)")
+    add("--rounds", type=whole(1), default=10, help="how many in all (default: %(default)s)")
+    add("--fraction", type=fraction, default=1.0, help="of the clients, a round (default: all)")
+    add(
+        "--transfer",
+        choices=("full", "diff"),
+        default="full",
+        help="clients send whole models, or what has changed (default: %(default)s)",
+    )
+    add(
+        "--accumulator",
+        choices=("exact", "float64", "float32"),
+        default="exact",
+        help="the arithmetic of the mean (default: %(default)s)",
+    )
+    add(
+        "--optimizer",
+        type=optimizer,
+        metavar="NAME[:SETTING=NUMBER,...]",
+        help="what the server makes of the mean: fedavg, fedavgm, fedadagrad, fedadam or fedyogi, "
+        "such as fedadam:learning_rate=0.03 (default: the mean is the next model)",
+    )
+    add("--seed", type=whole(0), default=0, help="of all that is random (default: %(default)s)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder (default: a new one in fedavg-runs)",
+    )
+    add("--audit", action="store_true", help="write what fedavg verify needs, a file a round")
+    add("--resume", action="store_true", help="go on with the run that is in the folder")
+    add("--json", action="store_true", help="print a JSON object a round, instead of a table")
+    parser.set_defaults(run=_run)
+
+
+def _run(read: argparse.Namespace) -> int:
+    folder = _folder(read)
+    training = read_training_file(read.train)
+    display = _Lines() if read.json else _Table(read)
+    watch = Watch(display.progress)
+    recorder = _Recorder(folder, read, watch)
+    federation = Federation(
+        training.first_model(read.seed),
+        clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
+        rounds=read.rounds,
+        participation=read.fraction,
+        transfer=TransferType(read.transfer.upper()),
+        accumulator=read.accumulator,
+        seed=read.seed,
+        audit=read.audit,
+        server_optimizer=read.optimizer,
+        executor=watch,
+        in_flight=1,
+        evaluate=None
+        if training.evaluate is None
+        else watch.timed(partial(training.call, "evaluate")),
+        stop_when=recorder.keep,
+        observers=(recorder, watch),
+        checkpoint=folder,
+        resume=read.resume,
+    )
+    done = federation.round
+    try:
+        with display:
+            for _ in federation:
+                done += 1
+                display.round(recorder.record)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes on "
+            f"with them, with --checkpoint {folder} --resume"
+        ) from None
+    if recorder.problems and all(recorder.problems):
+        raise FedAvgError(f"no round changed the model: {recorder.problems[-1]}")
+    with replacing(folder / MODEL) as file:
+        write_npz(file, federation.model)
+    display.end(folder)
+    return 0
+
+
+def _folder(read: argparse.Namespace) -> Path:
+    """The run's folder, which may be there only if a run is to be resumed, or empty."""
+    folder: Path | None = read.checkpoint
+    if folder is None:
+        if read.resume:
+            raise UsageError("--resume: expected --checkpoint DIR as well")
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
+        return Path("fedavg-runs") / f"{stamp}-{read.train.stem}"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--checkpoint: expected a folder, got {folder}")
+    if not read.resume and folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            f"--checkpoint: expected a new or empty folder, or --resume as well, got {folder}"
+        )
+    return folder
+
+
+class _Recorder(Observer):
+    """Keeps the record of the run, each round before its checkpoint is written."""
+
+    def __init__(self, folder: Path, read: argparse.Namespace, watch: Watch) -> None:
+        self._folder = folder
+        self._read = read
+        self._watch = watch
+        self._begun = False
+        self.problems: list[str | None] = []
+
+    def round_started(self, round: int, contributors: Sequence[str]) -> None:
+        """Begin the record; only now no other writer can be in the folder."""
+        if self._begun:
+            return
+        read = self._read
+        names = ("clients", "rounds", "fraction", "transfer", "accumulator", "seed")
+        settings = {name: getattr(read, name) for name in names}
+        write_settings(
+            self._folder,
+            {
+                "training_file": read.train.name,
+                **settings,
+                "optimizer": None if read.optimizer is None else read.optimizer.settings(),
+                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "versions": {
+                    "fedavg-core": package_version(),
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+        )
+        start_log(self._folder, round)
+        self._begun = True
+
+    def keep(self, outcome: Outcome) -> bool:
+        """Write the line of a round; as `stop_when`, which is asked before the checkpoint."""
+        self.record = self._watch.record(outcome)
+        append_round(self._folder, self.record)
+        if outcome.audit is not None:
+            with replacing(self._folder / f"audit-{outcome.round:08d}.json") as file:
+                file.write(outcome.audit.to_text().encode())
+        self.problems.append(outcome.problem)
+        return False
+
+
+class _Lines(contextlib.ExitStack):
+    """A JSON object for each round; what a training file prints goes to standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out = sys.stdout
+        self.enter_context(contextlib.redirect_stdout(sys.stderr))
+
+    def progress(self, round: int, done: int, selected: int) -> None:
+        """Nothing is shown while clients train."""
+
+    def round(self, record: RoundRecord) -> None:
+        """Print a round."""
+        print_json(record.to_json(), self._out)
+
+    def end(self, folder: Path) -> None:
+        """All is said."""
+
+
+class _Table(contextlib.ExitStack):
+    """A line for each round; on a terminal also a bar while its clients train."""
+
+    def __init__(self, read: argparse.Namespace) -> None:
+        from rich import progress
+
+        super().__init__()
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            console=open_console(),
+            transient=True,
+        )
+        self._bar.disable = not self._bar.console.is_terminal
+        self._task = self._bar.add_task("", total=None)
+        self._last = read.rounds - 1
+        self._columns: dict[str, Callable[[RoundRecord], str]] = {}
+        self.enter_context(self._bar)
+
+    def progress(self, round: int, done: int, selected: int) -> None:
+        """Move the bar."""
+        self._bar.update(
+            self._task,
+            description=f"round {round} of 0 to {self._last}",
+            completed=done,
+            total=selected,
+        )
+
+    def round(self, record: RoundRecord) -> None:
+        """Print a round."""
+        if not self._columns:
+            self._columns = _columns(record)
+            self._bar.console.print(self._line(list(self._columns)), style="bold")
+        self._bar.console.print(self._line([cell(record) for cell in self._columns.values()]))
+        for note in _notes(record):
+            self._bar.console.print(f"{_INDENT}{printable(note)}", style="yellow")
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(max(_WIDTH, len(title)))
+            for title, cell in zip(self._columns, cells, strict=True)
+        )
+
+    def end(self, folder: Path) -> None:
+        """Say what there is now."""
+        print_line(f"model: {folder / MODEL}")
+        print_line(f"to see how it went: fedavg report {folder} -o report.html")
+
+
+def _columns(record: RoundRecord) -> dict[str, Callable[[RoundRecord], str]]:
+    """What to show of each round, by what the first one has: title, and how to get it."""
+    measured = {f"train {name}": ("metrics", name) for name in record.metrics}
+    measured.update({f"test {name}": ("evaluation", name) for name in record.evaluation})
+    return {
+        "round": lambda one: str(one.round),
+        "accepted": lambda one: f"{one.count('accepted')} of {len(one.contributions)}",
+        "weight": lambda one: f"{one.total_weight or 0:,.6g}",
+        **{
+            name_shown(title): partial(_cell, field, name)
+            for title, (field, name) in islice(measured.items(), _MOST_MEASURED)
+        },
+        "seconds": lambda one: f"{sum(one.seconds.values()):.2f}",
+    }
+
+
+def _cell(field: str, name: str, record: RoundRecord) -> str:
+    value = getattr(record, field).get(name)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _notes(record: RoundRecord) -> Iterator[str]:
+    """What there is to say of a round beside its line of the table."""
+    told = [
+        one.detail if one.status == "refused" else f"{one.contributor} failed: {one.detail}"
+        for one in record.contributions
+        if one.status != "accepted"
+    ]
+    yield from told[:_MOST_NOTES]
+    if len(told) > _MOST_NOTES:
+        yield f"and {len(told) - _MOST_NOTES} more"
+    if record.skipped_metrics:
+        yield f"metrics left out, no finite numbers: {', '.join(record.skipped_metrics)}"
+    if record.problem is not None:
+        yield record.problem

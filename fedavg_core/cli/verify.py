@@ -1,0 +1,80 @@
+"""``fedavg verify``: average the updates of a round again, and compare with its audit."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from fedavg_core.audit import Audit
+from fedavg_core.cli.arguments import Subparsers
+from fedavg_core.cli.console import print_json, print_line
+from fedavg_core.cli.model_stream import load_model
+from fedavg_core.errors import CheckpointError, UsageError
+from fedavg_core.replay import verify
+
+__all__ = ["add_commands"]
+
+_MOST_BYTES = 1 << 28
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Tell a parser about this command."""
+    parser = commands.add_parser(
+        "verify",
+        help="average the updates of a round again",
+        description="Find the updates that an audit tells of among files, average them again, and "
+        "compare with the recorded model. Which is which is told by their digests; a file that is "
+        "named after a contributor shows whose update has changed. One update is held in memory "
+        "at a time. Exit code 0: the same bits; 1: something differs or is missing; 2: an error.",
+    )
+    parser.add_argument("audit", type=Path, metavar="AUDIT.json", help="the audit of a round")
+    parser.add_argument(
+        "updates", nargs="+", type=Path, metavar="UPDATE", help="a file: npz, npy or safetensors"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="the model before the round; needed where the updates are differences",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(read: argparse.Namespace) -> int:
+    audit = _read_audit(read.audit)
+    verdict = verify(
+        audit,
+        {str(path): partial(load_model, path) for path in read.updates},
+        None if read.base is None else load_model(read.base),
+    )
+    if read.json:
+        print_json(
+            {
+                "round": audit.round,
+                "same_bits": verdict.same_bits,
+                "missing": verdict.missing,
+                "changed": verdict.changed,
+                "surplus": verdict.surplus,
+                "unread": verdict.unread,
+                "differing": verdict.differing,
+                "lines": verdict.lines,
+            }
+        )
+    else:
+        for line in verdict.lines:
+            print_line(line)
+    return 0 if verdict.same_bits else 1
+
+
+def _read_audit(path: Path) -> Audit:
+    try:
+        if not path.is_file():
+            raise CheckpointError(path, "expected the file of an audit, there is none")
+        if path.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(path, "it is too long for an audit")
+        return Audit.from_text(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(path, f"could not be read ({error.strerror or error})") from error
+    except UsageError as error:
+        raise CheckpointError(path, str(error)) from None

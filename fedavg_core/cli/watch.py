@@ -1,0 +1,162 @@
+"""Watching a run: how long each client trains, and by how much it changes the model.
+
+Clients run in line, through an executor that looks at what they give back on its way to the round.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy.typing as npt
+
+from fedavg_core.cli.run_log import Contribution, RoundRecord
+from fedavg_core.model import Params
+from fedavg_core.norm import norm_of_difference
+from fedavg_core.observer import Observer
+from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.update import TransferType, Update
+
+if sys.platform == "win32":  # pragma: no cover
+    resource = None
+else:
+    import resource
+
+__all__ = ["Watch", "peak_bytes"]
+
+_Evaluate = Callable[[dict[str, npt.NDArray[Any]]], Mapping[str, float]]
+
+
+class Watch(Executor, Observer):
+    """An executor that runs clients in line, and an observer of the same run.
+
+    Args:
+        told: Called when a round begins and whenever one of its clients is done, with the round,
+            how many are done, and of how many.
+    """
+
+    def __init__(self, told: Callable[[int, int, int], None]) -> None:
+        self._told = told
+        self._round = self._done = self._selected = 0
+        self._started = self._evaluating = 0.0
+        self._base: Params = {}
+        self._seen: dict[str, tuple[float, float | None]] = {}
+
+    def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        """Train a client, now: `dispatch.train_one`, and what it is given."""
+        _, self._base, context, *_ = given
+        started = time.perf_counter()
+        answer = function(*given, **named)
+        seconds = time.perf_counter() - started
+        norm = self._norm(answer) if isinstance(answer, Update) else None
+        self._seen[context.contributor] = seconds, norm
+        done: Future[Any] = Future()
+        done.set_result(answer)
+        return done
+
+    def _norm(self, update: Update) -> float | None:
+        """The norm of what a client changed; None where its update is too odd to have one."""
+        base = {} if update.transfer is TransferType.DIFF else self._base
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                shapes = {key: array.shape for key, array in update.params.items()}
+                alike = all(array.shape == shapes.get(key) for key, array in base.items())
+                return norm_of_difference(update.params, base) if alike else None
+        except Exception:  # nothing is known of the update yet; the round will judge it
+            return None
+
+    def round_started(self, round: int, contributors: Sequence[str]) -> None:
+        """See `Observer`."""
+        self._round, self._done, self._selected = round, 0, len(contributors)
+        self._seen = {}
+        self._evaluating = 0.0
+        self._started = time.perf_counter()
+        self._told(round, 0, self._selected)
+
+    def update_judged(self, receipt: Receipt) -> None:
+        """See `Observer`."""
+        self._count()
+
+    def client_failed(self, failure: Failure) -> None:
+        """See `Observer`."""
+        self._count()
+
+    def _count(self) -> None:
+        self._done += 1
+        self._told(self._round, self._done, self._selected)
+
+    def timed(self, evaluate: _Evaluate) -> _Evaluate:
+        """The same evaluation, whose time is taken."""
+
+        def timed(params: dict[str, npt.NDArray[Any]]) -> Mapping[str, float]:
+            started = time.perf_counter()
+            found = evaluate(params)
+            self._evaluating = time.perf_counter() - started
+            return found
+
+        return timed
+
+    def record(self, outcome: Outcome) -> RoundRecord:
+        """What there is to tell of the round that has just been played.
+
+        Args:
+            outcome: What it ended with.
+
+        Returns:
+            The record for the log.
+        """
+        training = sum(seconds for seconds, _ in self._seen.values())
+        rest = time.perf_counter() - self._started - training - self._evaluating
+        return RoundRecord(
+            round=outcome.round,
+            contributions=(
+                *map(self._judged, (*outcome.accepted, *outcome.refused)),
+                *(
+                    Contribution(
+                        one.contributor,
+                        "failed",
+                        seconds=self._seen[one.contributor][0],
+                        detail=one.problem,
+                    )
+                    for one in outcome.failed
+                ),
+            ),
+            total_weight=outcome.total_weight,
+            metrics=outcome.metrics,
+            evaluation=outcome.evaluation,
+            skipped_metrics=outcome.skipped_metrics,
+            problem=outcome.problem,
+            norm=norm_of_difference(outcome.model, self._base),
+            seconds={
+                "training": training,
+                "averaging": rest,
+                "evaluation": self._evaluating,
+            },
+            peak_bytes=peak_bytes(),
+        )
+
+    def _judged(self, receipt: Receipt) -> Contribution:
+        seconds, norm = self._seen[receipt.contributor]
+        return Contribution(
+            receipt.contributor,
+            "accepted" if receipt.accepted else "refused",
+            weight=receipt.weight,
+            norm=norm,
+            seconds=seconds,
+            metrics=receipt.metrics,
+            reason=None if receipt.reason is None else str(receipt.reason),
+            detail=receipt.detail,
+        )
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had so far; None where the system does not tell."""
+    if sys.platform == "win32":  # pragma: no cover
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
