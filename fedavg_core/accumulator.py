@@ -13,10 +13,11 @@ Two kinds of arithmetic:
 * ``"float64"`` and ``"float32"``. The sum is rounded at each addition, as other systems do it; the
   last bits depend on the order.
 
-An update is added whole or not at all, whatever goes wrong on the way. The exact sums find a NaN in
-the pass that adds, and undo what they had added before it by adding the same with the opposite
-weight; that is exact, so nothing remains. The plain sums look first; where they are interrupted
-all the same (KeyboardInterrupt), they are unusable until they are reset, and say so.
+An update is added whole or not at all, whatever goes wrong on the way; a NaN is found in the pass
+that adds. The exact sums undo what they had added before it by adding the same with the opposite
+weight; that is exact, so nothing remains. The plain sums write beside what they had. Only if the
+undoing is itself interrupted (KeyboardInterrupt, twice) are the sums unusable until they are reset,
+and say so.
 
 Parameters may be missing from an update; each has its own denominator.
 """
@@ -428,7 +429,7 @@ class WeightedMean:
         )
 
     def _change(
-        self, books: _Books, do: Callable[[], None], undo: Callable[[list[int]], bool]
+        self, books: _Books, do: Callable[[], None], undo: Callable[[list[int]], None]
     ) -> None:
         """Change the sums and the books together, or neither, whatever error comes between."""
         self._check_whole()
@@ -441,7 +442,8 @@ class WeightedMean:
         except BaseException:
             if self._books is not books:  # pragma: no branch  (else it came after the change)
                 self._broken = True
-                self._broken = not undo(mark)
+                undo(mark)
+                self._broken = False
                 self._sums.shrink(mark)
             raise
 

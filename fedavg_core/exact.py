@@ -32,7 +32,7 @@ A negative weight undoes an addition exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import frexp, ldexp
 from typing import Any, TypeAlias
@@ -92,6 +92,8 @@ class ExactSum:
 
     Args:
         size: n, at least 1.
+        memory: Arrays of n float64 for limbs of these numbers; their contents do not matter.
+            Limbs for which there is none take their own.
 
     Attributes:
         size: n.
@@ -102,10 +104,11 @@ class ExactSum:
         additions: How many additions were made, in all.
     """
 
-    __slots__ = ("_done", "_steps", "additions", "bounds", "limbs", "origin", "size")
+    __slots__ = ("_done", "_memory", "_steps", "additions", "bounds", "limbs", "origin", "size")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, memory: Mapping[int, Floats] | None = None) -> None:
         self.size = size
+        self._memory = {} if memory is None else memory
         self.origin: int | None = None
         self.limbs: dict[int, Floats] = {}
         self.bounds: dict[int, int] = {}
@@ -334,18 +337,19 @@ class ExactSum:
         """Where to write what goes to limb k: its own memory if the sum is zero, else the spare."""
         if any(self.bounds.values()):
             return spare[: self.size]
+        return self._limb(k)
+
+    def _limb(self, k: int) -> Floats:
+        """Limb k, made if need be."""
         if k not in self.limbs:
             self.bounds[k] = 0
-            self.limbs[k] = np.empty(self.size)
+            self.limbs[k] = self._memory[k] if k in self._memory else np.empty(self.size)
         return self.limbs[k]
 
     def _room(self, k: int, bound: int) -> Floats:
-        """Limb k, made if need be, ready to take integers up to the bound."""
-        limb = self.limbs.get(k)
-        if limb is None:
-            self.bounds[k] = 0
-            limb = self.limbs[k] = np.zeros(self.size)
-        elif not self.bounds[k]:
+        """Limb k, ready to take integers up to the bound."""
+        limb = self._limb(k)
+        if not self.bounds[k]:
             limb.fill(0.0)
         elif self.bounds[k] + bound > _CAPACITY:
             self._carry(k)

@@ -1,13 +1,15 @@
 """Weighted sums of named arrays in ordinary arithmetic, rounded at each addition.
 
-A float64 or float32 array for each block holds the sum. Nothing that was added can be taken out
-again exactly, so all values are looked at before the first is added. The last bits of a sum depend
-on the order of the additions, and on nothing else: not on blocks, nor on threads.
+A float64 or float32 array for each block holds the sum, and a second one takes the next: an
+addition is written beside the sum that it goes on from, and counts once all of it is there. So a
+NaN that is found on the way, in the pass that adds, leaves nothing behind, though nothing that was
+added can be taken out again exactly. The last bits of a sum depend on the order of the additions,
+and on nothing else: not on blocks, nor on threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,7 +26,41 @@ __all__ = ["PlainSums"]
 Array: TypeAlias = npt.NDArray[Any]
 
 
-class PlainSums(Sums[Array]):
+class PlainSum:
+    """A rounded sum of n elements, and memory for the next; a new one is zero.
+
+    Args:
+        pair: Two arrays of n float64 or float32; their contents do not matter.
+
+    Attributes:
+        current: Which of the two arrays is the sum; -1 for neither, which is zero.
+    """
+
+    __slots__ = ("_pair", "current")
+
+    def __init__(self, pair: Sequence[Array]) -> None:
+        self._pair = pair
+        self.current = -1
+
+    @property
+    def value(self) -> Array | None:
+        """The sum; None for zero."""
+        return None if self.current < 0 else self._pair[self.current]
+
+    def next(self) -> tuple[int, Array]:
+        """The number and the memory of the array that is not the sum."""
+        number = int(self.current == 0)
+        return number, self._pair[number]
+
+    def fork(self) -> Array:
+        """A copy of the sum, which is the sum from here on, and may be changed in place."""
+        number, array = self.next()
+        array[:] = 0 if self.value is None else self.value
+        self.current = number
+        return array
+
+
+class PlainSums(Sums[PlainSum]):
     """Sums that are rounded at each addition; see `Sums`.
 
     Args:
@@ -36,92 +72,92 @@ class PlainSums(Sums[Array]):
     def __init__(self, dtype: np.dtype[Any], block: int, threads: int) -> None:
         super().__init__(block, threads)
         self._dtype = dtype
-        self._under_way = False
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
-        for params, weight in terms:
-            self._check(params, weight)
-        self._under_way = True
-        for params, weight in terms:
-            self._add(params, float(weight))
-        self._under_way = False
+        factors = [_as_float(weight) for _, weight in terms]
 
-    def merge(self, other: Sums[Array], keys: Collection[str]) -> None:
-        """See `Sums.merge`."""
-        self._under_way = True
-        super().merge(other, keys)
-        self._under_way = False
-
-    def mark(self) -> list[int]:
-        """See `Sums.mark`."""
-        return [0] * len(self._blocks)
-
-    def undo(self, terms: Sequence[Term], mark: list[int]) -> bool:
-        """See `Sums.undo`: sums that were being changed cannot be had back."""
-        return not self._under_way
-
-    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
-        """See `Sums.undo_merge`: the same."""
-        return not self._under_way
-
-    def _check(self, params: Params, weight: Weight) -> None:
-        """Refuse what could not be added."""
-        try:
-            float(weight)
-        except OverflowError:
-            raise RefusedUpdate(
-                Reason.BAD_WEIGHT, expected="a weight that is a float64", got=quoted(weight)
-            ) from None
-
-        def work(number: int, buffers: Buffers) -> None:
-            block, _ = self._blocks[number]
-            for values, _ in load(block, params, params, buffers):
-                index = _first_not_finite(values)
-                if index >= 0:
-                    raise not_finite(params, *block.locate(index))
-
-        self._each_block(work)
-
-    def _add(self, params: Params, factor: float) -> None:
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            for values, exponent in load(block, params, params, buffers):
-                product = buffers.scratch.product.view(self._dtype)[: block.size]
-                with np.errstate(over="ignore", invalid="ignore"):
-                    scale = self._dtype.type(factor * 2.0**exponent)
-                    np.multiply(values, scale, out=product, casting="same_kind")
-                    np.add(total, product, out=total)
+            product = buffers.scratch.product.view(self._dtype)[: block.size]
+            following, target = total.next()
+            source = total.value
+            for (params, _), factor in zip(terms, factors, strict=True):
+                for values, exponent in load(block, params, params, buffers):
+                    index = _first_not_finite(values, buffers)
+                    if index >= 0:
+                        raise not_finite(params, *block.locate(index))
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        scale = self._dtype.type(factor * 2.0**exponent)
+                        if source is None:
+                            np.multiply(values, scale, out=target, casting="same_kind")
+                            np.add(target, 0.0, out=target)  # a sum holds no -0.0
+                        else:
+                            np.multiply(values, scale, out=product, casting="same_kind")
+                            np.add(source, product, out=target)
+                    source = target
+            if source is target:
+                total.current = following
 
         self._each_block(work)
+
+    def merge(self, other: Sums[PlainSum], keys: Collection[str]) -> None:
+        """See `Sums.merge`."""
+        begun: dict[int, Array] = {}
+        for total, at, source, of in self._counterparts(other, keys):
+            array = begun.get(id(total))
+            if array is None:
+                array = begun[id(total)] = total.fork()
+            if source.value is not None:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    array[at] += source.value[of]
+
+    def mark(self) -> list[int]:
+        """See `Sums.mark`: which array of each block is its sum."""
+        return [total.current for _, total in self._blocks]
+
+    def undo(self, terms: Sequence[Term], mark: list[int]) -> None:
+        """See `Sums.undo`."""
+        for (_, total), current in zip(self._blocks, mark, strict=False):
+            total.current = current
+
+    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> None:
+        """See `Sums.undo_merge`."""
+        self.undo((), mark)
 
     def reset(self) -> None:
         """See `Sums.reset`."""
         for _, total in self._blocks:
-            total.fill(0)
-        self._under_way = False
+            total.current = -1
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
-        pieces = [total[segment.place] for segment, total in self._segments(key)]
+        pieces = [self._elements(total, s.place) for s, total in self._segments(key)]
         return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
-            total[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
+            array = total.fork() if total.value is None else total.value
+            array[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
-    def _make(self, size: int) -> Array:
-        return np.zeros(size, self._dtype)
+    def _make(self, sizes: Sequence[int]) -> Iterator[PlainSum]:
+        pair = [np.empty(sum(sizes), self._dtype) for _ in range(2)]
+        start = 0
+        for size in sizes:
+            yield PlainSum([array[start : start + size] for array in pair])
+            start += size
 
-    def _add_piece(self, total: Array, at: slice, other: Array, of: slice) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            total[at] += other[of]
+    def _elements(self, total: PlainSum, place: slice) -> Array:
+        """Some elements of a sum; a view, except of zeros."""
+        if total.value is None:
+            return np.zeros(place.stop - place.start, self._dtype)
+        return total.value[place]
 
     def _divide(
         self,
-        part: tuple[Block, Array, list[Segment]],
+        part: tuple[Block, PlainSum, list[Segment]],
         weight: Weight,
         spec: ArraySpec,
         base: Params | None,
@@ -137,25 +173,39 @@ class PlainSums(Sums[Array]):
             )
         for segment in segments:
             place = slice(offset, offset + segment.size)
+            spare = buffers.scratch.product.view(self._dtype)[: segment.size]
+            mean = out[place] if out.dtype == self._dtype else spare
             with np.errstate(over="ignore", invalid="ignore"):
-                mean = total[segment.place] / self._dtype.type(float(weight))
+                divisor = self._dtype.type(float(weight))
+                np.divide(self._elements(total, segment.place), divisor, out=mean)
                 if base is not None:
                     start = flat(base[segment.key], segment.start, segment.size)
-                    if _first_not_finite(start) >= 0:
+                    if _first_not_finite(start, buffers) >= 0:
                         raise base_not_finite({segment.key})
-                    mean = mean + start.astype(self._dtype)
+                    mean += start.astype(self._dtype)
                 if number.kind == "integer":
-                    mean = np.rint(mean)
+                    np.rint(mean, out=mean)
                     least = -number.largest - 1 if spec.dtype.kind == "i" else 0
                     fine = (mean >= least) & (mean < float(number.largest + 1))
                     out[place] = np.where(fine, mean, 0)
+                    beyond = -1 if fine.all() else int(np.argmin(fine))
                 else:
-                    out[place] = mean
-                    fine = np.isfinite(out[place])
-            if not fine.all():
-                return offset + int(np.argmin(fine))
+                    if mean is spare:
+                        out[place] = mean
+                    beyond = _first_not_finite(out[place], buffers)
+            if beyond >= 0:
+                return offset + beyond
             offset += segment.size
         return -1
+
+
+def _as_float(weight: Weight) -> float:
+    try:
+        return float(weight)
+    except OverflowError:
+        raise RefusedUpdate(
+            Reason.BAD_WEIGHT, expected="a weight that is a float64", got=quoted(weight)
+        ) from None
 
 
 def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
@@ -163,12 +213,11 @@ def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
         raise ValueError(f"expected {size} finite numbers of {dtype}")
 
 
-def _first_not_finite(values: Array) -> int:
+def _first_not_finite(values: Array, buffers: Buffers) -> int:
     """The position of the first NaN or infinity, or -1."""
-    if values.dtype in (np.float32, np.float64):
+    if values.dtype == np.float32:
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.dot(values, values)
-        if np.isfinite(squares):
-            return -1  # a sum of squares can only be finite if they all are
-    fine = np.isfinite(values)
+            if np.isfinite(np.dot(values, values)):
+                return -1  # a sum of squares can only be finite if they all are
+    fine = np.isfinite(values, out=buffers.scratch.small[: values.size])
     return -1 if fine.all() else int(np.argmin(fine))

@@ -20,7 +20,6 @@ import pytest
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.model import ArraySpec
-from fedavg_core.plain_sums import PlainSums
 from fedavg_core.weight import exact_weight
 from tests.conftest import THOROUGH
 
@@ -313,17 +312,18 @@ def test_an_interruption_at_any_moment_leaves_all_or_nothing(operation: str, thr
     assert int(done.stdout) > 0
 
 
-@pytest.mark.parametrize("kind", ["float64", "float32"])
-def test_rounded_sums_that_were_interrupted_say_so_until_they_are_reset(
+@pytest.mark.parametrize("kind", ["exact", "float64", "float32"])
+def test_sums_whose_undoing_was_interrupted_say_so_until_they_are_reset(
     kind: Accumulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mean = fc.WeightedMean(accumulator=kind)
     mean.add(model(1), 1)
 
-    def interrupted(self: PlainSums, *_: Any) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PlainSums, "_add", interrupted)
+    for operation in ("add", "undo"):
+        monkeypatch.setattr(type(mean._sums), operation, interrupted)
     with pytest.raises(KeyboardInterrupt):
         mean.add(model(2), 1)
     monkeypatch.undo()
@@ -337,16 +337,37 @@ def test_rounded_sums_that_were_interrupted_say_so_until_they_are_reset(
     ):
         with pytest.raises(fc.UsageError, match="could not be had back: reset the accumulator"):
             use()
-    monkeypatch.setattr(PlainSums, "_add_piece", interrupted)
-    other.add(model(1), 1)
-    mean.reset()
-    with pytest.raises(KeyboardInterrupt):
-        mean.merge(other)
-    with pytest.raises(fc.UsageError, match="reset the accumulator"):
-        mean.mean()
     mean.reset()
     mean.add(model(2), 3)
     assert fc.same_bits(mean.mean(), fc.weighted_mean([model(2)], [3], accumulator=kind))
+
+
+@pytest.mark.parametrize("kind", ["exact", "float64", "float32"])
+@pytest.mark.parametrize("operation", ["add", "merge"])
+def test_an_interrupted_change_leaves_any_sums_as_they_were(
+    kind: Accumulator, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean, other = (fc.WeightedMean(accumulator=kind, block=2) for _ in range(2))
+    mean.add(model(1), 1)
+    other.add(model(2), 5)
+    before = mean.state()
+    whole = getattr(type(mean._sums), operation)
+
+    def interrupted(*arguments: Any) -> None:
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(mean._sums), operation, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mean.add(model(2), 5) if operation == "add" else mean.merge(other)
+    monkeypatch.undo()
+    assert mean.state()[0] == before[0]
+    assert fc.same_bits(mean.state()[1], before[1])
+    mean.add(model(2), 5)
+    expected = fc.WeightedMean(accumulator=kind)
+    expected.add(model(1), 1)
+    expected.add(model(2), 5)
+    assert fc.same_bits(mean.mean(), expected.mean())
 
 
 @kinds
