@@ -20,7 +20,8 @@ pytest.importorskip("rich")
 
 import fedavg_core as fc
 from nvflare_adapter import digits, read_training_file
-from nvflare_adapter.simulator import SimulatorJob, follow, simulate
+from nvflare_adapter.follow import follow
+from nvflare_adapter.job import Job
 from tests.nvflare import training
 
 # One after the other, beside the tests that start none.
@@ -61,7 +62,8 @@ def test_every_round_ends_in_the_bits_of_the_federation_in_process(
     initial = offered.initial_model(seed)
     start = tmp_path / "start"
     fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
-    job = SimulatorJob(
+    job = Job(
+        backend="simulator",
         train_script=str(path),
         train_args=arguments,
         initial_model=str(start),
@@ -71,7 +73,7 @@ def test_every_round_ends_in_the_bits_of_the_federation_in_process(
         seed=seed,
         folder=str(tmp_path),
     )
-    checkpoints = list(simulate(job))
+    checkpoints = list(job.run())
     federation = fc.Federation(
         initial,
         clients={f"site-{number + 1}": offered.train for number in range(clients)},
