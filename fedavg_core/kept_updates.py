@@ -14,6 +14,7 @@ coordinate are averaged, or of `WholeVector`, which says what each update counts
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import check_base, check_update
 from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
+from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
 from fedavg_core.robust_mean import RobustMean, check_finite
 from fedavg_core.rounding import quotient
 from fedavg_core.sums import base_not_finite, out_of_range
-from fedavg_core.weight import Weight, exact_weight
+from fedavg_core.weight import Weight, exact_weight, weight_text
 
 __all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_all", "of_the_sorted"]
 
@@ -169,6 +171,11 @@ class KeptUpdates(RobustMean):
         left = {} if base is None else {key: base[key] for key in targets if key not in means}
         kept = copy_params(left)
         return {key: means[key] if key in means else kept[key] for key in targets}
+
+    def digest(self) -> str:
+        """See `RobustMean.digest`."""
+        each = [f"{digest(fingerprints(u.params))} {weight_text(u.weight)}" for u in self.updates]
+        return hashlib.sha256("\n".join(sorted(each)).encode("ascii")).hexdigest()
 
     def reset(self) -> None:
         """See `RobustMean.reset`."""

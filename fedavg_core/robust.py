@@ -28,14 +28,14 @@ with the square of their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import WeightedMean, check_update
+from fedavg_core.accumulator import Accumulator, WeightedMean, check_update
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_all, of_the_sorted
@@ -52,6 +52,8 @@ __all__ = [
     "Krum",
     "MultiKrum",
     "TrimmedMean",
+    "accumulator_for",
+    "kind_of",
     "robust_mean",
 ]
 
@@ -327,6 +329,10 @@ class ClippedMean(RobustMean):
         """See `RobustMean.mean`."""
         return self._mean.mean(base)
 
+    def digest(self) -> str:
+        """See `RobustMean.digest`."""
+        return self._mean.digest()
+
     def reset(self) -> None:
         """See `RobustMean.reset`."""
         self._mean.reset()
@@ -368,6 +374,41 @@ def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> Rob
                 f"robust mean {name}: expected options out of {known}, got {quoted(option)}"
             )
     return kind(spec=spec, **options)
+
+
+def accumulator_for(
+    kind: Accumulator | RobustMean | Mapping[str, Any], spec: ModelSpec | None
+) -> WeightedMean | RobustMean:
+    """An empty accumulator of some kind.
+
+    Args:
+        kind: The arithmetic of a weighted mean; or a robust mean that this one shall be like, or
+            the settings of one.
+        spec: As for the constructors.
+
+    Returns:
+        It, new.
+
+    Raises:
+        UsageError: There is no such kind.
+    """
+    if isinstance(kind, RobustMean):
+        return kind.empty(spec)
+    if isinstance(kind, Mapping):
+        return robust_mean(**kind, spec=spec)
+    return WeightedMean(spec, accumulator=kind)
+
+
+def kind_of(mean: WeightedMean | RobustMean) -> Accumulator | dict[str, Any]:
+    """What `accumulator_for` makes another one like this of, as JSON can hold it.
+
+    Args:
+        mean: An accumulator.
+
+    Returns:
+        The arithmetic of a weighted mean; the settings of a robust one.
+    """
+    return mean.settings() if isinstance(mean, RobustMean) else mean.accumulator
 
 
 def _middle(count: int) -> slice:

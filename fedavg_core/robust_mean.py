@@ -160,6 +160,14 @@ class RobustMean(ABC):
         """
 
     @abstractmethod
+    def digest(self) -> str:
+        """A fingerprint of what was added.
+
+        Returns:
+            64 hexadecimal digits. Equal for equal updates with equal weights, however they came.
+        """
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget every update, and give back the memory that they took."""
 

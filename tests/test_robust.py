@@ -8,7 +8,10 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,6 +301,7 @@ class TestOrder:
             assert fc.same_bits(first.mean(), expected)
             assert (first.count, first.total_weight) == (9, sum(map(Fraction, weights)))
             assert (first.nbytes, second.count) == (whole.nbytes, 5)
+            assert first.digest() == whole.digest() != second.digest()
 
     def test_krums_ties_are_settled_by_the_content(self) -> None:
         # All of them have the same score.
@@ -669,3 +673,179 @@ class TestByName:
     def test_others_are_a_usage_error(self, make: Callable[[], object], message: str) -> None:
         with pytest.raises(fc.UsageError, match=message):
             make()
+
+
+def play(
+    accumulator: RobustMean, updates: Sequence[Model], model: Model, **settings: Any
+) -> fc.Outcome:
+    transfer = settings.pop("transfer", fc.TransferType.FULL)
+    round = fc.Round(model, 0, transfer=transfer, accumulator=accumulator, **settings)
+    for index, update in enumerate(updates):
+        sent = fc.diff(update, model) if transfer is fc.TransferType.DIFF else update
+        assert round.offer(fc.Update(f"site-{index}", 0, sent, 1 + index, transfer)).accepted
+    return round.close()
+
+
+class TestInARound:
+    """Instead of the weighted mean."""
+
+    @pytest.mark.parametrize("mean", KEPT, ids=named)
+    def test_full_and_diff_agree_where_differences_are_exact(self, mean: RobustMean) -> None:
+        source = np.random.default_rng(9)
+        model = {"w": source.integers(-50, 50, 6) / 4, "n": source.integers(0, 9, 3)}
+        updates = [
+            {"w": model["w"] + source.integers(-9, 9, 6) / 8, "n": model["n"] + step}
+            for step in range(7)
+        ]
+        full = play(mean, updates, model)
+        diff = play(mean, updates, model, transfer=fc.TransferType.DIFF)
+        if mean.name != "geometric-median":
+            assert fc.same_bits(full.model, diff.model)
+            assert fc.same_bits(full.model, mean_of(mean, updates, range(1, 8)))
+        np.testing.assert_allclose(full.model["w"], diff.model["w"], rtol=1e-12)
+        assert full.enough
+
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_the_order_does_not_show_and_the_models_dtypes_are_kept(self, mean: RobustMean) -> None:
+        updates = updates_of(6)
+        model = {
+            key: np.zeros(array.shape, "float16" if key == "p0" else array.dtype)
+            for key, array in updates[0].items()
+        }
+        outcomes = []
+        for turn in (1, -1):
+            round = fc.Round(model, 0, transfer=fc.TransferType.DIFF, accumulator=mean)
+            for index in list(range(6))[::turn]:
+                update = fc.Update(f"s{index}", 0, updates[index], 1 + index, fc.TransferType.DIFF)
+                assert round.offer(update).accepted
+            outcomes.append(round.close())
+        assert fc.same_bits(outcomes[0].model, outcomes[1].model)
+        assert fc.ModelSpec.of(outcomes[0].model) == fc.ModelSpec.of(model)
+
+    def test_the_rule_says_how_many_updates_it_takes(self) -> None:
+        updates = updates_of(4)
+        outcome = play(Krum(1), updates, updates[0])
+        assert not outcome.enough
+        assert outcome.problem == (
+            "round 0: 4 accepted where at least 5 are needed; the model keeps its values"
+        )
+        assert fc.same_bits(outcome.model, updates[0])
+
+    def test_an_update_that_lacks_a_parameter_is_refused_where_the_rule_needs_it(self) -> None:
+        model = updates_of(1)[0]
+        round = fc.Round(model, 3, accumulator=Krum())
+        receipt = round.offer(fc.Update("a", 3, {"p0": model["p0"]}, 1))
+        assert receipt.reason is fc.Reason.MISSING_KEYS
+        assert "contributor 'a'" in receipt.detail
+
+    def test_clipping_asks_for_differences(self) -> None:
+        model = updates_of(1)[0]
+        for transfer in (None, fc.TransferType.FULL):
+            with pytest.raises(fc.UsageError, match="a clipped-mean is of differences; expected"):
+                fc.Round(model, 0, transfer=transfer, accumulator=ClippedMean())
+
+    def test_what_is_given_is_not_used_up(self) -> None:
+        given = CoordinateMedian()
+        updates = updates_of(3)
+        given.add(updates[0], 1)
+        play(given, updates, updates[0])
+        assert given.count == 1
+
+    def test_the_state_of_an_open_round_cannot_be_had(self) -> None:
+        round = fc.Round(updates_of(1)[0], 0, accumulator=CoordinateMedian())
+        with pytest.raises(fc.UsageError, match="round 0: the state of an open round over a medi"):
+            round.state()
+
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_a_server_optimizer_steps_towards_it(self, mean: RobustMean) -> None:
+        source = np.random.default_rng(5)
+        model = {"w": source.normal(size=8)}
+        updates = [{"w": model["w"] + source.normal(size=8)} for _ in range(5)]
+        settings: dict[str, Any] = {"transfer": fc.TransferType.DIFF}
+        plain = play(mean, updates, model, **settings)
+        found = play(mean, updates, model, server_optimizer=fc.FedAvg(0.5), **settings)
+        half = model["w"] + 0.5 * (plain.model["w"] - model["w"])
+        np.testing.assert_allclose(found.model["w"], half, rtol=1e-13)
+
+    @pytest.mark.parametrize("transfer", fc.TransferType)
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_an_audit_can_be_replayed(self, mean: RobustMean, transfer: fc.TransferType) -> None:
+        if mean.needs_differences and transfer is fc.TransferType.FULL:
+            return
+        model, *updates = updates_of(7)
+        outcome = play(mean, updates, model, transfer=transfer, audit=True)
+        assert outcome.audit is not None
+        audit = fc.Audit.from_text(outcome.audit.to_text())
+        assert audit.accumulator == mean.settings()
+        sent: dict[str, Any] = {
+            f"site-{n}": fc.diff(u, model) if transfer is fc.TransferType.DIFF else u
+            for n, u in enumerate(updates)
+        }
+        verdict = fc.verify(audit, sent, model)
+        assert verdict.same_bits, verdict.lines
+        other = replace(audit, accumulator=TrimmedMean(0.1).settings())
+        assert not fc.verify(other, sent, model).same_bits
+
+    def test_an_audit_of_an_accumulator_without_a_name_is_none(self) -> None:
+        model, *updates = updates_of(4)
+        outcome = play(CoordinateMedian(), updates, model, audit=True)
+        assert outcome.audit is not None
+        text = replace(outcome.audit, accumulator={"name": 3}).to_text()
+        with pytest.raises(fc.UsageError, match=r"this is no audit of a round: .*the accumulator"):
+            fc.Audit.from_text(text)
+
+
+def wander(params: Model, context: fc.Context) -> fc.TrainResult:
+    """A client whose every bit comes from its seed; one of them attacks."""
+    source = np.random.default_rng(context.seed)
+    for array in params.values():
+        array += np.asarray(source.normal(size=array.shape)).astype(array.dtype)
+        if context.contributor == "site-1":
+            array += array.dtype.type(10_000)
+    return fc.TrainResult(params, int(source.integers(1, 100)))
+
+
+def federation(accumulator: Any, rounds: int = 4, **more: Any) -> fc.Federation:
+    model: Model = {"w": np.zeros((3, 4), np.float32), "b": np.zeros(2)}
+    clients = {f"site-{number}": wander for number in range(1, 9)}
+    settings = {"transfer": fc.TransferType.DIFF, "participation": 6, **more}
+    return fc.Federation(model, clients, rounds, accumulator=accumulator, **settings)
+
+
+class TestInAFederation:
+    """In line, on threads, on processes, stopped and resumed."""
+
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_an_attacker_does_not_carry_off_the_model(self, mean: RobustMean) -> None:
+        fed = federation(mean)
+        fed.run()
+        assert float(np.abs(fed.model["w"]).max()) < 20
+        plain = federation("exact")
+        plain.run()
+        assert float(np.abs(plain.model["w"]).min()) > 100
+
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_a_resumed_run_and_one_on_threads_end_with_the_same_bits(
+        self, mean: RobustMean, tmp_path: Path
+    ) -> None:
+        whole = federation(mean)
+        whole.run()
+        for outcome in federation(mean, checkpoint=tmp_path):
+            if outcome.round == 1:
+                break
+        resumed = federation(mean, checkpoint=tmp_path, resume=True)
+        assert len(resumed.run()) == 2
+        assert fc.same_bits(resumed.model, whole.model)
+        with ThreadPoolExecutor(3) as executor:
+            threads = federation(mean, executor=executor)
+            threads.run()
+        assert fc.same_bits(threads.model, whole.model)
+
+    def test_another_rule_cannot_resume_a_run(self, tmp_path: Path) -> None:
+        federation(TrimmedMean(0.2), 1, checkpoint=tmp_path).run()
+        with pytest.raises(fc.UsageError, match=r"expected a run with accumulator .'name': 'trimm"):
+            federation(TrimmedMean(0.3), 2, checkpoint=tmp_path, resume=True)
+
+    def test_too_few_clients_for_the_rule_are_a_usage_error(self) -> None:
+        with pytest.raises(fc.UsageError, match="min_updates: expected at most the 6 clients of a"):
+            federation(Krum(2))
