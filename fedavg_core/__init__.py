@@ -7,6 +7,7 @@
 * arithmetic: `weighted_mean`, `WeightedMean`, `diff`, `apply`
 * one round, without input or output: `Round`, `Update`, `Receipt`, `Outcome`, `Limits`
 * a whole federation in this process: `Federation`, `Context`, `TrainResult`
+* means that bad updates cannot carry off: `robust_mean`, `CoordinateMedian`, `Krum` and others
 * how the global model follows the mean: `optimizer_named`, `FedAdam` and others
 * files: `Checkpoint`, `CheckpointStore`, `save_checkpoint`, `load_checkpoint`; `aggregate_files`
   for models larger than memory
@@ -40,6 +41,16 @@ from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.replay import Verdict, verify
+from fedavg_core.robust import (
+    ClippedMean,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
+    TrimmedMean,
+    robust_mean,
+)
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round, RoundState
 from fedavg_core.server_optimizer import (
     FedAdagrad,
@@ -61,7 +72,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "Client",
+    "ClippedMean",
     "Context",
+    "CoordinateMedian",
     "Failure",
     "FedAdagrad",
     "FedAdam",
@@ -70,9 +83,12 @@ __all__ = [
     "FedAvgM",
     "FedYogi",
     "Federation",
+    "GeometricMedian",
     "KeyDifference",
+    "Krum",
     "Limits",
     "ModelSpec",
+    "MultiKrum",
     "Observer",
     "OutOfRange",
     "Outcome",
@@ -80,11 +96,13 @@ __all__ = [
     "Reason",
     "Receipt",
     "RefusedUpdate",
+    "RobustMean",
     "Round",
     "RoundState",
     "ServerOptimizer",
     "TrainResult",
     "TransferType",
+    "TrimmedMean",
     "Update",
     "UsageError",
     "Verdict",
@@ -97,6 +115,7 @@ __all__ = [
     "diff",
     "load_checkpoint",
     "optimizer_named",
+    "robust_mean",
     "same_bits",
     "save_checkpoint",
     "verify",

@@ -54,7 +54,7 @@ class Audit:
     Attributes:
         round: Its number.
         transfer: What the updates' arrays are; None if no update has said.
-        accumulator: How they were added.
+        accumulator: How they were added; the settings of a robust mean.
         min_updates: How many accepted updates it took to change the model.
         averaged: The names of the parameters that were averaged, sorted; what an update brought
             beside them was left out.
@@ -68,7 +68,7 @@ class Audit:
 
     round: int
     transfer: TransferType | None
-    accumulator: Accumulator
+    accumulator: Accumulator | dict[str, Any]
     min_updates: int
     averaged: tuple[str, ...]
     base: Mapping[str, Fingerprint] = field(hash=False)
@@ -153,8 +153,11 @@ class Audit:
         round, least = meta["round"], meta["min_updates"]
         if type(round) is not int or round < 0 or type(least) is not int or least < 1:
             raise ValueError("its number or how many updates it took is no such number")
-        if meta["accumulator"] not in get_args(Accumulator):
-            raise ValueError(f"the accumulator {quoted(meta['accumulator'])}")
+        kind = meta["accumulator"]
+        if not isinstance(kind.get("name") if isinstance(kind, dict) else None, str) and (
+            kind not in get_args(Accumulator)
+        ):
+            raise ValueError(f"the accumulator {quoted(kind)}")
         transfer = None if meta["transfer"] is None else TransferType(meta["transfer"])
         averaged = meta["averaged"]
         if not isinstance(averaged, list) or averaged != sorted({str(key) for key in averaged}):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedavg_core.exact import Scratch
 from fedavg_core.model import ArraySpec, Params
 
-__all__ = ["Block", "Buffers", "Segment", "flat", "load", "pack"]
+__all__ = ["Block", "Buffers", "Segment", "fits_float32", "flat", "load", "pack"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -146,7 +146,7 @@ def load(
         and first.dtype in (np.float32, np.float64)
     ):
         return [(flat(first, segments[0].start, block.size), 0)]
-    narrow = all(_fits_float32(params[segment.key].dtype) for segment in segments)
+    narrow = all(fits_float32(params[segment.key].dtype) for segment in segments)
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
     if len(segments) < len(block.segments):
         values.fill(0.0)
@@ -164,7 +164,7 @@ def load(
     return [(values, 0)] if upper is None else [(values, 0), (upper, _UPPER)]
 
 
-def _fits_float32(dtype: np.dtype[Any]) -> bool:
+def fits_float32(dtype: np.dtype[Any]) -> bool:
     """Whether float32 holds every value of the dtype exactly."""
     return dtype.itemsize <= 2 or (dtype.kind == "f" and dtype.itemsize == 4)
 

@@ -50,6 +50,7 @@ from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
@@ -113,7 +114,7 @@ class Federation:
             the best.
         stop_when: Given an outcome, says whether to stop after it.
         limits: What is asked of an update.
-        accumulator: The arithmetic of the mean.
+        accumulator: The arithmetic of the mean; or a robust mean, see `Round`.
         audit: Whether each outcome shall have an `Audit`.
         server_optimizer: What makes the next model of the mean; None: the mean is the next model.
         observers: Are told what happens, in this order.
@@ -149,7 +150,7 @@ class Federation:
         patience: int | None = None,
         stop_when: Callable[[Outcome], bool] | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        accumulator: Accumulator = "exact",
+        accumulator: Accumulator | RobustMean = "exact",
         audit: bool = False,
         server_optimizer: ServerOptimizer | None = None,
         observers: Sequence[Observer] = (),
@@ -201,7 +202,7 @@ class Federation:
         self._patience = patience
         self._stop_when = stop_when
         self._limits = limits
-        self._accumulator: Accumulator = accumulator
+        self._accumulator = accumulator
         self._audit = audit
         self._optimizer = server_optimizer
         self._optimizer_state: Params = {}
@@ -219,6 +220,8 @@ class Federation:
             audit=audit,
             server_optimizer=server_optimizer,
         )
+        if isinstance(accumulator, RobustMean):
+            min_updates = max(min_updates, accumulator.least)
         if min_updates > self._selected:
             raise UsageError(
                 f"min_updates: expected at most the {self._selected} clients of a round, "
@@ -320,8 +323,10 @@ class Federation:
             observer.round_ended(outcome)
         return outcome
 
-    def _sums(self) -> Accumulator | WeightedMean:
+    def _sums(self) -> Accumulator | WeightedMean | RobustMean:
         """The accumulator, made once there is a model to make it for, and used in every round."""
+        if isinstance(self._accumulator, RobustMean):
+            return self._accumulator
         if self._mean is None and self._model:
             spec = self._limits.averaged(ModelSpec.of(self._model))
             self._mean = WeightedMean(spec, accumulator=self._accumulator)
@@ -377,12 +382,14 @@ class Federation:
     def _settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
         names = "\n".join(self._order)
+        own = self._accumulator
+        kind = own.settings() if isinstance(own, RobustMean) else own
         return {
             "seed": self._seed,
             "transfer": str(self._transfer),
             "selected": self._selected,
             "min_updates": self._min_updates,
-            "accumulator": self._accumulator,
+            "accumulator": kind,
             "limits": self._limits.to_json(),
             "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
             "monitor": self._monitor,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedavg_core.model import Params
 
-__all__ = ["norm_above", "norm_of_difference"]
+__all__ = ["norm_above", "norm_of_difference", "sum_of_squares"]
 
 _BLOCK = 1 << 16
 
@@ -37,15 +37,7 @@ def norm_above(params: Params, base: Params, limit: float) -> float | None:
     # Scaled by a power of two, so that the squares of what is within the limit are near 1: what
     # overflows is beyond the limit, and what underflows cannot matter.
     scale = 2.0 ** -max(-1000, min(1000, math.frexp(limit)[1]))
-    parts = [
-        part
-        for key, array in params.items()
-        for part in _block_sums_of_squares(array, base.get(key), scale)
-    ]
-    try:
-        total = math.fsum(parts)
-    except OverflowError:
-        total = math.inf
+    total = sum_of_squares(params, base, scale)
     return None if total <= (limit * scale) ** 2 else math.sqrt(total) / scale
 
 
@@ -61,13 +53,28 @@ def norm_of_difference(params: Params, base: Params) -> float:
         is, and infinite where a square is beyond the largest float64; squares that float64 does not
         tell from zero do not count. Deterministic.
     """
+    return math.sqrt(sum_of_squares(params, base, 1.0))
+
+
+def sum_of_squares(params: Params, base: Params, scale: float) -> float:
+    """The sum of the squares of all elements of the difference between two models.
+
+    Args:
+        params: The one; only read.
+        base: The other, with the same shapes; only read. A parameter that it lacks is zero there.
+        scale: What the elements of both are multiplied by before; a power of two.
+
+    Returns:
+        The sum; infinite if it is beyond float64, or NaN or infinite where an element is. The same
+        whatever the order of the parameters, and with the two models changed over. Deterministic.
+    """
     parts = [
         part
         for key, array in params.items()
-        for part in _block_sums_of_squares(array, base.get(key), 1.0)
+        for part in _block_sums_of_squares(array, base.get(key), scale)
     ]
     try:
-        return math.sqrt(math.fsum(parts))
+        return math.fsum(parts)
     except OverflowError:
         return math.inf
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TypeAlias
 
-from fedavg_core.accumulator import WeightedMean
 from fedavg_core.audit import Audit
 from fedavg_core.digest import Fingerprint, digest, fingerprints
 from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, one_line, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
+from fedavg_core.robust import accumulator_for
 from fedavg_core.server_optimizer import ServerOptimizer, mean_change, optimizer_named
 from fedavg_core.update import TransferType
 
@@ -213,7 +213,7 @@ def _again(
                 for key, shape in search.shapes.items()
             }
         )
-    sums = WeightedMean(spec, accumulator=audit.accumulator)
+    sums = accumulator_for(audit.accumulator, spec)
     for receipt in audit.accepted:
         params = _loaded(search.found[receipt.contributor])
         averaged = {key: params[key] for key in audit.averaged if key in params}

@@ -50,6 +50,8 @@ from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, qu
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
+from fedavg_core.robust import accumulator_for, kind_of
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer, mean_change
 from fedavg_core.update import TransferType, Update
 
@@ -88,7 +90,8 @@ class Round:
         limits: What is asked of an update.
         accumulator: How to add: ``"exact"``, ``"float64"`` or ``"float32"``; or a `WeightedMean`
             for models like this one, which is reset and used, so that its memory serves many
-            rounds.
+            rounds; or a `RobustMean`, which says how, and of which an empty one is made. The least
+            number of updates that it needs is that of the round, if `min_updates` is not more.
         audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
             the model and the optimizer's state before and after.
         server_optimizer: What makes the next model of the mean; None: the mean is the next model.
@@ -107,7 +110,7 @@ class Round:
         min_updates: int = 1,
         transfer: TransferType | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        accumulator: Accumulator | WeightedMean = "exact",
+        accumulator: Accumulator | WeightedMean | RobustMean = "exact",
         audit: bool = False,
         server_optimizer: ServerOptimizer | None = None,
         optimizer_state: Params | None = None,
@@ -150,12 +153,19 @@ class Round:
         self._receipts: list[Receipt] = []
         self._contributors: set[str] = set()
         self._keys: frozenset[str] | None = None
+        self._mean: WeightedMean | RobustMean
         if isinstance(accumulator, WeightedMean):
             accumulator.reset()
             self._mean = accumulator
         else:
-            spec = self._gate.spec if self._model else None
-            self._mean = WeightedMean(spec, accumulator=accumulator)
+            self._mean = accumulator_for(accumulator, self._gate.spec if self._model else None)
+        if isinstance(self._mean, RobustMean):
+            self._min_updates = max(min_updates, self._mean.least)
+            if self._mean.needs_differences and transfer is not TransferType.DIFF:
+                raise UsageError(
+                    f"accumulator: a {self._mean.name} is of differences; expected transfer DIFF, "
+                    f"got {transfer}"
+                )
 
     @property
     def status(self) -> RoundState:
@@ -419,7 +429,7 @@ class Round:
         return Audit(
             round=self._number,
             transfer=self._transfer,
-            accumulator=self._mean.accumulator,
+            accumulator=kind_of(self._mean),
             min_updates=self._min_updates,
             averaged=tuple(sorted(self._gate.spec if self._model else self._mean.keys)),
             base=fingerprints(self._model),
@@ -448,6 +458,11 @@ class Round:
         return {key: mean[key] if key in mean else kept[key] for key in self._model}
 
     def _save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+        if isinstance(self._mean, RobustMean):
+            raise UsageError(
+                f"round {self._number}: the state of an open round over a {self._mean.name} cannot "
+                "be had; offer its updates again"
+            )
         mean, arrays = self._mean.state()
         meta = {
             "format": _STATE_FORMAT,

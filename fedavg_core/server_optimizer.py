@@ -55,6 +55,7 @@ import numpy.typing as npt
 from fedavg_core.accumulator import WeightedMean
 from fedavg_core.errors import OutOfRange, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.transfer import apply
 from fedavg_core.update import TransferType
 
@@ -363,7 +364,7 @@ def optimizer_named(name: str, **settings: Any) -> ServerOptimizer:
 
 
 def mean_change(
-    sums: WeightedMean, model: Params, transfer: TransferType | None
+    sums: WeightedMean | RobustMean, model: Params, transfer: TransferType | None
 ) -> dict[str, Array]:
     """By how much the mean of some updates differs from the model that they were made from.
 

@@ -29,7 +29,7 @@ from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight
 
-__all__ = ["ExactSums", "Sums", "Term", "base_not_finite", "not_finite"]
+__all__ = ["ExactSums", "Sums", "Term", "base_not_finite", "not_finite", "out_of_range"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Term: TypeAlias = "tuple[Params, Weight]"
@@ -166,7 +166,7 @@ class Sums(ABC, Generic[Total]):
                 for segment in segments:
                     if offset <= beyond < offset + segment.size:
                         index = segment.start + beyond - offset
-                        raise _out_of_range(segment.key, targets[segment.key], index)
+                        raise out_of_range(segment.key, targets[segment.key], index)
                     if len(segments) > 1:  # each of them is a whole array
                         flats[segment.key][:] = out[offset : offset + segment.size]
                     offset += segment.size
@@ -397,7 +397,8 @@ def base_not_finite(keys: Collection[str]) -> UsageError:
     )
 
 
-def _out_of_range(key: str, spec: ArraySpec, index: int) -> OutOfRange:
+def out_of_range(key: str, spec: ArraySpec, index: int) -> OutOfRange:
+    """The error for a result, at ``index``, that an array's dtype cannot hold."""
     return OutOfRange(
         f"key {quoted(key)}: the result at {_position(spec.shape, index)} is beyond the largest "
         f"number of {spec.dtype}"

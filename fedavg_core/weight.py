@@ -35,7 +35,8 @@ def exact_weight(weight: object) -> Weight:
     """A weight at its exact value.
 
     Args:
-        weight: A whole number of any size or a float, of Python or NumPy.
+        weight: A whole number of any size, a float, of Python or NumPy, or a fraction whose
+            denominator is a power of two.
 
     Returns:
         The same number as an int, or as a fraction whose denominator is a power of two.
@@ -48,6 +49,8 @@ def exact_weight(weight: object) -> Weight:
     if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
         exact = Fraction(*weight.as_integer_ratio())
         return exact.numerator if exact.denominator == 1 else exact
+    if isinstance(weight, Fraction) and weight > 0 and weight.denominator.bit_count() == 1:
+        return weight.numerator if weight.denominator == 1 else weight
     raise RefusedUpdate(
         Reason.BAD_WEIGHT, expected="a finite number above zero as weight", got=quoted(weight)
     )

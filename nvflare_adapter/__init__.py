@@ -15,6 +15,7 @@ from nvflare_adapter.extras import not_installed
 
 if TYPE_CHECKING:
     from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
+    from nvflare_adapter.controller import FedAvgController
     from nvflare_adapter.persistor import CheckpointPersistor
     from nvflare_adapter.recipe import NumpyFedAvgRecipe
     from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointPersistor",
     "CustomAggregator",
     "FedAvgAggregator",
+    "FedAvgController",
     "FedAvgShareableGenerator",
     "NumpyFedAvgRecipe",
     "TrainingFile",
@@ -34,6 +36,7 @@ _HOMES = {
     "CheckpointPersistor": "persistor",
     "CustomAggregator": "aggregator",
     "FedAvgAggregator": "aggregator",
+    "FedAvgController": "controller",
     "FedAvgShareableGenerator": "shareable_generator",
     "NumpyFedAvgRecipe": "recipe",
 }

@@ -1,8 +1,9 @@
 """``python -m nvflare_adapter``: train a training file, by default the digits, on NVFlare.
 
-The same file runs on NVFlare's simulator or in this process alone, with the same numbers; what
-differs is only who carries the models about. Either way a round ends in a checkpoint, which is
-kept; a line of the table is made of it, and the global model in it is tested here.
+The same file runs in this process alone, on NVFlare's simulator, on server and client processes of
+NVFlare that are started here, and on a deployment of NVFlare, with the same numbers; what differs
+is only who carries the models about. Either way a round ends in a checkpoint, which is kept; a line
+of the table is made of it, and the global model in it is tested here.
 
 Everything is written into one new folder. Exit codes: 0, the job was done; 1, it failed, or no
 round of it changed the model; 2, something about the command or the training file is wrong; 130, it
@@ -16,6 +17,7 @@ import math
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from importlib.util import find_spec
@@ -27,16 +29,24 @@ from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
 from nvflare_adapter.extras import not_installed
+from nvflare_adapter.follow import JobFailed
+from nvflare_adapter.job import Job, models_folder
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
-from nvflare_adapter.simulator import MODELS, JobFailed, SimulatorJob, simulate
 
 __all__ = ["main"]
 
+_KIT = Path("startup", "fed_admin.json")
 _DIGITS = Path(__file__).with_name("digits.py")
 _GOAL = 0.9
 _COLUMNS = ("round", "accepted", "weight", "train loss", "test accuracy")
 _WIDTHS = (5, 8, 9, 10, 13)
 _INDENT = " " * 7
+_BACKENDS = {
+    "in-process": "in this process",
+    "simulator": "on NVFlare's simulator",
+    "poc": "on NVFlare, in processes of its own",
+    "deployment": "on a deployment of NVFlare",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,12 +66,11 @@ def _integer(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _one_of(*names: str, later: Sequence[str] = ()) -> Callable[[str], str]:
+def _one_of(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
-            known = ", which this version cannot run yet" if text in later else ""
-            expected = f"expected {' or '.join(names)}"
-            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}{known}")
+            expected = f"expected {', '.join(names[:-1])} or {names[-1]}"
+            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}")
         return text
 
     return parse
@@ -89,8 +98,20 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--backend",
         default="simulator",
-        type=_one_of("in-process", "simulator", later=("poc", "deployment")),
-        help="simulator (NVFlare's; the default) or in-process (without NVFlare)",
+        type=_one_of(*_BACKENDS),
+        help="simulator (NVFlare's; the default), in-process (without NVFlare), poc (NVFlare's "
+        "server and clients as processes of this machine) or deployment (one that is there)",
+    )
+    add(
+        "--startup-kit",
+        type=Path,
+        metavar="DIR",
+        help="of a deployment: the startup kit of an administrator",
+    )
+    add(
+        "--external",
+        action="store_true",
+        help="NVFlare starts TRAIN.py in processes of its own, which may crash by themselves",
     )
     add("--clients", type=_integer(1), default=4, help="how many clients (default: 4)")
     add("--rounds", type=_integer(1), default=10, help="how many rounds (default: 10)")
@@ -123,17 +144,24 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     read.path = _DIGITS if read.train_script is None else Path(read.train_script)
     if not read.path.is_file() or read.path.suffix != ".py":
         parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
+    kit, remote = read.startup_kit, read.backend == "deployment"
+    if (kit is not None and not remote) or (remote and not (kit and (kit / _KIT).is_file())):
+        expected = f"a folder that has {_KIT}" if remote else "none, without a deployment"
+        parser.error(f"argument --startup-kit: expected {expected}, got {kit or 'none'}")
     if read.output is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
         read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
     if read.output.exists() and (not read.output.is_dir() or any(read.output.iterdir())):
         parser.error(f"argument --output: expected a new or empty folder, got {read.output}")
-    read.models = read.output / (MODELS if read.backend == "simulator" else "models")
-    for path in (str(read.output.resolve()), sys.executable):
-        if read.backend == "simulator" and shlex.split(path) != [path]:
-            expected = "a path without spaces and quotes, as NVFlare's simulator needs"
+    paths = {
+        "simulator": [str(read.output.resolve()), sys.executable],
+        "poc": [tempfile.gettempdir(), sys.executable],
+    }
+    for path in paths.get(read.backend, []):
+        if shlex.split(path) != [path]:
+            expected = "a path without spaces and quotes, as NVFlare needs to start its processes"
             parser.error(f"expected {expected}, got {quoted(path, 300)}")
-    needed = {"rich": "cli"} | ({"nvflare": "nvflare"} if read.backend == "simulator" else {})
+    needed = {"rich": "cli"} | ({} if read.backend == "in-process" else {"nvflare": "nvflare"})
     missing = {package: needed[package] for package in needed if find_spec(package) is None}
     if missing:
         parser.error(not_installed(missing))
@@ -149,18 +177,20 @@ def _in_process(
         rounds=read.rounds,
         transfer=fc.TransferType(read.transfer.upper()),
         seed=read.seed,
-        checkpoint=read.models,
+        checkpoint=models_folder(read.output, read.backend),
         keep=read.rounds,
     )
     for outcome in federation:
         yield round_checkpoint(outcome.model, outcome.round + 1, report_of_outcome(outcome))
 
 
-def _on_simulator(read: argparse.Namespace, initial: dict[str, Any]) -> Iterator[fc.Checkpoint]:
+def _job(read: argparse.Namespace, initial: dict[str, Any]) -> Job:
+    """The job for NVFlare; makes the file that it starts from."""
     start = read.output / "initial_model.npz"
     if initial:
         fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
-    job = SimulatorJob(
+    return Job(
+        backend=read.backend,
         train_script=str(read.path.resolve()),
         train_args=read.train_args,
         initial_model=str(start.resolve()) if initial else "",
@@ -169,8 +199,9 @@ def _on_simulator(read: argparse.Namespace, initial: dict[str, Any]) -> Iterator
         transfer=read.transfer.upper(),
         seed=read.seed,
         folder=str(read.output.resolve()),
+        external=read.external,
+        startup_kit="" if read.startup_kit is None else str(read.startup_kit.resolve()),
     )
-    yield from simulate(job)
 
 
 def _row(checkpoint: fc.Checkpoint, clients: int, evaluation: dict[str, float]) -> list[str]:
@@ -220,8 +251,8 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    simulator = read.backend == "simulator"
-    where = "on NVFlare's simulator" if simulator else "in this process"
+    job = None if read.backend == "in-process" else _job(read, initial)
+    where = _BACKENDS[read.backend]
     last = read.rounds - 1
     console.print(f"{read.path.name}: {read.clients} clients, rounds 0 to {last}, {where}")
     if not initial:
@@ -230,9 +261,7 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
     checkpoint = fc.Checkpoint(model=initial, round=0)
     accuracies, problems = [], []
     with console.status(f"round 0 of 0 to {last}" if last else "round 0") as status:
-        for checkpoint in (
-            _on_simulator(read, initial) if simulator else _in_process(read, training, initial)
-        ):
+        for checkpoint in _in_process(read, training, initial) if job is None else job.run():
             evaluation = _evaluate(training, checkpoint.model)
             accuracies.append(evaluation.get("accuracy", 0.0))
             console.print(_line(_row(checkpoint, read.clients, evaluation)))
@@ -251,8 +280,8 @@ def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, An
         console.print(f"goal of {_GOAL:.0%} test accuracy: {reached}; {final}")
     console.print(f"model saved: {saved}")
     console.print(f"to load it: fedavg_core.load_checkpoint({str(saved)!r}).model")
-    if simulator:
-        console.print(f"NVFlare's log: {read.output / 'nvflare.log'}")
+    if job is not None:
+        console.print(f"NVFlare's log: {read.output / job.log.name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,8 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (fc.FedAvgError, OSError) as error:
         return _say(str(error), 1)
     except KeyboardInterrupt:
-        done = len(fc.CheckpointStore(read.models).paths())
-        kept = f": fedavg_core.CheckpointStore({str(read.models)!r}).load().model" if done else ""
+        models = models_folder(read.output, read.backend)
+        done = len(fc.CheckpointStore(models).paths())
+        kept = f": fedavg_core.CheckpointStore({str(models)!r}).load().model" if done else ""
         return _say(f"stopped after {done} of {read.rounds} rounds{kept}", 130)
     return 0
 

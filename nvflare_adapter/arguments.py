@@ -6,14 +6,16 @@ Errors are collected into one `UsageError`, a line for each: what was expected, 
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.client.config import ExchangeFormat, TransferType
+from nvflare.job_config.script_runner import ScriptRunner
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,31 +31,30 @@ from pydantic import (
 import fedavg_core as fc
 from fedavg_core.errors import quoted
 from nvflare_adapter.aggregator import FedAvgAggregator
+from nvflare_adapter.controller import direction
+from nvflare_adapter.start import as_model
 
-__all__ = ["SINGLE_ARRAY_KEY", "Arguments", "check_min_updates", "checked", "transfer_type"]
+__all__ = [
+    "Arguments",
+    "RunnerArguments",
+    "check_together",
+    "checked",
+    "runner_keywords",
+    "transfer_type",
+]
 
-SINGLE_ARRAY_KEY = "numpy_key"
-"""The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
-
-_EXPECTED = {
-    "name": "a job name of letters, digits, '_', '-' and '.'",
-    "initial_model": "an array, a list of numbers, a dict of arrays, or None",
-    "min_clients": "an integer of at least 1",
-    "num_rounds": "an integer of at least 1",
-    "train_script": "the path of a Python file that exists",
-    "train_args": "a string",
-    "aggregator": "an Aggregator, a ModelAggregator, or None",
-    "aggregator_data_kind": "DataKind.WEIGHTS, DataKind.WEIGHT_DIFF, or None",
-    "launch_external_process": "True or False",
-    "command": "a string",
-    "server_expected_format": "ExchangeFormat.NUMPY or ExchangeFormat.RAW",
-    "params_transfer_type": "TransferType.FULL or TransferType.DIFF",
-    "seed": "an integer of at least 0",
-    "min_updates": "an integer of at least 1",
-    "accumulator": "'exact', 'float64' or 'float32'",
-    "keep_checkpoints": "an integer of at least 1",
-    "poll_interval": "seconds above 0, or None",
+_RUNNER_NAMES = {
+    "train_script": "script",
+    "train_args": "script_args",
+    "client_memory_gc_rounds": "memory_gc_rounds",
 }
+"""What NVFlare's runner of a client's file calls arguments that have other names there."""
+
+_OURS = ("exclude_vars", "aggregation_weights", "max_norm")
+"""What the exact mean can do, and another aggregator is not asked to."""
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def _value(member: Any) -> Any:
@@ -63,93 +64,147 @@ def _value(member: Any) -> Any:
 
 def _must(hold: Callable[[Any], bool]) -> AfterValidator:
     def check(value: Any) -> Any:
-        if not hold(value):
+        if value is not None and not hold(value):
             raise ValueError
         return value
 
     return AfterValidator(check)
 
 
-_AtLeastOne = Annotated[StrictInt, Field(ge=1)]
+def _is_script(path: str) -> bool:
+    return path.endswith(".py") and Path(path).is_file()
 
 
-class Arguments(BaseModel):
-    """The recipe's arguments, each in the type that it is used in."""
+def _is_condition(text: str) -> bool:
+    return bool(direction(text)[0])
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
+
+
+def _says(expected: str) -> Any:
+    return Field(description=expected)
+
+
+_Model = Annotated[
+    Any,
+    AfterValidator(as_model),
+    _says("an array, a list of numbers, a dict of arrays, or None"),
+]
+_Count = Annotated[StrictInt, Field(ge=1), _says("an integer of at least 1")]
+_CountOrZero = Annotated[StrictInt, Field(ge=0), _says("an integer of at least 0")]
+_Text = Annotated[StrictStr, _says("a string")]
+_YesNo = Annotated[StrictBool, _says("True or False")]
+_Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+_FileName = Annotated[
+    StrictStr | None,
+    _must(lambda name: Path(name).name == name and name not in (".", "..")),
+    _says("the name of a file, without a folder, or None"),
+]
+
+
+class RunnerArguments(BaseModel):
+    """How a client runs its file."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-    initial_model: Annotated[Any, AfterValidator(lambda given: _as_model(given))]
-    min_clients: _AtLeastOne
-    num_rounds: _AtLeastOne
     train_script: Annotated[
-        StrictStr, _must(lambda path: path.endswith(".py") and Path(path).is_file())
+        StrictStr, _must(_is_script), _says("the path of a Python file that exists")
     ]
-    train_args: StrictStr
-    aggregator: Annotated[Any, _must(lambda one: one is None or isinstance(one, Aggregator))]
-    aggregator_data_kind: Annotated[
-        Literal["WEIGHTS", "WEIGHT_DIFF"] | None, BeforeValidator(_value)
-    ]
-    launch_external_process: StrictBool
-    command: StrictStr
+    train_args: _Text
+    launch_external_process: _YesNo
+    command: _Text
     server_expected_format: Annotated[
-        ExchangeFormat, BeforeValidator(_value), _must(lambda one: one.value in ("numpy", "raw"))
+        ExchangeFormat,
+        BeforeValidator(_value),
+        _must(lambda one: one.value in ("numpy", "raw")),
+        _says("ExchangeFormat.NUMPY or ExchangeFormat.RAW"),
     ]
-    params_transfer_type: Annotated[TransferType, BeforeValidator(_value)]
-    seed: Annotated[StrictInt, Field(ge=0)]
-    min_updates: _AtLeastOne
-    accumulator: Literal["exact", "float64", "float32"]
-    keep_checkpoints: _AtLeastOne
-    poll_interval: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    params_transfer_type: Annotated[
+        TransferType, BeforeValidator(_value), _says("TransferType.FULL or TransferType.DIFF")
+    ]
+    launch_once: _YesNo
+    shutdown_timeout: Annotated[
+        float, Field(ge=0, strict=True, allow_inf_nan=False), _says("seconds of at least 0")
+    ]
+    client_memory_gc_rounds: _CountOrZero
+    cuda_empty_cache: _YesNo
 
 
-def _as_model(given: Any) -> dict[str, npt.NDArray[Any]] | None:
-    """A model out of an array, a list or a mapping; its arrays are the given ones where possible.
+class Arguments(RunnerArguments):
+    """The recipe's arguments, each in the type that it is used in."""
 
-    Raises:
-        ValueError: It cannot be one; the message says what was expected and what came, and is
-            empty where it is none of these.
-    """
-    if given is None:
-        return None
-    if not isinstance(given, (Mapping, list, tuple, np.ndarray, np.generic)):
-        raise ValueError
-    named = dict(given) if isinstance(given, Mapping) else {SINGLE_ARRAY_KEY: given}
-    if not named:
-        raise ValueError("expected at least one array, got an empty dict")
-    model = {}
-    for key, value in named.items():
-        if isinstance(value, (list, tuple)):
-            value = _array_of_numbers(key, value)
-        elif isinstance(value, np.generic):
-            value = np.asarray(value)
-        model[key] = value
-    try:
-        fc.ModelSpec.of(model)
-    except fc.RefusedUpdate as refusal:
-        place = "" if refusal.key is None else f"key {quoted(refusal.key)}: "
-        raise ValueError(f"{place}expected {refusal.expected}, got {refusal.got}") from None
-    for key, array in model.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"key {quoted(key)}: expected finite numbers, got NaN or infinity")
-    return model
+    name: Annotated[
+        StrictStr,
+        Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"),
+        _says("a job name of letters, digits, '_', '-' and '.'"),
+    ]
+    model: _Model
+    initial_model: _Model
+    initial_ckpt: Annotated[
+        StrictStr | None,
+        _must(lambda path: Path(path).is_absolute() or Path(path).is_file()),
+        _says("a file that exists here, the absolute path of one on the server, or None"),
+    ]
+    min_clients: _Count
+    num_rounds: _Count
+    aggregator: Annotated[
+        Any,
+        _must(lambda one: isinstance(one, Aggregator)),
+        _says("an Aggregator, a ModelAggregator, or None"),
+    ]
+    aggregator_data_kind: Annotated[
+        Literal["WEIGHTS", "WEIGHT_DIFF"] | None,
+        BeforeValidator(_value),
+        _says("DataKind.WEIGHTS, DataKind.WEIGHT_DIFF, or None"),
+    ]
+    per_site_config: Annotated[
+        dict[Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")], dict[str, Any]] | None,
+        _must(lambda sites: sites and "server" not in sites),
+        _says("a dict from clients' names to dicts of arguments, or None"),
+    ]
+    key_metric: _Text
+    key_metric_mode: Annotated[Literal["max", "min"] | None, _says("'max', 'min', or None")]
+    stop_cond: Annotated[
+        StrictStr | None, _must(_is_condition), _says("'<metric> <op> <number>', or None")
+    ]
+    patience: Annotated[_Count | None, _says("an integer of at least 1, or None")]
+    best_model_filename: _FileName
+    save_filename: _FileName
+    exclude_vars: Annotated[
+        StrictStr | None, _must(_is_pattern), _says("a regular expression, or None")
+    ]
+    aggregation_weights: Annotated[
+        dict[str, _Seconds | StrictInt] | None,
+        _must(lambda weights: all(weight > 0 for weight in weights.values())),
+        _says("a dict from clients' names to numbers above 0, or None"),
+    ]
+    seed: _CountOrZero
+    min_updates: _Count
+    accumulator: Annotated[
+        Literal["exact", "float64", "float32"], _says("'exact', 'float64' or 'float32'")
+    ]
+    max_norm: Annotated[_Seconds | None, _says("a number above 0, or None")]
+    start_from: Annotated[
+        Path | None,
+        _must(lambda path: path.exists()),
+        _says("a checkpoint, or a folder of them, that exists here, or None"),
+    ]
+    keep_checkpoints: _Count
+    poll_interval: Annotated[_Seconds | None, _says("seconds above 0, or None")]
 
 
-def _array_of_numbers(key: Any, numbers: Any) -> npt.NDArray[np.float64]:
-    """A list, which says nothing of a dtype, as Python's own numbers: float64."""
-    try:
-        return np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"key {quoted(key)}: expected lists of numbers, all of one shape, got {quoted(numbers)}"
-        ) from None
-
-
-def checked(given: dict[str, Any]) -> Arguments:
-    """Check the arguments one by one.
+def checked(kind: type[_Kind], given: Mapping[str, Any], place: str = "") -> _Kind:
+    """Check arguments one by one.
 
     Args:
+        kind: Which.
         given: All of them, by name, and anything else.
+        place: What an error's line is to begin with.
 
     Returns:
         The arguments in the types that they are used in.
@@ -157,16 +212,17 @@ def checked(given: dict[str, Any]) -> Arguments:
     Raises:
         UsageError: Some are wrong; a line for each.
     """
-    given = {name: given[name] for name in _EXPECTED}
     try:
-        return Arguments(**given)
+        return kind(**{name: given[name] for name in kind.model_fields})
     except ValidationError as errors:
         lines: dict[str, str] = {}
         for error in errors.errors(include_url=False):
             field = str(error["loc"][0])
             said = str(error.get("ctx", {}).get("error", ""))
-            text = said or f"expected {_EXPECTED[field]}, got {_shown(given[field])}"
-            lines.setdefault(field, f"{field}: {text}")
+            expected = f"expected {kind.model_fields[field].description}"
+            told = said.startswith(("expected", "key"))
+            text = said if told else f"{expected}, got {_shown(given[field])}"
+            lines.setdefault(field, f"{place}{field}: {text}")
         raise fc.UsageError("\n".join(lines.values())) from None
 
 
@@ -175,14 +231,14 @@ def _shown(value: Any) -> str:
     return quoted(value) if simple else f"a {type(value).__name__}"
 
 
-def check_min_updates(arguments: Arguments) -> None:
-    """See that a round can have as many updates as it takes to change the model.
+def check_together(arguments: Arguments) -> None:
+    """See that no argument asks for what another, or this version of NVFlare, does not allow.
 
     Args:
         arguments: The arguments.
 
     Raises:
-        UsageError: It cannot, as it closes when `min_clients` clients have answered.
+        UsageError: One does.
     """
     ours = isinstance(arguments.aggregator, FedAvgAggregator)
     needed = arguments.aggregator.min_updates if ours else arguments.min_updates
@@ -191,6 +247,39 @@ def check_min_updates(arguments: Arguments) -> None:
             f"min_updates: expected at most min_clients, {arguments.min_clients}, with which a "
             f"round closes, got {needed}"
         )
+    for name in _OURS:
+        if arguments.aggregator is not None and getattr(arguments, name) is not None:
+            raise fc.UsageError(f"{name}: expected None beside an aggregator, which is its own")
+    names = arguments.best_model_filename, arguments.save_filename
+    if None not in names and names[0] != names[1]:
+        raise fc.UsageError(f"save_filename: expected {quoted(names[0])}, got {quoted(names[1])}")
+    if arguments.patience is not None and not (arguments.stop_cond or arguments.key_metric):
+        raise fc.UsageError("patience: expected a stop_cond or a key_metric to go by, got neither")
+    runner_keywords(arguments)
+
+
+def runner_keywords(arguments: RunnerArguments) -> dict[str, Any]:
+    """The arguments of NVFlare's runner of a client's file.
+
+    Args:
+        arguments: The recipe's.
+
+    Returns:
+        Those that the runner of this version of NVFlare has.
+
+    Raises:
+        UsageError: It lacks one that is asked for.
+    """
+    known = inspect.signature(ScriptRunner).parameters
+    keywords = {}
+    for field in RunnerArguments.model_fields:
+        value, name = getattr(arguments, field), _RUNNER_NAMES.get(field, field)
+        if name in known:
+            keywords[name] = value
+        elif value != (field == "launch_once"):
+            needed = f"nvflare {version('nvflare')} cannot do that"
+            raise fc.UsageError(f"{field}: expected none, as {needed}, got {_shown(value)}")
+    return keywords
 
 
 def transfer_type(arguments: Arguments) -> fc.TransferType:
@@ -208,9 +297,10 @@ def transfer_type(arguments: Arguments) -> fc.TransferType:
     kind = arguments.aggregator_data_kind
     diff = arguments.params_transfer_type is TransferType.DIFF or kind == "WEIGHT_DIFF"
     transfer = fc.TransferType.DIFF if diff else fc.TransferType.FULL
-    if diff and arguments.initial_model is None:
+    given = arguments.model, arguments.initial_model, arguments.initial_ckpt, arguments.start_from
+    if diff and all(one is None for one in given):
         raise fc.UsageError(
-            "initial_model: expected a model for the differences of DIFF to be taken from, got None"
+            "model: expected a model for the differences of DIFF to be taken from, got None"
         )
     if isinstance(arguments.aggregator, FedAvgAggregator):
         wanted, expected = arguments.aggregator.transfer, transfer.value

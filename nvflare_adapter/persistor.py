@@ -1,10 +1,11 @@
 # mypy: disable-error-code="misc"
 """Keeps the global model of an NVFlare job in the core's checkpoints.
 
-The initial model comes with the job, as a checkpoint file in the app's folder; after each round
-the new one is stored under the job's result folder, with the report of the round. A checkpoint is
-written whole or not at all. A damaged one ends the job: training never starts from anything but
-what was asked for.
+The model that the job starts from comes with it, as a checkpoint in the app's folder; after each
+round the new one is stored under the job's result folder, with the report of the round. The best
+model, whoever finds it (NVFlare has an event for that), is a checkpoint of its own in that folder.
+A checkpoint is written whole or not at all. A damaged one ends the job: training never starts from
+anything but what was asked for.
 """
 
 from __future__ import annotations
@@ -15,32 +16,68 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnable
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
 from nvflare_adapter import convert
 from nvflare_adapter.report import round_checkpoint
+from nvflare_adapter.start import read_start
 
-__all__ = ["CheckpointPersistor"]
+__all__ = ["BEST_FILE", "CheckpointPersistor"]
+
+BEST_FILE = "best_model.npz"
+"""What the best model's file is called, unless the job says otherwise."""
 
 
 class CheckpointPersistor(ModelPersistor):
-    """Loads the initial model, and stores the global model after each round.
+    """Loads the model that a job starts from, and stores the global model after each round.
 
     Args:
-        initial_file: The name of the checkpoint that was shipped with the job; empty if clients
-            start from their own model.
+        initial_file: The name of the file that was shipped with the job, or the path of one that
+            the server has; empty if clients start from their own model.
         folder: Where to store, below the job's result folder.
         keep: How many checkpoints to keep, the newest.
+        best_model_filename: The name of the best model's file, in that folder.
+        best_file: The name of the file, shipped with the job, of the best model so far.
     """
 
-    def __init__(self, initial_file: str = "", folder: str = "models", keep: int = 3) -> None:
+    def __init__(
+        self,
+        initial_file: str = "",
+        folder: str = "models",
+        keep: int = 3,
+        best_model_filename: str = BEST_FILE,
+        best_file: str = "",
+    ) -> None:
         super().__init__()
         self.initial_file = initial_file
         self.folder = folder
         self.keep = keep
+        self.best_model_filename = best_model_filename
+        self.best_file = best_file
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Store the global model as the best when NVFlare says that it is.
+
+        Args:
+            event_type: NVFlare's name of the event.
+            fl_ctx: Its context.
+        """
+        super().handle_event(event_type, fl_ctx)
+        if event_type == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE:
+            held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+            extra = {"report": {}, **convert.extra_of(held)}
+            completed = extra["report"].get("round", -1) + 1
+            best = round_checkpoint(convert.model_of(held), completed, **extra)
+            path = self._store(fl_ctx).folder / self.best_model_filename
+            fc.save_checkpoint(path, best)
+            self.log_info(fl_ctx, f"stored the best model: {path}")
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """The model that round 0 starts from.
+        """The model that the job starts from.
+
+        Of a job that goes on where another ended, this one's folder also gets the checkpoint and
+        the best model, as if it had been one job.
 
         Args:
             fl_ctx: The context, which knows where the app is.
@@ -49,19 +86,20 @@ class CheckpointPersistor(ModelPersistor):
             The model; empty if clients start from their own.
 
         Raises:
-            CheckpointError: The file is missing or damaged.
+            CheckpointError: A file is missing or damaged.
         """
         if not self.initial_file:
             return convert.learnable({})
-        workspace, job = fl_ctx.get_workspace(), fl_ctx.get_job_id()
-        places = [
-            Path(folder) / self.initial_file
-            for folder in (workspace.get_app_config_dir(job), workspace.get_app_custom_dir(job))
-        ]
-        path = next((place for place in places if place.is_file()), places[0])
-        model = fc.load_checkpoint(path).model
-        self.log_info(fl_ctx, f"round 0 starts from {path}: {fc.ModelSpec.of(model)!r}")
-        return convert.learnable(model)
+        path = self._shipped(self.initial_file, fl_ctx)
+        start = read_start(path)
+        if start.round:
+            self._store(fl_ctx).save(start)
+        if self.best_file:
+            best = fc.load_checkpoint(self._shipped(self.best_file, fl_ctx))
+            fc.save_checkpoint(self._store(fl_ctx).folder / self.best_model_filename, best)
+        spec = fc.ModelSpec.of(start.model)
+        self.log_info(fl_ctx, f"round {start.round} starts from {path}: {spec!r}")
+        return convert.learnable(start.model, start.extra)
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """Store the global model after a round.
@@ -73,9 +111,18 @@ class CheckpointPersistor(ModelPersistor):
         Raises:
             CheckpointError: It cannot be written; what is stored is as it was.
         """
-        root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
         completed = fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1
         extra = {"report": {}, **convert.extra_of(model)}
         checkpoint = round_checkpoint(convert.model_of(model), completed, **extra)
-        path = fc.CheckpointStore(Path(root) / self.folder, keep=self.keep).save(checkpoint)
+        path = self._store(fl_ctx).save(checkpoint)
         self.log_info(fl_ctx, f"stored the global model: {path}")
+
+    def _store(self, fl_ctx: FLContext) -> fc.CheckpointStore:
+        root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
+        return fc.CheckpointStore(Path(root) / self.folder, keep=self.keep)
+
+    def _shipped(self, name: str, fl_ctx: FLContext) -> Path:
+        workspace, job = fl_ctx.get_workspace(), fl_ctx.get_job_id()
+        folders = workspace.get_app_config_dir(job), workspace.get_app_custom_dir(job)
+        places = [Path(folder) / name for folder in folders]
+        return next((place for place in places if place.is_file()), places[0])

@@ -1,13 +1,15 @@
 # mypy: disable-error-code="misc"
 """The recipe: one call that makes an NVFlare job of federated averaging on NumPy arrays.
 
-It takes the arguments of NVFlare's own ``NumpyFedAvgRecipe`` of version 2.7, with the same names
-and defaults, and runs the ScatterAndGather controller with this package's aggregator, persistor and
-shareable generator. Three things hold here that do not hold there:
+It takes the arguments of NVFlare's own ``NumpyFedAvgRecipe``, those of 2.7 and those that came
+until 2.9, with the same names and defaults, under any of these versions. It runs ScatterAndGather
+with this package's aggregator, persistor and shareable generator. These things hold here that do
+not hold there:
 
 * The initial model is the model that round 0 starts from, whatever it is made of. It travels as a
   file of the job, so that every bit and every dtype arrives.
 * A custom aggregator may be a ``ModelAggregator`` as well as an ``Aggregator``.
+* The best model is kept, as a file that `fedavg_core.load_checkpoint` reads.
 * Arguments that contradict each other are an error here and now, and not a job that ends well and
   has learnt nothing.
 """
@@ -17,26 +19,38 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 from nvflare import FedJob
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+from nvflare.apis.job_def import ALL_SITES
 from nvflare.app_common.abstract.aggregator import Aggregator
-from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
+from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
 from nvflare.client.config import ExchangeFormat, TransferType
 from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
 from nvflare.recipe.spec import Recipe
 
 import fedavg_core as fc
 from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
-from nvflare_adapter.arguments import Arguments, check_min_updates, checked, transfer_type
-from nvflare_adapter.persistor import CheckpointPersistor
+from nvflare_adapter.arguments import (
+    Arguments,
+    RunnerArguments,
+    check_together,
+    checked,
+    runner_keywords,
+    transfer_type,
+)
+from nvflare_adapter.controller import FedAvgController, direction
+from nvflare_adapter.persistor import BEST_FILE, CheckpointPersistor
 from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
+from nvflare_adapter.start import read_start, resumed
 
 __all__ = ["NumpyFedAvgRecipe"]
 
-_INITIAL_FILE = "initial_model.npz"
+_START_FILE = "initial_model.npz"
+_BEST_FILE = "best_so_far.npz"
 
 
 class NumpyFedAvgRecipe(Recipe):
@@ -44,12 +58,15 @@ class NumpyFedAvgRecipe(Recipe):
 
     Args:
         name: Name of the job.
-        initial_model: The model that round 0 starts from: an array or a list (one parameter, named
+        model: The model that round 0 starts from: an array or a list (one parameter, named
             ``"numpy_key"``), or a dict of arrays. A list is taken as float64. None: the clients
             start from their own, and the first round's mean is the first global model.
+        initial_model: An older name for `model`, which goes before it.
+        initial_ckpt: An npy or npz file, or a checkpoint, to take the model from; it goes before
+            both. A relative path is a file here, an absolute one is read by the server.
         min_clients: How many clients must have answered for a round to end. One whose training
             failed has answered.
-        num_rounds: How many rounds to train.
+        num_rounds: How many rounds to train, in all.
         train_script: The training file that each client runs.
         train_args: Its command line arguments.
         aggregator: Combines the clients' results instead of the exact mean: an ``Aggregator`` or a
@@ -60,22 +77,47 @@ class NumpyFedAvgRecipe(Recipe):
         command: What starts that process.
         server_expected_format: How parameters travel: NUMPY, or RAW, which is the same here.
         params_transfer_type: FULL: clients send their models. DIFF: they send what has changed.
+        per_site_config: From a client's name to those arguments on how it runs its file that are
+            others for it. The job then has these clients only.
+        launch_once: Whether the process is started once, and not for every round.
+        shutdown_timeout: How long it may take to end, in seconds.
+        key_metric: The metric, a mean over the clients' own, that says which model is the best;
+            ``""`` for no best model.
+        key_metric_mode: Whether ``"max"`` or ``"min"`` is better. None: as `stop_cond` says, if it
+            has the same metric, else ``"max"``.
+        stop_cond: Stop after a round whose metrics meet it, such as ``"accuracy >= 0.9"``.
+        patience: Stop after so many rounds whose metric was not better than the best: that of
+            `stop_cond`, or the `key_metric`.
+        best_model_filename: The best model's file, beside the rounds' checkpoints.
+        save_filename: An older name for that.
+        exclude_vars: A regular expression of the names of parameters that are not averaged.
+        aggregation_weights: From a client's name to a factor of its weights; 1 for others.
+        client_memory_gc_rounds: Collect garbage in the client each so many rounds; 0 for never.
+        cuda_empty_cache: Whether to empty CUDA's cache then.
         seed: The seed of the job, from which each client's for each round is derived.
         min_updates: How many accepted updates it takes to change the model; at most `min_clients`.
         accumulator: ``"exact"``, or ``"float64"`` or ``"float32"``, which depend on arrival order.
+        max_norm: The largest norm of what an update changes; one of a larger norm is refused.
+        start_from: A checkpoint of another job, or the folder with its checkpoints: go on where it
+            ended, with the bits that it would have had. Other arguments stay as they were.
         keep_checkpoints: How many rounds' models to keep, the newest.
         poll_interval: How often server and clients look for each other's news, in seconds; None
             leaves it to NVFlare, which takes its time (up to 2 s). Small values suit a simulation.
 
     Raises:
         UsageError: Arguments are wrong; a line for each.
+        CheckpointError: A file that is to be read here is damaged.
     """
+
+    framework = FrameworkType.RAW  # as NVFlare calls it where it asks
 
     def __init__(
         self,
         *,
         name: str = "fedavg",
+        model: Any = None,
         initial_model: Any = None,
+        initial_ckpt: str | None = None,
         min_clients: int,
         num_rounds: int = 2,
         train_script: str,
@@ -86,76 +128,135 @@ class NumpyFedAvgRecipe(Recipe):
         command: str = "python3 -u",
         server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY,
         params_transfer_type: TransferType = TransferType.FULL,
+        per_site_config: Mapping[str, dict[str, Any]] | None = None,
+        launch_once: bool = True,
+        shutdown_timeout: float = 0.0,
+        key_metric: str = "accuracy",
+        key_metric_mode: str | None = None,
+        stop_cond: str | None = None,
+        patience: int | None = None,
+        best_model_filename: str | None = None,
+        save_filename: str | None = None,
+        exclude_vars: str | None = None,
+        aggregation_weights: Mapping[str, float] | None = None,
+        client_memory_gc_rounds: int = 0,
+        cuda_empty_cache: bool = False,
         seed: int = 0,
         min_updates: int = 1,
         accumulator: str = "exact",
+        max_norm: float | None = None,
+        start_from: str | Path | None = None,
         keep_checkpoints: int = 3,
         poll_interval: float | None = None,
     ) -> None:
-        arguments = checked(locals())
-        check_min_updates(arguments)
+        arguments = checked(Arguments, locals())
+        check_together(arguments)
         for key, value in arguments:
             setattr(self, key, value)
-        initial = self._initial_file(arguments.initial_model)
-        self._fed_job = _job(arguments, transfer_type(arguments), initial)
+        self._arguments = arguments
+        self._sites: dict[str, RunnerArguments] = {ALL_SITES: arguments}
+        self._fed_job = FedJob(name=arguments.name)
+        self._fed_job.set_app_packages(["fedavg_core", "nvflare_adapter"])
+        self._prepare_server(self._fed_job, arguments, transfer_type(arguments))
         Recipe.__init__(self, self._fed_job)
+        if arguments.per_site_config is not None:
+            self._apply_per_site_config(arguments.per_site_config)
+        if not hasattr(Recipe, "_prepare_client_apps"):  # nvflare before 2.9 does not ask for it
+            self._prepare_client_apps()
 
-    def _initial_file(self, model: dict[str, npt.NDArray[Any]] | None) -> Path | None:
-        """The initial model as a file, which is there for as long as the recipe is."""
-        if model is None:
-            return None
+    def _prepare_server(self, job: FedJob, arguments: Arguments, transfer: fc.TransferType) -> None:
+        start = self._prepare_start(job, arguments, transfer)
+        limits = {"exclude": arguments.exclude_vars, "max_norm": arguments.max_norm}
+        if arguments.aggregator is None:
+            aggregator: Aggregator = FedAvgAggregator(
+                transfer.value,
+                arguments.min_updates,
+                arguments.accumulator,
+                {name: limit for name, limit in limits.items() if limit is not None},
+                arguments.aggregation_weights,
+            )
+        elif isinstance(arguments.aggregator, FedAvgAggregator):
+            aggregator = arguments.aggregator
+        else:
+            custom_id = job.to_server(arguments.aggregator, id="custom_aggregator")
+            aggregator = CustomAggregator(custom_id)
+        job.to_server(aggregator, id="aggregator")
+        generator = FedAvgShareableGenerator(transfer.value, arguments.seed)
+        job.to_server(generator, id="shareable_generator")
+        stop_cond = arguments.stop_cond or ""
+        watched, mode = direction(stop_cond) if stop_cond else ("", "max")
+        if watched != arguments.key_metric:
+            mode = "max"
+        period = arguments.poll_interval
+        controller = FedAvgController(
+            min_clients=arguments.min_clients,
+            num_rounds=arguments.num_rounds - start,
+            start_round=start,
+            key_metric=arguments.key_metric,
+            key_metric_mode=arguments.key_metric_mode or mode,
+            stop_cond=stop_cond,
+            patience=arguments.patience or 0,
+            **({} if period is None else {"task_check_period": period}),
+        )
+        job.to_server(controller)
+        if period is not None:
+            job.to_server({"server": {"task_request_interval": period}})
+
+    def _prepare_start(self, job: FedJob, arguments: Arguments, transfer: fc.TransferType) -> int:
+        """Add the persistor, and the files of what the job starts from; say with which round."""
+        best_name = arguments.best_model_filename or arguments.save_filename or BEST_FILE
+        given = arguments.initial_model if arguments.model is None else arguments.model
+        start, best, path = None, None, arguments.initial_ckpt or ""
+        if arguments.start_from is not None:
+            rounds, seed = arguments.num_rounds, arguments.seed
+            job_now = {"num_rounds": rounds, "seed": seed, "transfer": transfer.value}
+            start, best = resumed(arguments.start_from, best_name, job_now, given)
+        elif path and not Path(path).is_absolute():
+            start = read_start(Path(path))
+        elif not path and given is not None:
+            start = fc.Checkpoint(given, round=0)
+        persistor = CheckpointPersistor(
+            initial_file=path if start is None else _START_FILE,
+            keep=arguments.keep_checkpoints,
+            best_model_filename=best_name,
+            best_file="" if best is None else _BEST_FILE,
+        )
+        job.to_server(persistor, id="persistor")
+        if start is None:
+            return 0
         folder = Path(tempfile.mkdtemp(prefix="fedavg-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        path = folder / _INITIAL_FILE
-        fc.save_checkpoint(path, fc.Checkpoint(model, round=0, metrics={}, extra={}, arrays={}))
-        return path
+        for name, checkpoint in ((_START_FILE, start), (_BEST_FILE, best)):
+            if checkpoint is not None:
+                fc.save_checkpoint(folder / name, checkpoint)
+                if hasattr(job, "add_file_to_server"):
+                    job.add_file_to_server(str(folder / name), app_folder_type="config")
+        if not hasattr(job, "add_file_to_server"):  # nvflare 2.7.0: they go to the custom folder
+            job.to_server(str(folder))
+        return start.round
 
+    def _apply_per_site_config(self, config: Mapping[str, dict[str, Any]]) -> None:
+        """Check what is another for some clients; NVFlare's `set_per_site_config` calls it too."""
+        most = self._arguments.min_clients
+        if len(config) < most:
+            expected = f"at least min_clients, {most}, clients"
+            raise fc.UsageError(f"per_site_config: expected {expected}, got {len(config)}")
+        common = {name: getattr(self._arguments, name) for name in RunnerArguments.model_fields}
+        self._sites = {}
+        for site, others in config.items():
+            place = f"per_site_config: {site}: "
+            for name, value in others.items():
+                if name not in common:
+                    raise fc.UsageError(f"{place}expected some of {', '.join(common)}, got {name}")
+                if name == "params_transfer_type" and value != common[name]:
+                    raise fc.UsageError(f"{place}{name}: expected that of all, {common[name]}")
+            self._sites[site] = checked(RunnerArguments, {**common, **others}, place)
+        self.per_site_config = config
 
-def _job(arguments: Arguments, transfer: fc.TransferType, initial: Path | None) -> FedJob:
-    job = FedJob(name=arguments.name)
-    job.set_app_packages(["fedavg_core", "nvflare_adapter"])
-    if arguments.aggregator is None:
-        aggregator: Aggregator = FedAvgAggregator(
-            transfer.value, arguments.min_updates, arguments.accumulator
-        )
-    elif isinstance(arguments.aggregator, FedAvgAggregator):
-        aggregator = arguments.aggregator
-    else:
-        custom_id = job.to_server(arguments.aggregator, id="custom_aggregator")
-        aggregator = CustomAggregator(custom_id)
-    persistor = CheckpointPersistor(
-        initial_file="" if initial is None else initial.name, keep=arguments.keep_checkpoints
-    )
-    period = arguments.poll_interval
-    controller = ScatterAndGather(
-        min_clients=arguments.min_clients,
-        num_rounds=arguments.num_rounds,
-        wait_time_after_min_received=0,
-        aggregator_id=job.to_server(aggregator, id="aggregator"),
-        persistor_id=job.to_server(persistor, id="persistor"),
-        shareable_generator_id=job.to_server(
-            FedAvgShareableGenerator(transfer.value, arguments.seed), id="shareable_generator"
-        ),
-        allow_empty_global_weights=True,
-        **({} if period is None else {"task_check_period": period}),
-    )
-    job.to_server(controller)
-    if period is not None:
-        job.to_server({"server": {"task_request_interval": period}})
-    if initial is not None:
-        if hasattr(job, "add_file_to_server"):
-            job.add_file_to_server(str(initial), app_folder_type="config")
-        else:  # nvflare 2.7.0: a folder's content goes to the app's custom folder
-            job.to_server(str(initial.parent))
-    job.to_clients(
-        ScriptRunner(
-            script=arguments.train_script,
-            script_args=arguments.train_args,
-            launch_external_process=arguments.launch_external_process,
-            command=arguments.command,
-            framework=FrameworkType.NUMPY,
-            server_expected_format=arguments.server_expected_format,
-            params_transfer_type=arguments.params_transfer_type,
-        )
-    )
-    return job
+    def _prepare_client_apps(self) -> None:
+        """Add what the clients run; NVFlare calls it, too."""
+        for site, arguments in self._sites.items():
+            runner = ScriptRunner(framework=FrameworkType.NUMPY, **runner_keywords(arguments))
+            self._fed_job.to(runner, site)
+            # What a training file tells NVFlare's trackers is to reach the server.
+            self._fed_job.to(ConvertToFedEvent([ANALYTIC_EVENT_TYPE]), site, id="event_to_fed")

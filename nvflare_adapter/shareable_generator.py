@@ -52,10 +52,9 @@ class FedAvgShareableGenerator(ShareableGenerator):
             The message.
         """
         if not self._roster:
+            before = convert.extra_of(model_learnable).get("job", {})
             present = {client.name for client in fl_ctx.get_engine().get_clients()}
-            self._roster = sorted(
-                present.union(convert.extra_of(model_learnable).get("roster", ()))
-            )
+            self._roster = sorted(present.union(before.get("roster", ())))
         start = fl_ctx.get_prop(AppConstants.START_ROUND, 0)
         assignment = Assignment(
             roster=self._roster,
@@ -78,4 +77,6 @@ class FedAvgShareableGenerator(ShareableGenerator):
         """
         base = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
         model, extra = convert.model_from_result(shareable, base)
-        return convert.learnable(model, {**extra, "roster": self._roster})
+        report = {"round": fl_ctx.get_prop(AppConstants.CURRENT_ROUND), **extra["report"]}
+        job = {"roster": self._roster, "seed": self.seed, "transfer": self.transfer}
+        return convert.learnable(model, {**extra, "report": report, "job": job})

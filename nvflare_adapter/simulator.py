@@ -1,248 +1,31 @@
-"""Runs a training file on NVFlare's simulator, in a process of its own, and follows it.
-
-NVFlare writes its log to the terminal, prints, and starts processes; so `simulate` runs it in a
-child whose output goes to a file. The child is this module, run with a `SimulatorJob` as JSON. The
-parent imports nothing of NVFlare. It watches the folder where the job's persistor stores a
-checkpoint after each round, whole or not at all, and gives them on as they appear.
-
-Whether the job went well is judged by what it left behind: some versions of NVFlare report success
-whatever happened.
-"""
+# mypy: disable-error-code="misc"
+"""Runs a job on NVFlare's simulator."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import fedavg_core as fc
+from nvflare.recipe.sim_env import SimEnv
 
-__all__ = ["MODELS", "ClientLost", "JobFailed", "SimulatorJob", "follow", "simulate"]
+from nvflare_adapter.job import Job
 
-_JOB = "fedavg"
-MODELS = Path(_JOB, "server", "simulate_job", "models")
-"""Where, in a job's folder, its persistor stores the global models."""
+__all__ = ["run"]
 
-_POLL_SECONDS = 0.05
-_STOP_SECONDS = 20
-_SILENCE_SECONDS = 5
-_ATTEMPTS = 3
-_LOG_LINES = 15
 _MOST_PROCESSES = 16
-_LOST = re.compile(r"((?:Communication error with|Subprocess died for) client .+)")
-_REASONS = (
-    re.compile(r"\.py' is aborted, Traceback.*\n(?: .*\n)*(.+)"),
-    re.compile(r"FATAL_SYSTEM_ERROR received: (.+)"),
-    re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Refused\w*)\b.*)", re.M),
-)
 
 
-class JobFailed(Exception):
-    """A job did not do what was asked of it.
+def run(job: Job) -> None:
+    """Run a job.
 
     Args:
-        reason: What went wrong, in one line.
-        log: The file of NVFlare's log.
+        job: The job; its persistor stores the models where `Job.models` says.
     """
-
-    def __init__(self, reason: str, log: Path) -> None:
-        self.reason = reason
-        self.log = log
-        super().__init__(f"{reason} (NVFlare's log: {log})")
-
-    def tail(self) -> list[str]:
-        """The end of NVFlare's log.
-
-        Returns:
-            Its last lines.
-        """
-        return _read(self.log).splitlines()[-_LOG_LINES:]
-
-
-class ClientLost(JobFailed):
-    """NVFlare's simulator lost the process of a client, and would wait for it for ever."""
-
-
-@dataclass(frozen=True)
-class SimulatorJob:
-    """What is to be run, in what JSON holds.
-
-    Attributes:
-        train_script: The training file.
-        train_args: Its arguments, separated by spaces.
-        initial_model: The checkpoint of the model that round 0 starts from; empty for none.
-        clients: How many clients to simulate, each in a process of its own; more than 16 take
-            turns.
-        rounds: How many rounds.
-        transfer: ``"FULL"`` or ``"DIFF"``.
-        seed: The seed of the job.
-        folder: A new folder for NVFlare's workspace and its log.
-    """
-
-    train_script: str
-    train_args: str
-    initial_model: str
-    clients: int
-    rounds: int
-    transfer: str
-    seed: int
-    folder: str
-
-    @property
-    def log(self) -> Path:
-        """The file that NVFlare's log goes to."""
-        return Path(self.folder) / "nvflare.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the job's persistor stores the global models."""
-        return Path(self.folder) / MODELS
-
-
-def simulate(job: SimulatorJob) -> Iterator[fc.Checkpoint]:
-    """Run a job on the simulator.
-
-    Args:
-        job: What to run.
-
-    Returns:
-        The checkpoint of each round, in order, as soon as it is stored (see `follow`).
-    """
-    command = [sys.executable, "-m", "nvflare_adapter.simulator", json.dumps(asdict(job))]
-    return follow(command, job.log, job.checkpoints, job.rounds)
-
-
-def follow(
-    command: Sequence[str], log: Path, checkpoints: Path, rounds: int
-) -> Iterator[fc.Checkpoint]:
-    """Run a command that runs an NVFlare job on the simulator, and follow the job.
-
-    Two processes of NVFlare's simulator find each other by a port that another process can take
-    from under them; then it loses a client, and waits for it for ever. A job that loses one before
-    its first round is over is started anew.
-
-    Args:
-        command: The command; its output goes to the log. It ends what it started when interrupted.
-        log: The file of NVFlare's log; made, or written on.
-        checkpoints: The folder where the job's persistor stores; without checkpoints yet.
-        rounds: How many rounds the job has.
-
-    Yields:
-        The checkpoint of each round, in order, as soon as it is stored. To stop before the end
-        stops the job.
-
-    Raises:
-        JobFailed: The job ended without having stored every round, or lost a client.
-    """
-    for attempt in range(_ATTEMPTS):
-        seen = 0
-        try:
-            with contextlib.closing(_attempt(command, log, checkpoints, rounds)) as stored:
-                for checkpoint in stored:
-                    seen += 1
-                    yield checkpoint
-            return
-        except ClientLost:
-            if seen or attempt == _ATTEMPTS - 1:
-                raise
-
-
-def _attempt(
-    command: Sequence[str], log: Path, folder: Path, rounds: int
-) -> Generator[fc.Checkpoint, None, None]:
-    with log.open("ab") as output:
-        start = output.tell()
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    seen, last_news = 0, time.monotonic()
-    try:
-        while True:
-            ended = child.poll() is not None
-            paths = fc.CheckpointStore(folder).paths() if folder.is_dir() else ()
-            for path in paths[seen:]:
-                yield fc.load_checkpoint(path)
-            if len(paths) > seen:
-                seen, last_news = len(paths), time.monotonic()
-            if ended:
-                break
-            if time.monotonic() - last_news > _SILENCE_SECONDS:
-                lost = _LOST.findall(_read(log, start))
-                if lost:
-                    raise ClientLost(f"NVFlare's simulator lost a client: {lost[0]}", log)
-                last_news = time.monotonic()
-            time.sleep(_POLL_SECONDS)
-    finally:
-        _stop(child)
-    if seen < rounds or child.returncode != 0:
-        raise JobFailed(_reason(_read(log, start), seen, rounds, child.returncode), log)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the child, if it has not ended by itself; on an interrupt it ends those it started."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def _reason(text: str, seen: int, rounds: int, code: int) -> str:
-    found = (pattern.findall(text) for pattern in _REASONS)
-    cause = next((matches[0] for matches in found if matches), f"it ended with exit code {code}")
-    return f"the job failed after {seen} of {rounds} rounds: {cause}"
-
-
-def _read(path: Path, start: int = 0) -> str:
-    return path.read_bytes()[start:].decode("utf-8", errors="replace")
-
-
-def main(argument: str) -> None:
-    """What the child does.
-
-    Args:
-        argument: The `SimulatorJob` as JSON.
-    """
-    from nvflare.recipe.sim_env import SimEnv
-
-    from nvflare_adapter.recipe import NumpyFedAvgRecipe
-
-    job = SimulatorJob(**json.loads(argument))
-    recipe = NumpyFedAvgRecipe(
-        name=_JOB,
-        initial_model=fc.load_checkpoint(job.initial_model).model if job.initial_model else None,
-        min_clients=job.clients,
-        num_rounds=job.rounds,
-        train_script=job.train_script,
-        train_args=job.train_args,
-        params_transfer_type=job.transfer,
-        seed=job.seed,
-        keep_checkpoints=job.rounds,
-        poll_interval=_POLL_SECONDS,
-    )
     environment = SimEnv(
         num_clients=job.clients,
         num_threads=min(job.clients, _MOST_PROCESSES),
         workspace_root=job.folder,
     )
     try:
-        recipe.execute(environment)
+        job.recipe().execute(environment)
     except RuntimeError as error:  # from NVFlare 2.9 on; what failed stands further up in the log
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

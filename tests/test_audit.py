@@ -82,15 +82,22 @@ class TestTheRecord:
         assert receipt.digest == digest(fingerprints(sent))
 
     def test_without_it_nothing_is_hashed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(round_module, "fingerprints", None)
+        hashed: list[Any] = []
+        monkeypatch.setattr(round_module, "fingerprints", hashed.append)
         round = Round(model(), ROUND)
         assert round.offer(good("a")).digest is None
         assert round.offer(good("b", weight=0)).digest is None
         assert round.close().audit is None
+        assert not hashed
 
     def test_to_ask_for_it_in_another_way_is_a_usage_error(self) -> None:
         with pytest.raises(UsageError, match="audit: expected True or False, got 'yes'"):
             Round(model(), ROUND, audit="yes")  # type: ignore[arg-type]
+
+    def test_what_nobody_sent_was_to_be_averaged_all_the_same(self) -> None:
+        sent = {"a": {"w": model()["w"]}}
+        assert audited(sent, model()).averaged == ("b", "h", "n", "w")
+        assert audited(sent, None).averaged == ("w",)
 
     def test_it_is_a_value(self) -> None:
         audit = audited(three(), model())
@@ -335,6 +342,13 @@ class TestTheText:
         meta = json.loads(audited(three(), None).to_text())
         with pytest.raises(UsageError, match="differences"):
             self.read({**meta, "transfer": "DIFF"})
+
+    def test_what_is_said_twice_is_an_error(self) -> None:
+        text = audited(three(), model()).to_text()
+        for line in (f' "round": {ROUND},', ' "min_updates": 1,'):
+            assert text.count(line) == 1
+            with pytest.raises(UsageError, match="it says something twice"):
+                Audit.from_text(text.replace(line, line + line))
 
     def test_what_was_edited_by_hand_is_told(self) -> None:
         text = audited(three(), model()).to_text()

@@ -219,11 +219,16 @@ class TestWhatIsAmiss:
         round = Round(model(), ROUND, audit=True)
         assert round.offer(good("a")).accepted
         assert not round.offer(good("b", params=three()["site-1"], weight=-1)).accepted
+        more = {**good().params, "x": np.ones(1)}
+        assert not round.offer(good("c", params=more)).accepted
         audit = round.close().audit
         assert audit is not None
-        verdict = verify(audit, {"b": three()["site-1"], "a": good().params})
+        verdict = verify(audit, {"b": three()["site-1"], "a": good().params, "c": more})
         assert verdict.same_bits
-        assert verdict.lines[0] == "'b': was refused, as BAD_WEIGHT"
+        assert verdict.lines[:-1] == (
+            "'b': was refused, as BAD_WEIGHT",
+            "'c': was refused, as UNEXPECTED_KEYS",
+        )
         assert verdict.surplus == ()
 
     def test_an_update_that_cannot_be_read(self) -> None:

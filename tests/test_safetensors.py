@@ -302,3 +302,27 @@ def test_whatever_is_made_of_a_file_is_read_or_is_damage() -> None:
                 data[random.integers(len(data))] = random.integers(256)
         with contextlib.suppress(Damaged, ValueError, EOFError, RefusedUpdate):
             listed(bytes(data))
+
+
+def test_every_prefix_is_damage_and_every_flip_is_damage_or_leaves_as_many_bytes() -> None:
+    model = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array([-1, 2**62])}
+    data = written(model)
+    begin = len(data) - sum(array.nbytes for array in model.values())
+    for length in range(len(data)):
+        with pytest.raises((Damaged, ValueError, EOFError)):
+            arrays_of(data[:length])
+    for place in range(len(data)):
+        for mask in (0x01, 0x20, 0x80, 0xFF):
+            flipped = bytearray(data)
+            flipped[place] ^= mask
+            try:
+                found = arrays_of(bytes(flipped))
+            except (Damaged, ValueError, EOFError):
+                assert place < begin
+                continue
+            # The format has no checksum: a name, a dtype of the same width or a value may differ.
+            assert sum(array.nbytes for array in found.values()) == len(data) - begin
+            if place >= begin:
+                assert {key: (a.dtype, a.shape) for key, a in found.items()} == {
+                    key: (a.dtype, a.shape) for key, a in model.items()
+                }

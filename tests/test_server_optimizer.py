@@ -535,14 +535,6 @@ class TestAnOpenRound:
         with pytest.raises(fc.UsageError, match="began with another server optimizer, or with"):
             fc.Round.from_state(meta, arrays, model, **settings)
 
-    def test_the_audit_is_of_the_mean(self) -> None:
-        model = {"w": np.zeros(2, np.float32)}
-        updates: list[tuple[Model, int]] = [({"w": np.ones(2, np.float32)}, 1)]
-        plain = close(model, updates, audit=True)
-        found = close(model, updates, audit=True, server_optimizer=FedAvg(0.5))
-        assert found.model["w"].tolist() == [0.5, 0.5]
-        assert found.audit == plain.audit
-
 
 class TestFlower:
     """The steps of Flower's strategies, where it is installed."""

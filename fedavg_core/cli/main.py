@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fedavg_core.cli import look, make, run, verify
+from fedavg_core.cli import look, make, report, run, verify
 from fedavg_core.cli.arguments import Parser, package_version
 from fedavg_core.cli.console import say
 from fedavg_core.errors import FedAvgError, one_line
@@ -66,7 +66,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fedavg-core {package_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, make, look, verify):
+    for module in (run, report, make, look, verify):
         module.add_commands(commands)
     return parser
 

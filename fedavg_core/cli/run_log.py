@@ -7,8 +7,9 @@ So the log is never behind the checkpoints. It may be ahead of them by what an i
 loss of power cut off; those rounds are played again by the run that resumes, which takes their
 lines away first. A last line that was not finished is passed over by whoever reads it.
 
-Numbers that JSON does not have (NaN, the infinities) are null. Nothing in a file is believed: a log
-of another shape is a `CheckpointError`.
+Numbers that JSON does not have (NaN, the infinities) are null, and so are, when it is read, those
+beyond 1e300, of which a sum may have none. Nothing in a file is believed: a log of another shape is
+a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fedavg_core.errors import CheckpointError, quoted
 
 __all__ = [
     "LOG",
+    "PARTS",
     "SETTINGS",
+    "STATES",
     "Contribution",
     "RoundRecord",
     "append_round",
@@ -39,10 +42,11 @@ __all__ = [
 SETTINGS = "run.json"
 LOG = "rounds.jsonl"
 _FORMAT = 1
-_STATES = ("accepted", "refused", "failed")
-_PARTS = ("training", "averaging", "evaluation")
+STATES = ("accepted", "refused", "failed")
+PARTS = ("training", "averaging", "evaluation")
 _MOST_BYTES = 1 << 31
 _EXACT = 1 << 53
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Contribution:
     weight: float | None = None
     norm: float | None = None
     seconds: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     reason: str | None = None
     detail: str = ""
 
@@ -90,7 +94,7 @@ class RoundRecord:
     round: int
     contributions: tuple[Contribution, ...]
     total_weight: float | None
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     evaluation: Mapping[str, float | None]
     skipped_metrics: tuple[str, ...]
     problem: str | None
@@ -142,16 +146,17 @@ class RoundRecord:
         Raises:
             ValueError: It is another.
         """
+        seconds = _numbers(entry, "seconds")
         return cls(
             round=_whole(entry, "round"),
             contributions=tuple(map(_contribution, _typed(entry, "contributions", list))),
             total_weight=_number(entry, "total_weight"),
-            metrics=_numbers(entry, "metrics", ()),
-            evaluation=_numbers(entry, "evaluation", (type(None),)),
+            metrics=_numbers(entry, "metrics"),
+            evaluation=_numbers(entry, "evaluation"),
             skipped_metrics=tuple(map(str, _typed(entry, "skipped_metrics", list))),
             problem=_typed(entry, "problem", str, type(None)),
             norm=_number(entry, "norm"),
-            seconds={part: _numbers(entry, "seconds", ()).get(part, 0.0) for part in _PARTS},
+            seconds={part: max(0.0, seconds.get(part) or 0.0) for part in PARTS},
             peak_bytes=None
             if _typed(entry, "peak_bytes", int, type(None)) is None
             else _whole(entry, "peak_bytes"),
@@ -160,7 +165,7 @@ class RoundRecord:
 
 def _contribution(entry: Any) -> Contribution:
     status = _typed(entry, "status", str)
-    if status not in _STATES:
+    if status not in STATES:
         raise ValueError(f"a status is {quoted(status)}")
     return Contribution(
         contributor=_typed(entry, "contributor", str),
@@ -168,7 +173,7 @@ def _contribution(entry: Any) -> Contribution:
         weight=_number(entry, "weight"),
         norm=_number(entry, "norm"),
         seconds=_number(entry, "seconds"),
-        metrics=_numbers(entry, "metrics", ()),
+        metrics=_numbers(entry, "metrics"),
         reason=_typed(entry, "reason", str, type(None)),
         detail=_typed(entry, "detail", str),
     )
@@ -203,12 +208,13 @@ def _whole(entry: Any, name: str) -> int:
 
 
 def _number(entry: Any, name: str) -> float | None:
-    return _finite(_typed(entry, name, int, float, type(None)))
+    value = _finite(_typed(entry, name, int, float, type(None)))
+    return None if value is None or abs(value) > _LARGEST else value
 
 
-def _numbers(entry: Any, name: str, others: tuple[type, ...]) -> dict[str, Any]:
+def _numbers(entry: Any, name: str) -> dict[str, float | None]:
     found = _typed(entry, name, dict)
-    return {key: _finite(_typed(found, key, int, float, *others)) for key in found}
+    return {key: _number(found, key) for key in found}
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

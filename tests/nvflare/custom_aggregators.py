@@ -1,5 +1,7 @@
-"""Aggregators such as a user writes; a job ships this file to its server."""
+"""Components such as a user writes; a job ships this file to its server."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+from nvflare.app_common.widgets.streaming import AnalyticsReceiver
 
 
 class Maximum(Aggregator):  # type: ignore[misc]
@@ -54,3 +57,27 @@ class WithoutSecond(ModelAggregator):  # type: ignore[misc]
 
     def reset_stats(self) -> None:
         self._received = {}
+
+
+class Tracker(AnalyticsReceiver):  # type: ignore[misc]
+    """An experiment tracker: writes down what the clients tell it, and the rounds' statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard: list[Any] = []
+
+    def handle_event(self, event_type: str, fl_ctx: Any) -> None:
+        super().handle_event(event_type, fl_ctx)
+        if event_type == "_after_aggregation":
+            self._heard.append(fl_ctx.get_prop("_aggregation_stats"))
+
+    def initialize(self, fl_ctx: Any) -> None:
+        pass
+
+    def save(self, fl_ctx: Any, shareable: Any, record_origin: str) -> None:
+        told = from_shareable(shareable).data
+        self._heard.append([record_origin, told["track_key"], told["track_value"]])
+
+    def finalize(self, fl_ctx: Any) -> None:
+        root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
+        (Path(root) / "tracked.json").write_text(json.dumps(self._heard))

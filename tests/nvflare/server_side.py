@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.dxo import DXO, MetaKey
+from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import ReservedKey
 from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import Shareable
@@ -29,19 +30,23 @@ class Server:
     folder: Path
     clients: list[str] = field(default_factory=lambda: ["site-10", "site-2", "site-1"])
     components: dict[str, Any] = field(default_factory=dict)
+    fired: list[tuple[str, FLContext]] = field(default_factory=list)
 
     def get_clients(self) -> list[NamedClient]:
         return [NamedClient(name) for name in self.clients]
 
     def fire_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """NVFlare tells every component of a warning in the log; here there is none to tell."""
+        self.fired.append((event_type, fl_ctx))
+        for component in self.components.values():
+            if isinstance(component, FLComponent):
+                component.handle_event(event_type, fl_ctx)
 
     def get_component(self, component_id: str) -> Any:
         return self.components.get(component_id)
 
     def get_workspace(self) -> Workspace:
         for name in ("startup", "local"):
-            (self.folder / name).mkdir(exist_ok=True)
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         return Workspace(str(self.folder), site_name="server")
 
     def context(self, model: fc.Params | None = None, round: int = 0, rounds: int = 5) -> FLContext:

@@ -470,12 +470,13 @@ def test_the_generator_makes_a_new_model_and_keeps_what_goes_with_it(server: Ser
         convert.result_from_model(new, {"report": report}), server.context(MODEL)
     )
     assert fc.same_bits(convert.model_of(held), {**MODEL, **new})
-    assert convert.extra_of(held) == {"report": report, "roster": ["site-1", "site-10", "site-2"]}
+    job = {"roster": ["site-1", "site-10", "site-2"], "seed": 0, "transfer": "FULL"}
+    assert convert.extra_of(held) == {"report": report, "job": job}
 
 
 def test_who_was_there_before_a_job_was_resumed_keeps_its_place(server: Server) -> None:
     server.clients = ["site-2", "site-3"]
-    held = convert.learnable(MODEL, {"roster": ["site-1", "site-2"]})
+    held = convert.learnable(MODEL, {"job": {"roster": ["site-1", "site-2"]}})
     sent = FedAvgShareableGenerator().learnable_to_shareable(held, server.context(MODEL))
     told = convert.assignment_of(FLModelUtils.from_shareable(sent))
     assert told.roster == ["site-1", "site-2", "site-3"]

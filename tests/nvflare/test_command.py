@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 pytest.importorskip("rich")
 
 import fedavg_core as fc
-from nvflare_adapter import simulator
+from nvflare_adapter import follow
 from nvflare_adapter.__main__ import main
-from nvflare_adapter.simulator import SimulatorJob, _reason
+from nvflare_adapter.follow import _reason
+from nvflare_adapter.job import Job
 from tests.nvflare import training
 
 FILES = Path(training.__file__).parent
@@ -116,17 +118,19 @@ WRONG = [
     (["--alpha", "nan"], "argument --alpha: expected a number above 0, got 'nan'"),
     (
         ["--backend", "cloud"],
-        "argument --backend: expected in-process or simulator, got 'cloud'",
-    ),
-    (
-        ["--backend", "poc"],
-        "argument --backend: expected in-process or simulator, got 'poc', "
-        "which this version cannot run yet",
+        "argument --backend: expected in-process, simulator, poc or deployment, got 'cloud'",
     ),
     (
         ["--backend", "deployment"],
-        "argument --backend: expected in-process or simulator, got 'deployment', "
-        "which this version cannot run yet",
+        "argument --startup-kit: expected a folder that has startup/fed_admin.json, got none",
+    ),
+    (
+        ["--backend", "deployment", "--startup-kit", str(FILES)],
+        f"argument --startup-kit: expected a folder that has startup/fed_admin.json, got {FILES}",
+    ),
+    (
+        ["--startup-kit", "kit"],
+        "argument --startup-kit: expected none, without a deployment, got kit",
     ),
     (["no/such.py"], "TRAIN.py: expected a Python file that exists, got 'no/such.py'"),
     ([str(FILES)], f"TRAIN.py: expected a Python file that exists, got '{FILES}'"),
@@ -339,6 +343,8 @@ def train(params, context):
             "Result is bad.",
         ),
         ("Traceback:\n  File x\nnvflare.bad.JobError: no such job\n", "nvflare.bad.JobError: no"),
+        ("OSError: x\nnvflare_adapter: the server ended\n", "the server ended"),
+        ("NVFlare ended the job as FINISHED:ABORTED", "NVFlare ended the job as FINISHED:ABORTED"),
     ],
 )
 def test_the_reason_of_a_failed_job_is_found_in_the_log(log: str, cause: str) -> None:
@@ -362,14 +368,14 @@ fc.CheckpointStore(stored).save(fc.Checkpoint(model={"w": numpy.ones(1)}, round=
 def test_a_job_that_loses_a_client_before_its_first_round_is_started_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts_needed: int, is_lost: bool
 ) -> None:
-    monkeypatch.setattr(simulator, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(follow, "_SILENCE_SECONDS", 0.3)
     starts, stored, log = tmp_path / "starts", tmp_path / "models", tmp_path / "log"
     arguments = [str(starts), str(stored), str(starts_needed)]
-    followed = simulator.follow(
+    followed = follow.follow(
         [sys.executable, "-c", LOSES_A_CLIENT, *arguments], log, stored, rounds=1
     )
     if is_lost:
-        with pytest.raises(simulator.ClientLost, match=r"lost a client: Communication .* site-2"):
+        with pytest.raises(follow.ClientLost, match=r"lost a client: Communication .* site-2"):
             list(followed)
         assert starts.read_text() == "xxx"
     else:
@@ -378,6 +384,7 @@ def test_a_job_that_loses_a_client_before_its_first_round_is_started_anew(
 
 
 def test_a_job_knows_its_log_and_its_models() -> None:
-    job = SimulatorJob("t.py", "", "", 2, 3, "FULL", 0, "/x")
+    job = Job("simulator", "t.py", "", "", 2, 3, "FULL", 0, "/x")
     assert job.log == Path("/x/nvflare.log")
-    assert job.checkpoints == Path("/x/fedavg/server/simulate_job/models")
+    assert job.models == Path("/x/fedavg/server/simulate_job/models")
+    assert replace(job, backend="poc").models == Path("/x/models")

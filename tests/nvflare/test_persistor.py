@@ -83,3 +83,34 @@ def test_only_the_newest_are_kept(server: Server) -> None:
         persistor.save_model(held, server.context(round=number))
     rounds = [fc.load_checkpoint(path).round for path in stored(server).paths()]
     assert rounds == [4, 5]
+
+
+def test_another_programs_file_on_the_server_is_a_start(server: Server, tmp_path: Path) -> None:
+    app_folder(server, "config")
+    np.savez(tmp_path / "start.npz", a=np.arange(3.0))
+    np.save(tmp_path / "start.npy", np.arange(2, dtype=np.int16))
+    held = [
+        CheckpointPersistor(str(tmp_path / f"start.{kind}")).load_model(server.context())
+        for kind in ("npz", "npy")
+    ]
+    assert fc.same_bits(convert.model_of(held[0]), {"a": np.arange(3.0)})
+    assert fc.same_bits(convert.model_of(held[1]), {"numpy_key": np.arange(2, dtype=np.int16)})
+
+
+def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Server) -> None:
+    folder = app_folder(server, "config")
+    extra = {"report": {"round": 2}, "job": {"roster": ["site-1"]}}
+    start = fc.Checkpoint({"w": np.ones(2)}, round=3, extra=extra)
+    fc.save_checkpoint(folder / "start", start)
+    fc.save_checkpoint(folder / "best", fc.Checkpoint({"w": np.zeros(2)}, round=1))
+    held = CheckpointPersistor("start", best_file="best").load_model(server.context())
+    assert convert.extra_of(held) == extra
+    assert fc.same_bits(stored(server).load().model, start.model)
+    best = fc.load_checkpoint(stored(server).folder / "best_model.npz")
+    assert fc.same_bits(best.model, {"w": np.zeros(2)})
+    held = convert.learnable({"w": np.zeros(2)})
+    CheckpointPersistor().save_model(held, server.context(round=3))
+    assert [path.name for path in stored(server).paths()] == [
+        "round-00000003.npz",
+        "round-00000004.npz",
+    ]

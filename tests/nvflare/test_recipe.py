@@ -17,7 +17,9 @@ pytest.importorskip("nvflare")
 
 from nvflare.apis.dxo import DataKind
 from nvflare.app_common.aggregators import InTimeAccumulateWeightedAggregator
+from nvflare.app_common.np.recipes import NumpyFedAvgRecipe as NVFlaresRecipe
 from nvflare.client.config import ExchangeFormat, TransferType
+from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.spec import Recipe
 
 import fedavg_core as fc
@@ -45,6 +47,14 @@ REFERENCE = {
     "server_expected_format": ExchangeFormat.NUMPY,
     "params_transfer_type": TransferType.FULL,
 }
+
+
+def test_every_argument_of_the_installed_nvflares_own_recipe_is_there_with_its_default() -> None:
+    theirs = dict(inspect.signature(NVFlaresRecipe).parameters)
+    theirs.pop("save_filename", None)  # its default was a file of PyTorch's before 2.9
+    ours = inspect.signature(NumpyFedAvgRecipe).parameters
+    defaults = {name: ours[name].default for name in theirs}
+    assert defaults == {name: parameter.default for name, parameter in theirs.items()}
 
 
 def recipe(**arguments: Any) -> Any:
@@ -130,6 +140,86 @@ WRONG = [
         {"accumulator": "float16"},
         "accumulator: expected 'exact', 'float64' or 'float32', got 'float16'",
     ),
+    ({"model": 3}, "model: expected an array, a list of numbers, a dict of arrays, or None, got 3"),
+    (
+        {"initial_ckpt": "no/such.npz"},
+        "initial_ckpt: expected a file that exists here, the absolute path of one on the server, "
+        "or None, got 'no/such.npz'",
+    ),
+    (
+        {"per_site_config": {}},
+        "per_site_config: expected a dict from clients' names to dicts of arguments, or None, got",
+    ),
+    (
+        {"per_site_config": {"server": {}, "site-1": {}}},
+        "per_site_config: expected a dict from clients' names to dicts of arguments, or None, got",
+    ),
+    (
+        {"per_site_config": {"site-1": {}}},
+        "per_site_config: expected at least min_clients, 2, clients, got 1",
+    ),
+    (
+        {"per_site_config": {"site-1": {}, "site-2": {"seed": 3}}},
+        "per_site_config: site-2: expected some of train_script, train_args,",
+    ),
+    (
+        {"per_site_config": {"site-1": {}, "site-2": {"train_args": 3}}},
+        "per_site_config: site-2: train_args: expected a string, got 3",
+    ),
+    (
+        {"per_site_config": {"site-1": {}, "site-2": {"params_transfer_type": "DIFF"}}},
+        "per_site_config: site-2: params_transfer_type: expected that of all,",
+    ),
+    ({"launch_once": 1}, "launch_once: expected True or False, got 1"),
+    ({"shutdown_timeout": -1}, "shutdown_timeout: expected seconds of at least 0, got -1"),
+    ({"key_metric": None}, "key_metric: expected a string, got None"),
+    ({"key_metric_mode": "up"}, "key_metric_mode: expected 'max', 'min', or None, got 'up'"),
+    ({"stop_cond": "loss"}, "stop_cond: expected '<metric> <op> <number>', or None, got 'loss'"),
+    (
+        {"stop_cond": "loss ~ 3"},
+        "stop_cond: expected '<metric> <op> <number>', or None, got 'loss ~ 3'",
+    ),
+    ({"patience": 0}, "patience: expected an integer of at least 1, or None, got 0"),
+    (
+        {"patience": 2, "key_metric": ""},
+        "patience: expected a stop_cond or a key_metric to go by, got neither",
+    ),
+    (
+        {"best_model_filename": "a/b"},
+        "best_model_filename: expected the name of a file, without a folder, or None, got 'a/b'",
+    ),
+    (
+        {"save_filename": ".."},
+        "save_filename: expected the name of a file, without a folder, or None, got '..'",
+    ),
+    (
+        {"save_filename": "a", "best_model_filename": "b"},
+        "save_filename: expected 'b', got 'a'",
+    ),
+    ({"exclude_vars": "("}, "exclude_vars: expected a regular expression, or None, got '('"),
+    (
+        {"aggregation_weights": {"site-1": 0}},
+        "aggregation_weights: expected a dict from clients' names to numbers above 0, or None, got",
+    ),
+    (
+        {"aggregation_weights": {"site-1": "2"}},
+        "aggregation_weights: expected a dict from clients' names to numbers above 0, or None, got",
+    ),
+    (
+        {"client_memory_gc_rounds": -1},
+        "client_memory_gc_rounds: expected an integer of at least 0, got -1",
+    ),
+    ({"cuda_empty_cache": "no"}, "cuda_empty_cache: expected True or False, got 'no'"),
+    ({"max_norm": 0}, "max_norm: expected a number above 0, or None, got 0"),
+    (
+        {"max_norm": 1.0, "aggregator": Maximum()},
+        "max_norm: expected None beside an aggregator, which is its own",
+    ),
+    (
+        {"start_from": "no/such"},
+        "start_from: expected a checkpoint, or a folder of them, that exists here, or None, "
+        "got 'no/such'",
+    ),
     ({"keep_checkpoints": 0}, "keep_checkpoints: expected an integer of at least 1, got 0"),
     ({"poll_interval": 0}, "poll_interval: expected seconds above 0, or None, got 0"),
     (
@@ -177,7 +267,7 @@ WRONG = [
     ),
     (
         {"params_transfer_type": "DIFF"},
-        "initial_model: expected a model for the differences of DIFF to be taken from, got None",
+        "model: expected a model for the differences of DIFF to be taken from, got None",
     ),
     (
         {"aggregator": FedAvgAggregator("DIFF")},
@@ -255,6 +345,70 @@ def built(component: Any) -> Any:
     return getattr(importlib.import_module(module), name)(**component["args"])
 
 
+def components_of(app: Any) -> Any:
+    """The server's components, as it makes them, by their ids."""
+    return {one["id"]: built(one) for one in server_config(app)["components"]}
+
+
+EVERYTHING = {
+    "model": MODEL,
+    "num_rounds": 9,
+    "params_transfer_type": TransferType.DIFF,
+    "key_metric": "loss",
+    "key_metric_mode": "min",
+    "stop_cond": "accuracy >= 0.9",
+    "patience": 4,
+    "best_model_filename": "champion.npz",
+    "exclude_vars": "^n",
+    "aggregation_weights": {"site-1": 0.5, "site-2": 3},
+    "seed": 3,
+    "min_updates": 2,
+    "accumulator": "float64",
+    "max_norm": 2.5,
+    "keep_checkpoints": 5,
+    "poll_interval": 0.1,
+}
+
+
+def test_every_components_configuration_comes_back_from_the_jobs_json(tmp_path: Path) -> None:
+    made = recipe(**EVERYTHING)
+    made.export(str(tmp_path))
+    config = server_config(tmp_path / made.name / "app")
+    told = {one["id"]: one["args"] for one in [*config["components"], *config["workflows"]]}
+    told["controller"] = told.pop(config["workflows"][0]["id"])
+    assert told == {
+        "aggregator": {
+            "transfer": "DIFF",
+            "min_updates": 2,
+            "accumulator": "float64",
+            "limits": {"exclude": "^n", "max_norm": 2.5},
+            "aggregation_weights": {"site-1": 0.5, "site-2": 3},
+        },
+        "controller": {
+            "min_clients": 2,
+            "num_rounds": 9,
+            "key_metric": "loss",
+            "key_metric_mode": "min",
+            "stop_cond": "accuracy >= 0.9",
+            "patience": 4,
+            "task_check_period": 0.1,
+        },
+        "persistor": {
+            "initial_file": "initial_model.npz",
+            "keep": 5,
+            "best_model_filename": "champion.npz",
+        },
+        "shareable_generator": {"transfer": "DIFF", "seed": 3},
+    }
+    for one in [*config["components"], *config["workflows"]]:
+        component = built(one)
+        kept = {
+            name: getattr(component, name, getattr(component, f"_{name}", None))
+            for name in one["args"]
+        }
+        assert kept == one["args"]
+
+
 def test_the_components_arrive_with_their_arguments(tmp_path: Path) -> None:
     app = exported(
         tmp_path,
@@ -268,7 +422,7 @@ def test_the_components_arrive_with_their_arguments(tmp_path: Path) -> None:
         poll_interval=0.1,
     )
     config = server_config(app)
-    made = {component["id"]: built(component) for component in config["components"]}
+    made = components_of(app)
     aggregator, generator = made["aggregator"], made["shareable_generator"]
     assert (aggregator.transfer, aggregator.min_updates) == ("DIFF", 2)
     assert aggregator.accumulator == "float64"
@@ -282,7 +436,7 @@ def test_the_components_arrive_with_their_arguments(tmp_path: Path) -> None:
 
 def test_a_weight_diff_data_kind_says_the_same_as_diff(tmp_path: Path) -> None:
     app = exported(tmp_path, initial_model=MODEL, aggregator_data_kind=DataKind.WEIGHT_DIFF)
-    made = {component["id"]: built(component) for component in server_config(app)["components"]}
+    made = components_of(app)
     assert made["aggregator"].transfer == made["shareable_generator"].transfer == "DIFF"
 
 
@@ -291,7 +445,7 @@ def test_a_users_aggregator_travels_with_its_arguments_and_its_file(
     tmp_path: Path, inner: Any
 ) -> None:
     app = exported(tmp_path, aggregator=inner)
-    made = {component["id"]: built(component) for component in server_config(app)["components"]}
+    made = components_of(app)
     custom = made[made["aggregator"].aggregator_id]
     assert type(custom) is type(inner)
     assert getattr(custom, "bonus", None) == getattr(inner, "bonus", None)
@@ -300,16 +454,157 @@ def test_a_users_aggregator_travels_with_its_arguments_and_its_file(
 
 def test_one_of_ours_given_as_the_aggregator_is_used_as_it_is(tmp_path: Path) -> None:
     ours = FedAvgAggregator("FULL", min_updates=2)
-    components = server_config(exported(tmp_path, aggregator=ours))["components"]
-    assert sorted(component["id"] for component in components) == [
-        "aggregator",
-        "persistor",
-        "shareable_generator",
-    ]
-    assert built(components[0]).min_updates == 2
+    components = components_of(exported(tmp_path, aggregator=ours))
+    assert sorted(components) == ["aggregator", "persistor", "shareable_generator"]
+    assert components["aggregator"].min_updates == 2
 
 
 def test_the_packages_own_files_are_not_copied_into_the_job(tmp_path: Path) -> None:
     app = exported(tmp_path, initial_model=MODEL)
     copied = {path.name for path in app.rglob("*.py")}
     assert copied == {"mixed.py"}
+
+
+def client_config(job: Path, app: str) -> Any:
+    return json.loads((job / app / "config" / "config_fed_client.json").read_text())
+
+
+def test_what_clients_tell_trackers_is_to_reach_the_server(tmp_path: Path) -> None:
+    config = client_config(exported(tmp_path), "")
+    assert [one["id"] for one in config["components"]] == ["event_to_fed"]
+
+
+@pytest.mark.parametrize(
+    "way", ["constructor"] + ["setter"] * hasattr(Recipe, "set_per_site_config")
+)
+def test_a_site_has_what_is_other_for_it(tmp_path: Path, way: str) -> None:
+    sites = {"site-1": {"train_args": "--mine 1"}, "site-2": {"client_memory_gc_rounds": 7}}
+    if way == "constructor":
+        made = recipe(train_args="--all", per_site_config=sites)
+    else:
+        made = recipe(train_args="--all")
+        made.set_per_site_config(sites)
+    made.export(str(tmp_path))
+    job = tmp_path / made.name
+    assert sorted(path.name for path in job.glob("app*")) == [
+        "app_server",
+        "app_site-1",
+        "app_site-2",
+    ]
+    first, second = (
+        client_config(job, f"app_{site}")["executors"][0]["executor"]["args"] for site in sites
+    )
+    assert (first["task_script_args"], second["task_script_args"]) == ("--mine 1", "--all")
+    assert (first.get("memory_gc_rounds", 0), second["memory_gc_rounds"]) == (0, 7)
+    assert made.per_site_config == sites
+
+
+def test_what_the_installed_nvflare_cannot_do_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = inspect.signature(ScriptRunner).parameters
+    older = [known[name] for name in known if name != "launch_once"]
+    signature = inspect.Signature(older)
+    monkeypatch.setattr(inspect, "signature", lambda _: signature)
+    with pytest.raises(fc.UsageError, match=r"^launch_once: .*, as nvflare .* cannot do that, got"):
+        recipe(launch_once=False)
+
+
+def start_of(app: Path) -> Any:
+    persistor = components_of(app)["persistor"]
+    return fc.load_checkpoint(app / "config" / persistor.initial_file)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "checkpoint"])
+def test_a_file_that_is_here_is_the_model_that_the_job_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = {"numpy_key": np.arange(3.0)}
+    path = Path(f"start.{suffix}")
+    if suffix == "npy":
+        np.save(path, model["numpy_key"])
+    elif suffix == "npz":
+        np.savez(path, numpy_key=model["numpy_key"])
+    else:
+        fc.save_checkpoint(path, fc.Checkpoint(model, round=0))
+    app = exported(tmp_path / "job", initial_ckpt=str(path), model=MODEL)
+    assert fc.same_bits(start_of(app).model, model)
+    (tmp_path / "bad.npy").write_bytes(b"nothing")
+    with pytest.raises(fc.CheckpointError, match="bad"):
+        recipe(initial_ckpt="bad.npy")
+
+
+def test_a_file_that_is_the_servers_is_named_to_it(tmp_path: Path) -> None:
+    app = exported(tmp_path, initial_ckpt="/on/the/server.npz", params_transfer_type="DIFF")
+    assert components_of(app)["persistor"].initial_file == "/on/the/server.npz"
+    assert list(app.rglob("*.npz")) == []
+
+
+def ended(folder: Path, round: int = 3, best: int = 2) -> Path:
+    """The folder of a job that has ended after a round, and found its best model in another."""
+    job = {"roster": ["site-1"], "seed": 5, "transfer": "FULL"}
+    store = fc.CheckpointStore(folder)
+    store.save(fc.Checkpoint(MODEL, round=round - 1))
+    store.save(fc.Checkpoint({"w": MODEL["w"] * round}, round=round, extra={"job": job}))
+    best_model = fc.Checkpoint({"w": MODEL["w"] * best}, round=best)
+    fc.save_checkpoint(folder / "best_model.npz", best_model)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "round-00000003.npz"])
+def test_a_job_goes_on_where_another_ended(tmp_path: Path, place: str) -> None:
+    path = ended(tmp_path / "models") / place
+    app = exported(tmp_path, start_from=path, num_rounds=5, seed=5, model=MODEL)
+    assert fc.same_bits(start_of(app).model, {"w": MODEL["w"] * 3})
+    controller = server_config(app)["workflows"][0]["args"]
+    assert (controller["start_round"], controller["num_rounds"]) == (3, 2)
+    best = fc.load_checkpoint(app / "config" / components_of(app)["persistor"].best_file)
+    assert fc.same_bits(best.model, {"w": MODEL["w"] * 2})
+
+
+def test_a_best_model_of_a_round_that_is_played_again_is_not_taken_along(tmp_path: Path) -> None:
+    path = ended(tmp_path / "models", best=4)
+    app = exported(tmp_path, start_from=str(path), num_rounds=5, seed=5)
+    assert components_of(app)["persistor"].best_file == ""
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"num_rounds": 3}, "num_rounds: expected more than the 3 rounds that start_from has"),
+        ({"seed": 4}, "start_from: expected a job of seed 4, got 5"),
+        ({"params_transfer_type": "DIFF"}, "start_from: expected a job of transfer DIFF, got FULL"),
+        ({"model": [1.0]}, "start_from: expected a model like the given one, got another"),
+    ],
+)
+def test_a_job_that_is_another_does_not_go_on(tmp_path: Path, others: Any, message: str) -> None:
+    path = ended(tmp_path / "models")
+    with pytest.raises(fc.UsageError) as problem:
+        recipe(**{"start_from": path, "num_rounds": 5, "seed": 5, **others})
+    assert str(problem.value).startswith(message)
+
+
+def test_a_damaged_checkpoint_to_start_from_is_named(tmp_path: Path) -> None:
+    path = ended(tmp_path / "models")
+    (path / "round-00000003.npz").write_bytes(b"nothing")
+    with pytest.raises(fc.CheckpointError, match="round-00000003"):
+        recipe(start_from=path, num_rounds=5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("accuracy", "max")),
+        ({"key_metric": "loss", "stop_cond": "loss <= 0.1"}, ("loss", "min")),
+        ({"key_metric": "loss", "stop_cond": "accuracy > 0.1"}, ("loss", "max")),
+        (
+            {"key_metric": "loss", "stop_cond": "loss < 1", "key_metric_mode": "max"},
+            ("loss", "max"),
+        ),
+    ],
+)
+def test_which_metric_is_better_is_what_nvflares_recipe_takes(given: Any, expected: Any) -> None:
+    (workflow,) = recipe(**given)._fed_job._deploy_map["server"].app_config.workflows
+    controller = workflow.controller
+    assert (controller.key_metric, controller.key_metric_mode) == expected

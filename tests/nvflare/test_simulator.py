@@ -20,7 +20,8 @@ pytest.importorskip("rich")
 
 import fedavg_core as fc
 from nvflare_adapter import digits, read_training_file
-from nvflare_adapter.simulator import SimulatorJob, follow, simulate
+from nvflare_adapter.follow import follow
+from nvflare_adapter.job import Job
 from tests.nvflare import training
 
 # One after the other, beside the tests that start none.
@@ -40,12 +41,18 @@ def command(*arguments: Any, cwd: Path) -> Any:
     )
 
 
-def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any:
-    """Runs a recipe on the simulator, and gives the last model that it stored."""
+def stored(folder: Path, clients: int, script: str, rounds: int = 2, **arguments: Any) -> Any:
+    """Runs a recipe on the simulator, and gives the checkpoints that it stored: so many."""
+    folder.mkdir(exist_ok=True)
     recipe = {"min_clients": clients, "train_script": str(FILES / script), **arguments}
     command = [sys.executable, "-m", "tests.nvflare.run_recipe", str(folder), json.dumps(recipe)]
     models = folder / "job" / "server" / "simulate_job" / "models"
-    return list(follow(command, folder / "log", models, rounds=2))[-1].model
+    return list(follow(command, folder / "log", models, rounds))
+
+
+def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any:
+    """The last of the models that a recipe stored on the simulator."""
+    return stored(folder, clients, script, **arguments)[-1].model
 
 
 @pytest.mark.parametrize("transfer", list(fc.TransferType))
@@ -61,7 +68,8 @@ def test_every_round_ends_in_the_bits_of_the_federation_in_process(
     initial = offered.initial_model(seed)
     start = tmp_path / "start"
     fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
-    job = SimulatorJob(
+    job = Job(
+        backend="simulator",
         train_script=str(path),
         train_args=arguments,
         initial_model=str(start),
@@ -71,7 +79,7 @@ def test_every_round_ends_in_the_bits_of_the_federation_in_process(
         seed=seed,
         folder=str(tmp_path),
     )
-    checkpoints = list(simulate(job))
+    checkpoints = list(job.run())
     federation = fc.Federation(
         initial,
         clients={f"site-{number + 1}": offered.train for number in range(clients)},
@@ -171,6 +179,58 @@ def test_a_users_aggregator_makes_the_model(
     start = {"w": [0.0, 0.0, 0.0]}
     model = last_model(tmp_path, 3, "faulty.py", initial_model=start, aggregator=aggregator)
     assert fc.same_bits(model, {"w": np.full(3, expected)})
+
+
+def test_nvflares_own_recipe_takes_the_exact_mean(tmp_path: Path) -> None:
+    stored(tmp_path, 4, "cancelling_client.py", 0, nvflares=True, initial_model=[0.0, 0.0])
+    model = np.load(tmp_path / "job" / "server" / "simulate_job" / "models" / "server.npy")
+    assert fc.same_bits({"w": model}, {"w": np.full(2, 1 / 3).astype(np.float32)})
+    log = (tmp_path / "log").read_text()
+    assert log.count("refused: NON_FINITE (contributor 'site-4'") == 2
+
+
+def test_a_job_keeps_its_best_model_stops_early_and_goes_on_as_if_it_had_been_one(
+    tmp_path: Path,
+) -> None:
+    arguments = {
+        "num_rounds": 5,
+        "patience": 2,
+        "keep_checkpoints": 5,
+        "model": {"w": [0.1, 0.2]},
+        "per_site_config": {"site-1": {"train_args": "0.1"}, "site-2": {"train_args": "0.7"}},
+        "tracked": True,
+    }
+    whole = stored(tmp_path / "whole", 2, "scores.py", 4, **arguments)
+    results = tmp_path / "whole" / "job" / "server" / "simulate_job"
+    start = str(results / "models" / "round-00000002.npz")
+    rest = stored(tmp_path / "rest", 2, "scores.py", 3, start_from=start, **arguments)
+    assert [one.round for one in whole] == [1, 2, 3, 4]
+    assert [one.round for one in rest] == [2, 3, 4]
+    for one, other in zip(whole[1:], rest, strict=True):
+        assert fc.same_bits(one.model, other.model)
+        assert (one.extra, one.metrics) == (other.extra, other.metrics)
+    best = [
+        fc.load_checkpoint(tmp_path / name / "job/server/simulate_job/models/best_model.npz")
+        for name in ("whole", "rest")
+    ]
+    assert [one.metrics for one in best] == [{"accuracy": 0.7}] * 2
+    assert all(fc.same_bits(one.model, whole[1].model) for one in best)
+    check_what_nvflares_components_heard(results)
+
+
+def check_what_nvflares_components_heard(results: Path) -> None:
+    heard = json.loads((results / "tracked.json").read_text())
+    statistics = [one for one in heard if isinstance(one, dict)]
+    assert [one["round"] for one in statistics] == [0, 1, 2, 3]
+    assert all(one["contributors"] == ["site-1", "site-2"] for one in statistics)
+    tracked = sorted(one for one in heard if isinstance(one, list))
+    scores = [0.5, 0.6, 0.65, 0.7]
+    assert tracked == [[f"site-{n}", "accuracy", score] for n in (1, 2) for score in scores]
+    if (results / "metrics").exists():  # NVFlare's reporters, since 2.9
+        summary = json.loads((results / "metrics" / "metrics_summary.json").read_text())
+        assert (summary["best_round"], summary["final_round"]) == (1, 3)
+        reported = json.loads((results / "job_stats_run_summary.json").read_text())
+        assert [one["accepted_clients"] for one in reported["rounds"]] == [2] * 4
 
 
 def processes_that_name(text: str) -> list[str]:

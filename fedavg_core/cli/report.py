@@ -1,0 +1,41 @@
+"""``fedavg report``: what happened in a run, on one page (see `page`)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedavg_core.checkpoint import replacing
+from fedavg_core.cli.arguments import Subparsers, check_new
+from fedavg_core.cli.console import print_line
+from fedavg_core.cli.page import page
+from fedavg_core.cli.run_log import read_log, read_settings
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Tell a parser about this command."""
+    parser = commands.add_parser(
+        "report",
+        help="a page that shows how a run went",
+        description="Write one self-contained HTML page: the metrics, who took part and with what "
+        "weight, what was refused and why, the size of the updates, time and memory. It may be "
+        "written while the run goes on.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="the folder of a fedavg run")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="the page (default: RUN/report.html)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.set_defaults(run=_report)
+
+
+def _report(read: argparse.Namespace) -> int:
+    output = read.folder / "report.html" if read.output is None else read.output
+    check_new(output, read.force)
+    content = page(read_settings(read.folder), read_log(read.folder))
+    with replacing(output) as file:
+        file.write(content)
+    print_line(f"report: {output}")
+    return 0

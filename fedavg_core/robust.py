@@ -1,0 +1,437 @@
+"""Robust means: a few updates, however bad, cannot carry off the model.
+
+| rule | what it averages | weights |
+|---|---|---|
+| `CoordinateMedian` | of each coordinate the middle value, or the two | ignored |
+| `TrimmedMean` | of each coordinate all but the largest and the smallest | ignored |
+| `Krum` | the update that has the nearest neighbours | ignored |
+| `MultiKrum` | so many of those | ignored |
+| `GeometricMedian` | all, the farther from the middle the less | used |
+| `ClippedMean` | all, each cut down to a norm | used |
+
+A weight is its contributor's own claim. Where it is ignored, one that claims a billion samples
+counts as one; where it is used, as its paper has it, `Limits(max_weight=…)` bounds it.
+
+Coordinate-wise median and trimmed mean: D. Yin, Y. Chen, K. Ramchandran and P. Bartlett,
+"Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", 2018. Krum and
+Multi-Krum: P. Blanchard, E. M. El Mhamdi, R. Guerraoui and J. Stainer, "Machine Learning with
+Adversaries: Byzantine Tolerant Gradient Descent", 2017. Geometric median: K. Pillutla, S. M. Kakade
+and Z. Harchaoui, "Robust Aggregation for Federated Learning", 2022.
+
+Distances are the same in whatever order the updates come (see `norm`); where two updates of Krum
+have the same score, the digest of what they hold decides.
+
+All but `ClippedMean` keep a copy of every update (see `kept_updates`). Krum takes time that grows
+with the square of their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.accumulator import Accumulator, WeightedMean, check_update
+from fedavg_core.digest import digest, fingerprints
+from fedavg_core.errors import UsageError, quoted
+from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_all, of_the_sorted
+from fedavg_core.model import ArraySpec, ModelSpec, Params
+from fedavg_core.norm import sum_of_squares
+from fedavg_core.robust_mean import RobustMean, check_finite
+from fedavg_core.weight import Weight, exact_weight, is_whole
+
+__all__ = [
+    "ROBUST_MEANS",
+    "ClippedMean",
+    "CoordinateMedian",
+    "GeometricMedian",
+    "Krum",
+    "MultiKrum",
+    "TrimmedMean",
+    "accumulator_for",
+    "kind_of",
+    "robust_mean",
+]
+
+_LARGEST_SCALE = 1000  # exponents of two; the square of what is left over is nothing
+_SMALLEST_NORMAL = 2.0**-1022
+
+
+class CoordinateMedian(CoordinateWise):
+    """The coordinate-wise median (Yin et al. 2018).
+
+    Each coordinate is the middle one of its values or, of an even number of them, the exact mean of
+    the middle two. Weights do not count.
+
+    Args:
+        spec: See `RobustMean`.
+    """
+
+    name = "median"
+
+    def rows(self, count: int) -> slice:
+        """See `CoordinateWise.rows`."""
+        return _middle(count)
+
+
+class TrimmedMean(CoordinateWise):
+    """The coordinate-wise trimmed mean (Yin et al. 2018).
+
+    Each coordinate is the exact mean of what is left of its values without the largest and the
+    smallest. Weights do not count.
+
+    Args:
+        trim: The part of the values to leave out at either end, from 0 to below 1/2, rounded down
+            to a whole number of them. It is taken for the decimal number that it is written as.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: The part is out of range.
+    """
+
+    name = "trimmed-mean"
+    options = ("trim",)
+
+    def __init__(self, trim: float = 0.1, spec: ModelSpec | None = None) -> None:
+        if not _is_number(trim) or not 0 <= trim < 0.5:
+            raise UsageError(f"trim: expected a number from 0 to below 0.5, got {quoted(trim)}")
+        self.trim = trim
+        super().__init__(spec)
+
+    def rows(self, count: int) -> slice:
+        """See `CoordinateWise.rows`."""
+        left_out = math.floor(Fraction(repr(self.trim)) * count)
+        return slice(left_out, count - left_out)
+
+
+class Krum(WholeVector):
+    """Krum (Blanchard et al. 2017): the one update that has the nearest neighbours.
+
+    With n updates, of which f may be faulty, the score of one is the sum of its squared distances
+    from the n − f − 2 nearest others. That of the least score is the result. It takes at least
+    2f + 3 updates. Weights do not count.
+
+    Args:
+        faulty: How many may be faulty, f.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: The number has no meaning.
+    """
+
+    name = "krum"
+    options: ClassVar[tuple[str, ...]] = ("faulty",)
+    keep = 1
+
+    def __init__(self, faulty: int = 1, spec: ModelSpec | None = None) -> None:
+        if not is_whole(faulty) or faulty < 0:
+            raise UsageError(f"faulty: expected a whole number from 0 on, got {quoted(faulty)}")
+        self.faulty = int(faulty)
+        super().__init__(spec)
+
+    @property
+    def least(self) -> int:
+        """See `RobustMean.least`."""
+        return max(2 * self.faulty + 3, self.keep)
+
+    def weights(self) -> list[Weight]:
+        """See `WholeVector.weights`."""
+        models = [update.params for update in self.updates]
+        scale = _scale(models)
+        squares = [[0.0] * len(models) for _ in models]
+        for i, one in enumerate(models):
+            for j in range(i):
+                squares[i][j] = squares[j][i] = sum_of_squares(one, models[j], scale)
+        near = len(models) - self.faulty - 2
+        # The smallest of a row is the update's distance from itself.
+        scores = [math.fsum(sorted(row)[1 : near + 1]) for row in squares]
+        ranks = sorted(
+            (score, digest(fingerprints(model)), index)
+            for index, (score, model) in enumerate(zip(scores, models, strict=True))
+        )
+        chosen = {index for _, _, index in ranks[: self.keep]}
+        return [int(index in chosen) for index in range(len(models))]
+
+
+class MultiKrum(Krum):
+    """Multi-Krum (Blanchard et al. 2017): the exact mean of the best updates by Krum's score.
+
+    All that are kept count the same, whatever their weights.
+
+    Args:
+        faulty: How many may be faulty, f.
+        keep: How many of the best to average.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: A number has no meaning.
+    """
+
+    name = "multi-krum"
+    options = ("faulty", "keep")
+
+    def __init__(self, faulty: int = 1, keep: int = 2, spec: ModelSpec | None = None) -> None:
+        if not is_whole(keep) or keep < 1:
+            raise UsageError(f"keep: expected a whole number from 1 on, got {quoted(keep)}")
+        self.keep = int(keep)
+        super().__init__(faulty, spec)
+
+
+class GeometricMedian(WholeVector):
+    """The geometric median (Pillutla et al. 2022), by the smoothed Weiszfeld algorithm.
+
+    It begins with the coordinate-wise median z, which is near already, however far off a few
+    updates are. In each iteration an update at the distance d from z gets its weight divided by d,
+    or by the smoothing ν where d is smaller, and z becomes the mean with these weights. Each z is
+    an exact mean, rounded to float64; the last is rounded to the dtypes of the result instead.
+
+    Args:
+        iterations: How many iterations to make; it stops before where nothing changes any more.
+        smoothing: ν, above 0 and up to 1.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: A number has no meaning.
+    """
+
+    name = "geometric-median"
+    options = ("iterations", "smoothing")
+
+    def __init__(
+        self, iterations: int = 10, smoothing: float = 1e-6, spec: ModelSpec | None = None
+    ) -> None:
+        if not is_whole(iterations) or iterations < 1:
+            raise UsageError(
+                f"iterations: expected a whole number from 1 on, got {quoted(iterations)}"
+            )
+        if not _is_number(smoothing) or not 0 < smoothing <= 1:
+            raise UsageError(
+                f"smoothing: expected a number above 0 and up to 1, got {quoted(smoothing)}"
+            )
+        self.iterations = int(iterations)
+        self.smoothing = smoothing
+        super().__init__(spec)
+
+    def weights(self) -> list[Weight]:
+        """See `WholeVector.weights`."""
+        models = [update.params for update in self.updates]
+        scale = _scale(models)
+        shares = [float(update.weight / self.total_weight) for update in self.updates]
+        least = max(self.smoothing * scale, _SMALLEST_NORMAL)
+        targets = {
+            key: ArraySpec(array.shape, np.dtype(np.float64)) for key, array in models[0].items()
+        }
+        weights: list[Weight] = []
+        for _ in range(self.iterations):
+            plan = of_all(weights) if weights else of_the_sorted(_middle)
+            center = self._means(plan, targets)
+            far = [math.sqrt(sum_of_squares(model, center, scale)) for model in models]
+            divided = [
+                Fraction(share / max(least, distance))
+                for share, distance in zip(shares, far, strict=True)
+            ]
+            if divided == weights:
+                break
+            weights = list(divided)
+        return weights
+
+
+class ClippedMean(RobustMean):
+    """The weighted mean of differences that are cut down to a norm.
+
+    A difference whose L2 norm, over all its parameters together, is larger than the limit is
+    multiplied by limit / norm (R. Pascanu, T. Mikolov and Y. Bengio, "On the Difficulty of Training
+    Recurrent Neural Networks", 2013); then all are averaged with their weights, exactly. The
+    factor is a float64. A cut difference counts with its whole weight in the denominator.
+
+    It keeps no updates: its memory is that of a `WeightedMean`.
+
+    Args:
+        limit: The largest norm.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: The limit is no finite number above 0.
+    """
+
+    name = "clipped-mean"
+    options = ("limit",)
+
+    def __init__(self, limit: float = 1.0, spec: ModelSpec | None = None) -> None:
+        if not _is_number(limit) or not 0 < limit < math.inf:
+            raise UsageError(f"limit: expected a finite number above 0, got {quoted(limit)}")
+        self.limit = limit
+        super().__init__(spec)
+        self._mean = WeightedMean(spec)
+        self._count = 0
+
+    @property
+    def needs_differences(self) -> bool:
+        """True: the norm of a whole model says nothing of an update."""
+        return True
+
+    @property
+    def count(self) -> int:
+        """See `RobustMean.count`."""
+        return self._count
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See `RobustMean.keys`."""
+        return self._mean.keys
+
+    @property
+    def total_weight(self) -> Fraction:
+        """See `RobustMean.total_weight`."""
+        return self._mean.total_weight
+
+    @property
+    def nbytes(self) -> int:
+        """0: no updates are kept."""
+        return 0
+
+    def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
+        """See `RobustMean.add_many`."""
+        terms: list[tuple[Params, Any]] = []
+        count = 0
+        for given, weight in updates:
+            exact = exact_weight(weight)
+            params = check_update(given, self._given or {}, self._fixed)
+            check_finite(params)
+            factor = self._factor(params)
+            if factor == 1:
+                terms.append((params, exact))
+            else:
+                # What was cut off counts as zeros, so that the weight remains whole.
+                nothing = {key: np.broadcast_to(_zero(a), a.shape) for key, a in params.items()}
+                terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
+            count += 1
+        self._mean.add_many(terms)
+        self._count += count
+
+    def _factor(self, params: Params) -> Fraction:
+        scale = _scale([params])
+        norm = math.sqrt(sum_of_squares(params, {}, scale))
+        limit = self.limit * scale
+        return Fraction(limit / norm) if norm > limit else Fraction(1)
+
+    def merge(self, other: ClippedMean) -> None:
+        """See `RobustMean.merge`."""
+        self._check_alike(other)
+        self._mean.merge(other._mean)
+        self._count += other._count
+
+    def mean(self, base: Params | None = None) -> dict[str, npt.NDArray[Any]]:
+        """See `RobustMean.mean`."""
+        return self._mean.mean(base)
+
+    def digest(self) -> str:
+        """See `RobustMean.digest`."""
+        return self._mean.digest()
+
+    def reset(self) -> None:
+        """See `RobustMean.reset`."""
+        self._mean.reset()
+        self._count = 0
+
+
+ROBUST_MEANS: dict[str, type[RobustMean]] = {
+    kind.name: kind
+    for kind in (CoordinateMedian, TrimmedMean, Krum, MultiKrum, GeometricMedian, ClippedMean)
+}
+"""From the name of each rule to its class."""
+
+
+def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> RobustMean:
+    """A robust mean by its name.
+
+    Args:
+        name: ``"median"``, ``"trimmed-mean"``, ``"krum"``, ``"multi-krum"``,
+            ``"geometric-median"`` or ``"clipped-mean"``.
+        spec: See `RobustMean`.
+        options: Those of the rule, where they shall not have the default value.
+
+    Returns:
+        A new one; ``robust_mean(**mean.settings())`` is another like it.
+
+    Raises:
+        UsageError: There is none of this name, or it has no such option, or the value has no
+            meaning.
+    """
+    kind = ROBUST_MEANS.get(name)
+    if kind is None:
+        raise UsageError(
+            f"robust mean: expected one of {', '.join(ROBUST_MEANS)}, got {quoted(name)}"
+        )
+    for option in options:
+        if option not in kind.options:
+            known = ", ".join(kind.options) or "none"
+            raise UsageError(
+                f"robust mean {name}: expected options out of {known}, got {quoted(option)}"
+            )
+    return kind(spec=spec, **options)
+
+
+def accumulator_for(
+    kind: Accumulator | RobustMean | Mapping[str, Any], spec: ModelSpec | None
+) -> WeightedMean | RobustMean:
+    """An empty accumulator of some kind.
+
+    Args:
+        kind: The arithmetic of a weighted mean; or a robust mean that this one shall be like, or
+            the settings of one.
+        spec: As for the constructors.
+
+    Returns:
+        It, new.
+
+    Raises:
+        UsageError: There is no such kind.
+    """
+    if isinstance(kind, RobustMean):
+        return kind.empty(spec)
+    if isinstance(kind, Mapping):
+        return robust_mean(**kind, spec=spec)
+    return WeightedMean(spec, accumulator=kind)
+
+
+def kind_of(mean: WeightedMean | RobustMean) -> Accumulator | dict[str, Any]:
+    """What `accumulator_for` makes another one like this of, as JSON can hold it.
+
+    Args:
+        mean: An accumulator.
+
+    Returns:
+        The arithmetic of a weighted mean; the settings of a robust one.
+    """
+    return mean.settings() if isinstance(mean, RobustMean) else mean.accumulator
+
+
+def _middle(count: int) -> slice:
+    return slice((count - 1) // 2, count // 2 + 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _zero(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.zeros((), array.dtype)
+
+
+def _scale(models: Sequence[Params]) -> float:
+    """A power of two that brings all numbers of some models to below about 1."""
+    largest = max(
+        (
+            max(float(array.max()), -float(array.min()))
+            for model in models
+            for array in model.values()
+            if array.size
+        ),
+        default=0.0,
+    )
+    return 2.0 ** -max(-_LARGEST_SCALE, min(_LARGEST_SCALE, math.frexp(largest)[1]))
