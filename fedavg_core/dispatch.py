@@ -2,8 +2,8 @@
 
 Whatever a client does, one answer comes of it: an `Update` for the round to judge, or a `Failure`
 that says in one line why there is none. Answers come in the order of the tasks, whichever client is
-ready first, so that nothing downstream can depend on timing. So many tasks as are in flight are
-held in memory, however many there are in all.
+ready first, so that nothing downstream can depend on timing; unless the first to come are asked
+for. So many tasks as are in flight are held in memory, however many there are in all.
 
 A failure names the line of the client's own file that it came from. The whole traceback goes to the
 log of this module, at level INFO.
@@ -15,9 +15,8 @@ import logging
 import math
 import time
 import traceback
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Executor, Future
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import TypeAlias
 
@@ -63,6 +62,7 @@ class Dispatch:
         in_flight: How many the executor is given at a time.
         retries: How often a client that fails is tried again.
         deadline: Seconds to wait for all of a round; None for ever.
+        first_come: Whether answers come in the order in which they are ready.
 
     Raises:
         UsageError: An argument has no meaning.
@@ -74,6 +74,7 @@ class Dispatch:
         in_flight: int = 64,
         retries: int = 0,
         deadline: float | None = None,
+        first_come: bool = False,
     ) -> None:
         check_whole("in_flight", in_flight, 1)
         check_whole("retries", retries, 0)
@@ -82,7 +83,12 @@ class Dispatch:
                 raise UsageError("deadline: expected an executor as well; in line nothing is late")
             if not isinstance(deadline, (int, float)) or not 0 < deadline < math.inf:
                 raise UsageError(f"deadline: expected seconds above 0, got {quoted(deadline)}")
+        if not isinstance(first_come, bool):
+            raise UsageError(f"first_come: expected True or False, got {quoted(first_come)}")
+        if first_come and executor is None:
+            raise UsageError("first_come: expected an executor as well; in line all come in order")
         self._executor = executor
+        self._first_come = first_come
         self._in_flight = in_flight
         self._retries = retries
         self._deadline = deadline
@@ -93,7 +99,10 @@ class Dispatch:
         model: Params,
         transfer: TransferType,
     ) -> Generator[_Answer, None, None]:
-        """Run clients and give their answers, in the order of the tasks.
+        """Run clients and give their answers.
+
+        When no more answers are asked for (the generator is closed), what has not begun is
+        cancelled. What has begun goes on in the executor, and is lost.
 
         Args:
             tasks: The clients, and what each is told.
@@ -101,26 +110,35 @@ class Dispatch:
             transfer: What an update is to hold.
 
         Yields:
-            For each task an update, whose arrays are the client's, or a failure.
+            For each task an update, whose arrays are the client's, or a failure; in the order of
+            the tasks, or in that in which they are ready.
         """
         if self._executor is None:
             for client, context in tasks:
                 yield train_one(client, model, context, transfer, self._retries)
             return
         end = math.inf if self._deadline is None else time.monotonic() + self._deadline
-        pending: deque[tuple[Context, Future[_Answer]]] = deque()
+        pending: dict[Future[_Answer], Context] = {}
         try:
             for client, context in tasks:
                 if len(pending) >= self._in_flight:
-                    yield self._collect(*pending.popleft(), end)
-                pending.append(
-                    (context, self._submit(self._executor, client, model, context, transfer))
-                )
+                    future = self._next(pending, end)
+                    yield self._collect(pending.pop(future), future, end)
+                future = self._submit(self._executor, client, model, context, transfer)
+                pending[future] = context
             while pending:
-                yield self._collect(*pending.popleft(), end)
+                future = self._next(pending, end)
+                yield self._collect(pending.pop(future), future, end)
         finally:
-            for _, future in pending:
+            for future in pending:
                 future.cancel()
+
+    def _next(self, pending: Mapping[Future[_Answer], Context], end: float) -> Future[_Answer]:
+        """Which answer comes next: the first in order, or the first of those that are ready."""
+        if self._first_come:
+            wait(pending, _left(end), FIRST_COMPLETED)
+            return next((future for future in pending if future.done()), next(iter(pending)))
+        return next(iter(pending))
 
     def _submit(
         self,
@@ -139,14 +157,17 @@ class Dispatch:
 
     def _collect(self, context: Context, future: Future[_Answer], end: float) -> _Answer:
         try:
-            left = None if end == math.inf else max(0.0, end - time.monotonic())
-            return future.result(left)
+            return future.result(_left(end))
         except Exception as error:  # not the client's, which are caught where it runs
             problem = one_line(error, _PROBLEM_LENGTH)
             if not future.done():
                 future.cancel()
                 problem = f"late: not done within the {self._deadline} s that the round waits"
             return Failure(context.contributor, context.round, problem)
+
+
+def _left(end: float) -> float | None:
+    return None if end == math.inf else max(0.0, end - time.monotonic())
 
 
 def train_one(

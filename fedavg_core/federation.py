@@ -14,8 +14,10 @@ What is promised:
 * A client that raises or exits, or gives no `TrainResult`, is reported in the outcome's `failed`
   and left out; one that gives an unfit update is refused by the round. Neither ends the run. What
   the caller's own functions raise (`evaluate`, `stop_when`, observers) ends it.
-* With a deadline, a client that is not done in time is reported and left out. Then, and only then,
-  the outcome depends on the clock.
+* With a deadline, a client that is not done in time is reported and left out; and where the first
+  that are done count, the others do not. Then, and only then, the outcome depends on the clock.
+* A round takes as many updates as are wanted and no more. Where more clients are asked, the spare
+  ones stand in for those that fail or are refused; the others are not waited for.
 * The differences of a DIFF run are taken here, once, from the model that the client was sent.
 
 The algorithm is FederatedAveraging of McMahan, Moore, Ramage, Hampson and Agüera y Arcas (2017).
@@ -42,7 +44,6 @@ from fedavg_core.client import (
     TrainResult,
     contributor_order,
     contributor_seed,
-    draw_contributors,
 )
 from fedavg_core.dispatch import Dispatch, check_whole
 from fedavg_core.errors import CheckpointError, UsageError, quoted
@@ -52,6 +53,7 @@ from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
+from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
 
@@ -97,8 +99,11 @@ class Federation:
             difference is exact in its dtype.
         seed: Of the selection and of the clients' seeds.
         min_updates: How many accepted updates it takes to change the model.
-        participation: How many clients train in a round: a number, a fraction of all (rounded to
-            the nearest, at least one), or None for all.
+        participation: How many updates a round wants: a number, a fraction of all clients (rounded
+            to the nearest, at least one), or None for all.
+        over_selection: How many times as many clients are asked, rounded up; see `selection`.
+        first_come: Whether the first that are done count, for use with an executor, and not the
+            first in the order in which they are asked. What the others do is lost.
         executor: Where clients run; None for one after the other in this thread. It is not shut
             down. For one of processes the clients must be picklable.
         in_flight: How many clients an executor is given at a time; the memory of a run is that of
@@ -139,6 +144,8 @@ class Federation:
         seed: int = 0,
         min_updates: int = 1,
         participation: int | float | None = None,
+        over_selection: float = 1.0,
+        first_come: bool = False,
         executor: Executor | None = None,
         in_flight: int = 64,
         retries: int = 0,
@@ -189,12 +196,12 @@ class Federation:
         self._clients = clients
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
-        self._selected = _count(participation, len(self._order))
+        self._selection = Selection(self._order, participation, over_selection, seed)
         self._rounds = rounds
         self._transfer = transfer
         self._seed = seed
         self._min_updates = min_updates
-        self._dispatch = Dispatch(executor, in_flight, retries, deadline)
+        self._dispatch = Dispatch(executor, in_flight, retries, deadline, first_come)
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
         self._monitor = monitor
@@ -222,9 +229,9 @@ class Federation:
         )
         if isinstance(accumulator, RobustMean):
             min_updates = max(min_updates, accumulator.least)
-        if min_updates > self._selected:
+        if min_updates > self._selection.wanted:
             raise UsageError(
-                f"min_updates: expected at most the {self._selected} clients of a round, "
+                f"min_updates: expected at most the {self._selection.wanted} clients of a round, "
                 f"got {min_updates}"
             )
         self._model = copy_params(model or {})
@@ -279,9 +286,7 @@ class Federation:
 
     def _play(self) -> Outcome:
         number = self._next
-        selected = self._order
-        if self._selected < len(self._order):
-            selected = draw_contributors(self._order, self._selected, self._seed, number)
+        selected = self._selection.of_round(number)
         for observer in self._observers:
             observer.round_started(number, tuple(selected))
         round = Round(
@@ -296,20 +301,27 @@ class Federation:
             optimizer_state=self._optimizer_state,
         )
         failed = []
+        answered: set[str] = set()
+        taken = 0
         tasks = ((self._clients[name], self._context(name)) for name in selected)
         with contextlib.closing(
             self._dispatch.answers(tasks, self._model, self._transfer)
         ) as answers:
             for answer in answers:
+                answered.add(answer.contributor)
                 if isinstance(answer, Update):
                     receipt = round.offer(answer)
+                    taken += receipt.accepted
                     for observer in self._observers:
                         observer.update_judged(receipt)
                 else:
                     failed.append(answer)
                     for observer in self._observers:
                         observer.client_failed(answer)
-        outcome = replace(round.close(), failed=tuple(failed))
+                if taken == self._selection.wanted:
+                    break
+        spare = tuple(name for name in selected if name not in answered)
+        outcome = replace(round.close(), failed=tuple(failed), not_needed=spare)
         outcome = replace(outcome, evaluation=self._evaluation(outcome))
         self._model = copy_params(outcome.model)
         self._optimizer_state = outcome.optimizer_state
@@ -387,7 +399,8 @@ class Federation:
         return {
             "seed": self._seed,
             "transfer": str(self._transfer),
-            "selected": self._selected,
+            "selected": self._selection.wanted,
+            "asked": self._selection.asked,
             "min_updates": self._min_updates,
             "accumulator": kind,
             "limits": self._limits.to_json(),
@@ -476,18 +489,4 @@ def _is_best(value: object, rounds: int) -> bool:
         and value[0] < rounds
         and isinstance(value[1], float)
         and not math.isnan(value[1])
-    )
-
-
-def _count(participation: int | float | None, clients: int) -> int:
-    if participation is None:
-        return clients
-    if isinstance(participation, int) and not isinstance(participation, bool):
-        if 1 <= participation <= clients:
-            return participation
-    elif isinstance(participation, float) and 0 < participation <= 1:
-        return max(1, round(participation * clients))
-    raise UsageError(
-        f"participation: expected a number of clients from 1 to {clients}, or a fraction of them "
-        f"above 0.0 and up to 1.0, got {quoted(participation)}"
     )

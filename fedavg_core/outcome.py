@@ -51,6 +51,7 @@ class Outcome:
         skipped_metrics: The names of metrics that were left out, each once, sorted.
         evaluation: What the new model was found to be worth, by whoever evaluates it.
         failed: The clients that gave nothing to judge, as whoever ran them says.
+        not_needed: Those that were asked and not waited for, in the order in which they were asked.
         audit: What it takes to see later that the model is the mean of the updates (see
             `fedavg_core.audit`), if the round was asked for it.
         optimizer_state: What the server optimizer needs to go on; empty without one. Its arrays
@@ -68,6 +69,7 @@ class Outcome:
     skipped_metrics: tuple[str, ...] = ()
     evaluation: dict[str, float] = field(default_factory=dict)
     failed: tuple[Failure, ...] = ()
+    not_needed: tuple[str, ...] = ()
     audit: Audit | None = field(default=None, repr=False)
     optimizer_state: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 

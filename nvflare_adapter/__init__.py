@@ -14,8 +14,9 @@ from nvflare_adapter.client import TrainingFile, read_training_file, serve
 from nvflare_adapter.extras import not_installed
 
 if TYPE_CHECKING:
-    from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
+    from nvflare_adapter.aggregator import FedAvgAggregator
     from nvflare_adapter.controller import FedAvgController
+    from nvflare_adapter.custom_aggregator import CustomAggregator
     from nvflare_adapter.persistor import CheckpointPersistor
     from nvflare_adapter.recipe import NumpyFedAvgRecipe
     from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
@@ -34,7 +35,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointPersistor": "persistor",
-    "CustomAggregator": "aggregator",
+    "CustomAggregator": "custom_aggregator",
     "FedAvgAggregator": "aggregator",
     "FedAvgController": "controller",
     "FedAvgShareableGenerator": "shareable_generator",

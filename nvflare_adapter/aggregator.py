@@ -1,5 +1,5 @@
 # mypy: disable-error-code="misc"
-"""NVFlare's aggregators over the core's round, for either of its controllers.
+"""NVFlare's aggregator over the core's round, for either of its controllers.
 
 `FedAvgAggregator` opens a `fedavg_core.Round` when a round starts, offers it each client's result,
 and hands the controller the whole new model when the round is closed. It judges nothing itself. It
@@ -7,21 +7,17 @@ has two faces: ``accept`` and ``aggregate`` for ScatterAndGather, and ``accept_m
 ``aggregate_model`` for the FedAvg controller, so that the recipes that run it, PyTorch's included,
 take the exact mean by ``aggregator=FedAvgAggregator()``.
 
-`CustomAggregator` stands in for an aggregator of the user's, an ``Aggregator`` or a
-``ModelAggregator``, which is a component of its own and is found by its id. It adds what
-ScatterAndGather withholds from one: a contributor's name, and shelter for the round.
-
 What NVFlare makes of an answer decides what may be answered here:
 
 * An exception out of ``accept`` ends the round at once, without the clients still to come, and the
   job is counted as a success. So ``accept`` never raises: it answers False and logs one line.
 * The FedAvg controller does not look at what ``accept_model`` answers, so that one raises to
   refuse: there an exception costs one client's update, and a line of the log.
-* An exception out of ``aggregate`` ends the job. It is let through where the user's own code fails;
-  a round with too few updates is no failure, but keeps the model and says so.
+* An exception out of ``aggregate`` ends the job; a round with too few updates is no failure, but
+  keeps the model and says so.
 * ``accept`` runs on NVFlare's callback threads, ``aggregate`` and ``reset`` on another, and a late
-  result can arrive between two rounds or in a later one. So each holds a lock, and each result
-  names the round that it answers.
+  result can arrive between two rounds or in a later one. So there is a lock, and each result names
+  the round that it answers.
 
 Constructor arguments travel to the server as JSON under the names of the attributes that hold them.
 They are therefore kept as they were given, and made use of when the run starts.
@@ -35,7 +31,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
@@ -50,7 +45,7 @@ from nvflare_adapter import convert
 from nvflare_adapter.dtypes import plain
 from nvflare_adapter.report import report_of_outcome, statistics
 
-__all__ = ["CustomAggregator", "FedAvgAggregator"]
+__all__ = ["FedAvgAggregator"]
 
 # NVFlare has had a name for it since 2.9.
 _STATISTICS = getattr(AppConstants, "AGGREGATION_STATS", "_aggregation_stats")
@@ -66,6 +61,10 @@ class FedAvgAggregator(ModelAggregator):
         accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
         limits: What else is asked of an update: the fields of `fedavg_core.Limits`, by name.
         aggregation_weights: From a contributor's name to a factor of its weights; 1 for others.
+        server_optimizer: The name of the optimizer that makes the next model of the mean; empty
+            where the mean is the next model.
+        optimizer_settings: Its settings.
+        audit: Whether to keep what it takes to see later that the model is what it should be.
     """
 
     def __init__(
@@ -75,6 +74,9 @@ class FedAvgAggregator(ModelAggregator):
         accumulator: Accumulator = "exact",
         limits: Mapping[str, Any] | None = None,
         aggregation_weights: Mapping[str, float] | None = None,
+        server_optimizer: str = "",
+        optimizer_settings: Mapping[str, Any] | None = None,
+        audit: bool = False,
     ) -> None:
         Aggregator.__init__(self)
         ModelAggregator.__init__(self)
@@ -83,12 +85,16 @@ class FedAvgAggregator(ModelAggregator):
         self.accumulator = accumulator
         self.limits = limits
         self.aggregation_weights = aggregation_weights
+        self.server_optimizer = server_optimizer
+        self.optimizer_settings = optimizer_settings
+        self.audit = audit
         self._lock = threading.Lock()
         self._round: fc.Round | None = None
         self._failed: dict[str, fc.Failure] = {}
         self._received: Counter[str] = Counter()
         self._mean: fc.WeightedMean | None = None
         self._spec: fc.ModelSpec | None = None
+        self._state: fc.Params = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Open a round when NVFlare starts one.
@@ -105,7 +111,10 @@ class FedAvgAggregator(ModelAggregator):
                 self._failed, self._received = {}, Counter()
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
-        model = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+        model = convert.model_of(held)
+        state = None if held is None else convert.extra_of(held).get("arrays")
+        named, settings = self.server_optimizer, self.optimizer_settings or {}
         spec = self._asked().averaged(fc.ModelSpec.of(model))
         if model and spec != self._spec:
             self._mean, self._spec = fc.WeightedMean(spec, accumulator=self.accumulator), spec
@@ -116,6 +125,9 @@ class FedAvgAggregator(ModelAggregator):
             transfer=fc.TransferType(self.transfer),
             limits=self._asked(),
             accumulator=self._mean if model and self._mean is not None else self.accumulator,
+            audit=self.audit,
+            server_optimizer=fc.optimizer_named(named, **settings) if named else None,
+            optimizer_state=self._state if state is None else state,
         )
 
     def _asked(self) -> fc.Limits:
@@ -199,7 +211,11 @@ class FedAvgAggregator(ModelAggregator):
         if outcome.problem is not None:
             self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
         fl_ctx.set_prop(_STATISTICS, told, private=True, sticky=False)
-        return convert.result_from_model(outcome.model, {"report": report_of_outcome(outcome)})
+        self._state = outcome.optimizer_state
+        extra: dict[str, Any] = {"report": report_of_outcome(outcome), "arrays": self._state}
+        if outcome.audit is not None:
+            extra["audit"] = outcome.audit.to_text()
+        return convert.result_from_model(outcome.model, extra)
 
     def aggregate_model(self) -> Any:
         """Close the round, for the FedAvg controller.
@@ -223,101 +239,3 @@ class FedAvgAggregator(ModelAggregator):
 
     def reset_stats(self) -> None:
         """Nothing: the FedAvg controller asks for it when the new round is open already."""
-
-
-class CustomAggregator(Aggregator):
-    """A user's own aggregator, sheltered.
-
-    Args:
-        aggregator_id: The id of the component that it is.
-    """
-
-    def __init__(self, aggregator_id: str = "custom_aggregator") -> None:
-        super().__init__()
-        self.aggregator_id = aggregator_id
-        self._lock = threading.Lock()
-        self._inner: Any = None
-        self._number: int | None = None
-
-    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Find the user's aggregator when the run starts, and note which round is on.
-
-        Args:
-            event_type: NVFlare's name of the event.
-            fl_ctx: Its context.
-
-        Raises:
-            UsageError: There is no such component.
-        """
-        if event_type == EventType.START_RUN:
-            inner = fl_ctx.get_engine().get_component(self.aggregator_id)
-            if not isinstance(inner, Aggregator):
-                raise fc.UsageError(
-                    f"component {quoted(self.aggregator_id)}: expected an Aggregator or a "
-                    f"ModelAggregator, got {type(inner).__name__}"
-                )
-            self._inner = inner
-        elif event_type == AppEventType.ROUND_STARTED:
-            with self._lock:
-                self._number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-
-    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
-        """Pass a client's result on.
-
-        Args:
-            shareable: The result.
-            fl_ctx: The context, which names the client.
-
-        Returns:
-            What the user's aggregator answers; False if it raised, if the client has failed, or
-            if the result is for another round. A ``ModelAggregator`` refuses by raising.
-        """
-        name = None
-        try:
-            answer = convert.answer_from_message(shareable, fl_ctx)
-            name, number = answer.contributor, answer.round
-            with self._lock:
-                if number != self._number or number is None:
-                    raise fc.UsageError(
-                        f"expected a result for round {self._number}, got one for {quoted(number)}"
-                    )
-                if isinstance(answer, fc.Failure):
-                    self.log_warning(fl_ctx, f"{name} failed: {answer.problem}")
-                    return False
-                model = convert.named_fl_model(shareable, fl_ctx)
-                if not isinstance(self._inner, ModelAggregator):
-                    return bool(self._inner.accept(shareable, fl_ctx))
-                self._inner.fl_ctx = fl_ctx
-                self._inner.accept_model(model)
-        except Exception as error:  # an exception here would end the round for everyone
-            self.log_warning(fl_ctx, f"refused {quoted(name)}: {one_line(error)}")
-            return False
-        return True
-
-    def aggregate(self, fl_ctx: FLContext) -> Shareable:
-        """Ask the user's aggregator for its mean.
-
-        Args:
-            fl_ctx: The context.
-
-        Returns:
-            Its result.
-        """
-        with self._lock:
-            self._number = None
-            if not isinstance(self._inner, ModelAggregator):
-                return self._inner.aggregate(fl_ctx)
-            self._inner.fl_ctx = fl_ctx
-            return convert.result_from_fl_model(self._inner.aggregate_model())
-
-    def reset(self, fl_ctx: FLContext) -> None:
-        """Let the user's aggregator forget the round.
-
-        Args:
-            fl_ctx: The context.
-        """
-        with self._lock:
-            if isinstance(self._inner, ModelAggregator):
-                self._inner.reset_stats()
-            else:
-                self._inner.reset(fl_ctx)

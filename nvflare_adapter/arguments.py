@@ -30,9 +30,10 @@ from pydantic import (
 
 import fedavg_core as fc
 from fedavg_core.errors import quoted
+from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 from nvflare_adapter.aggregator import FedAvgAggregator
 from nvflare_adapter.controller import direction
-from nvflare_adapter.start import as_model
+from nvflare_adapter.start import as_model, as_optimizer
 
 __all__ = [
     "Arguments",
@@ -50,7 +51,7 @@ _RUNNER_NAMES = {
 }
 """What NVFlare's runner of a client's file calls arguments that have other names there."""
 
-_OURS = ("exclude_vars", "aggregation_weights", "max_norm")
+_OURS = ("exclude_vars", "aggregation_weights", "max_norm", "server_optimizer", "audit")
 """What the exact mean can do, and another aggregator is not asked to."""
 
 
@@ -189,6 +190,12 @@ class Arguments(RunnerArguments):
         Literal["exact", "float64", "float32"], _says("'exact', 'float64' or 'float32'")
     ]
     max_norm: Annotated[_Seconds | None, _says("a number above 0, or None")]
+    server_optimizer: Annotated[
+        Any,
+        AfterValidator(as_optimizer),
+        _says(f"one of {', '.join(SERVER_OPTIMIZERS)}, an optimizer of these kinds, or None"),
+    ]
+    audit: _YesNo
     start_from: Annotated[
         Path | None,
         _must(lambda path: path.exists()),
@@ -248,8 +255,8 @@ def check_together(arguments: Arguments) -> None:
             f"round closes, got {needed}"
         )
     for name in _OURS:
-        if arguments.aggregator is not None and getattr(arguments, name) is not None:
-            raise fc.UsageError(f"{name}: expected None beside an aggregator, which is its own")
+        if arguments.aggregator is not None and getattr(arguments, name):
+            raise fc.UsageError(f"{name}: expected none beside an aggregator, which is its own")
     names = arguments.best_model_filename, arguments.save_filename
     if None not in names and names[0] != names[1]:
         raise fc.UsageError(f"save_filename: expected {quoted(names[0])}, got {quoted(names[1])}")

@@ -226,7 +226,7 @@ def result_from_model(model: fc.Params, extra: Mapping[str, Any]) -> Shareable:
 
     Args:
         model: The whole new global model; borrowed.
-        extra: What goes with it, as JSON holds it: what happened in the round, under ``"report"``.
+        extra: What goes with it (see `extra_of`).
 
     Returns:
         The result, for `model_from_result`.
@@ -242,9 +242,11 @@ def fl_model_from_result(result: Shareable) -> FLModel:
         result: The result.
 
     Returns:
-        The whole new global model. Without one, a difference that changes nothing.
+        The whole new global model and its metrics. What else goes with it stays here, as that
+        controller would send it to the clients. Without a model, a difference that changes nothing.
     """
     model = FLModelUtils.from_shareable(result)
+    model.meta = {}
     if not model.params:
         model.params_type = ParamsType.DIFF
     return model
@@ -298,7 +300,7 @@ def learnable(model: fc.Params, extra: Mapping[str, Any] | None = None) -> Model
 
     Args:
         model: The model; borrowed. Empty if clients start from their own.
-        extra: What goes with it, as JSON holds it.
+        extra: What goes with it (see `extra_of`).
 
     Returns:
         NVFlare's form of it.
@@ -319,13 +321,15 @@ def model_of(held: ModelLearnable | None) -> Arrays:
 
 
 def extra_of(held: ModelLearnable) -> dict[str, Any]:
-    """What goes with the global model: what happened in its round under ``"report"``, and more.
+    """What goes with the global model.
 
     Args:
         held: The model learnable.
 
     Returns:
-        The dictionary that it holds; an empty one of its own if it held none.
+        The dictionary that it holds; an empty one of its own if it held none. What happened in the
+        round is under ``"report"``, its audit under ``"audit"``, the server optimizer's state under
+        ``"arrays"``. All but that is as JSON holds it.
     """
     extra: dict[str, Any] = held.setdefault(LearnableKey.META, {}).setdefault(_EXTRA, {})
     return extra

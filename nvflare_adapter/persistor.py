@@ -10,6 +10,7 @@ anything but what was asked for.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nvflare.apis.fl_context import FLContext
@@ -19,6 +20,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
+from fedavg_core.checkpoint import replacing
 from nvflare_adapter import convert
 from nvflare_adapter.report import round_checkpoint
 from nvflare_adapter.start import read_start
@@ -66,11 +68,9 @@ class CheckpointPersistor(ModelPersistor):
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE:
             held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
-            extra = {"report": {}, **convert.extra_of(held)}
-            completed = extra["report"].get("round", -1) + 1
-            best = round_checkpoint(convert.model_of(held), completed, **extra)
+            completed = convert.extra_of(held).get("report", {}).get("round", -1) + 1
             path = self._store(fl_ctx).folder / self.best_model_filename
-            fc.save_checkpoint(path, best)
+            fc.save_checkpoint(path, _checkpoint(held, completed))
             self.log_info(fl_ctx, f"stored the best model: {path}")
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
@@ -99,10 +99,10 @@ class CheckpointPersistor(ModelPersistor):
             fc.save_checkpoint(self._store(fl_ctx).folder / self.best_model_filename, best)
         spec = fc.ModelSpec.of(start.model)
         self.log_info(fl_ctx, f"round {start.round} starts from {path}: {spec!r}")
-        return convert.learnable(start.model, start.extra)
+        return convert.learnable(start.model, {**start.extra, "arrays": start.arrays})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
-        """Store the global model after a round.
+        """Store the global model after a round; before that, the round's audit, if there is one.
 
         Args:
             model: What the controller holds; only read.
@@ -112,9 +112,11 @@ class CheckpointPersistor(ModelPersistor):
             CheckpointError: It cannot be written; what is stored is as it was.
         """
         completed = fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1
-        extra = {"report": {}, **convert.extra_of(model)}
-        checkpoint = round_checkpoint(convert.model_of(model), completed, **extra)
-        path = self._store(fl_ctx).save(checkpoint)
+        store, audit = self._store(fl_ctx), convert.extra_of(model).get("audit")
+        if audit is not None:
+            with replacing(store.folder / f"round-{completed:08d}.audit.json") as file:
+                file.write(audit.encode())
+        path = store.save(_checkpoint(model, completed))
         self.log_info(fl_ctx, f"stored the global model: {path}")
 
     def _store(self, fl_ctx: FLContext) -> fc.CheckpointStore:
@@ -126,3 +128,12 @@ class CheckpointPersistor(ModelPersistor):
         folders = workspace.get_app_config_dir(job), workspace.get_app_custom_dir(job)
         places = [Path(folder) / name for folder in folders]
         return next((place for place in places if place.is_file()), places[0])
+
+
+def _checkpoint(held: ModelLearnable, completed: int) -> fc.Checkpoint:
+    """The checkpoint of a global model; its audit is no part of it."""
+    extra = {"report": {}, **convert.extra_of(held)}
+    arrays = extra.pop("arrays", {})
+    extra.pop("audit", None)
+    checkpoint = round_checkpoint(convert.model_of(held), completed, **extra)
+    return replace(checkpoint, arrays=arrays)

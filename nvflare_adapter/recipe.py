@@ -33,7 +33,7 @@ from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
 from nvflare.recipe.spec import Recipe
 
 import fedavg_core as fc
-from nvflare_adapter.aggregator import CustomAggregator, FedAvgAggregator
+from nvflare_adapter.aggregator import FedAvgAggregator
 from nvflare_adapter.arguments import (
     Arguments,
     RunnerArguments,
@@ -43,6 +43,7 @@ from nvflare_adapter.arguments import (
     transfer_type,
 )
 from nvflare_adapter.controller import FedAvgController, direction
+from nvflare_adapter.custom_aggregator import CustomAggregator
 from nvflare_adapter.persistor import BEST_FILE, CheckpointPersistor
 from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
 from nvflare_adapter.start import read_start, resumed
@@ -98,6 +99,9 @@ class NumpyFedAvgRecipe(Recipe):
         min_updates: How many accepted updates it takes to change the model; at most `min_clients`.
         accumulator: ``"exact"``, or ``"float64"`` or ``"float32"``, which depend on arrival order.
         max_norm: The largest norm of what an update changes; one of a larger norm is refused.
+        server_optimizer: What makes the next model of the mean, such as ``FedAdam(...)``, or its
+            name. None: the mean is the next model.
+        audit: Whether to store each round's audit, for ``fedavg verify``, beside its model.
         start_from: A checkpoint of another job, or the folder with its checkpoints: go on where it
             ended, with the bits that it would have had. Other arguments stay as they were.
         keep_checkpoints: How many rounds' models to keep, the newest.
@@ -145,6 +149,8 @@ class NumpyFedAvgRecipe(Recipe):
         min_updates: int = 1,
         accumulator: str = "exact",
         max_norm: float | None = None,
+        server_optimizer: fc.ServerOptimizer | str | None = None,
+        audit: bool = False,
         start_from: str | Path | None = None,
         keep_checkpoints: int = 3,
         poll_interval: float | None = None,
@@ -174,6 +180,8 @@ class NumpyFedAvgRecipe(Recipe):
                 arguments.accumulator,
                 {name: limit for name, limit in limits.items() if limit is not None},
                 arguments.aggregation_weights,
+                **_optimizer(arguments.server_optimizer),
+                audit=arguments.audit,
             )
         elif isinstance(arguments.aggregator, FedAvgAggregator):
             aggregator = arguments.aggregator
@@ -211,6 +219,9 @@ class NumpyFedAvgRecipe(Recipe):
             rounds, seed = arguments.num_rounds, arguments.seed
             job_now = {"num_rounds": rounds, "seed": seed, "transfer": transfer.value}
             start, best = resumed(arguments.start_from, best_name, job_now, given)
+            # A round that is never used checks that the optimizer can go on with the state.
+            optimizer, state = arguments.server_optimizer, start.arrays
+            fc.Round(start.model, 0, server_optimizer=optimizer, optimizer_state=state)
         elif path and not Path(path).is_absolute():
             start = read_start(Path(path))
         elif not path and given is not None:
@@ -260,3 +271,9 @@ class NumpyFedAvgRecipe(Recipe):
             self._fed_job.to(runner, site)
             # What a training file tells NVFlare's trackers is to reach the server.
             self._fed_job.to(ConvertToFedEvent([ANALYTIC_EVENT_TYPE]), site, id="event_to_fed")
+
+
+def _optimizer(given: fc.ServerOptimizer | None) -> dict[str, Any]:
+    """The aggregator's arguments for it; NVFlare takes a dict with a name in it for a component."""
+    settings = {} if given is None else given.settings()
+    return {"server_optimizer": settings.pop("name", ""), "optimizer_settings": settings or None}

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import fedavg_core as fc
 from fedavg_core.codec import read_npz
 from fedavg_core.errors import quoted
+from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 
-__all__ = ["SINGLE_ARRAY_KEY", "as_model", "read_start", "resumed"]
+__all__ = ["SINGLE_ARRAY_KEY", "as_model", "as_optimizer", "read_start", "resumed"]
 
 SINGLE_ARRAY_KEY = "numpy_key"
 """The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
@@ -65,6 +66,25 @@ def _array_of_numbers(key: Any, numbers: Any) -> npt.NDArray[np.float64]:
         raise ValueError(
             f"key {quoted(key)}: expected lists of numbers, all of one shape, got {quoted(numbers)}"
         ) from None
+
+
+def as_optimizer(given: Any) -> fc.ServerOptimizer | None:
+    """A server optimizer out of what a user gives for one.
+
+    Args:
+        given: Its name, or one of the core's, or None.
+
+    Returns:
+        The optimizer, which can travel as its name and settings. None for None.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(given, str):
+        return fc.optimizer_named(given)
+    if given is not None and type(given) not in SERVER_OPTIMIZERS.values():
+        raise ValueError
+    return given  # type: ignore[no-any-return]
 
 
 def read_start(path: Path) -> fc.Checkpoint:

@@ -94,6 +94,55 @@ def test_answers_come_in_the_order_of_the_tasks(make: Callable[[], Executor | No
     assert MODEL["w"].tolist() == [1.0, 2.0]
 
 
+def waiting_for(event: threading.Event) -> Client:
+    def client(params: dict[str, Any], told: Context) -> TrainResult:
+        assert event.wait(30)
+        return train(params, told)
+
+    return client
+
+
+@pytest.mark.parametrize("in_flight", [2, 9])
+def test_answers_come_as_they_are_ready_where_that_is_asked_for(in_flight: int) -> None:
+    event = threading.Event()
+    with ThreadPoolExecutor(2) as executor:
+        dispatch = Dispatch(executor, in_flight, first_come=True)
+        answers = dispatch.answers(tasks(waiting_for(event), train, raising, train), MODEL, FULL)
+        first = {next(answers).contributor for _ in range(3)}
+        assert first == {"site-1", "site-2", "site-3"}
+        event.set()
+        assert [answer.contributor for answer in answers] == ["site-0"]
+
+
+def test_those_that_are_late_are_told_whoever_comes_first() -> None:
+    event = threading.Event()
+    with ThreadPoolExecutor(2) as executor:
+        dispatch = Dispatch(executor, deadline=0.2, first_come=True)
+        answers = dispatch.answers(tasks(waiting_for(event), train, raising), MODEL, FULL)
+        found = {answer.contributor: answer for answer in answers}
+        event.set()
+    assert isinstance(found["site-1"], Update)
+    late = found["site-0"]
+    assert isinstance(late, Failure)
+    assert late.problem.startswith("late: not done within the 0.2 s")
+
+
+def test_what_has_not_begun_when_no_more_is_asked_for_is_cancelled() -> None:
+    event, ran = threading.Event(), []
+
+    def noting(params: dict[str, Any], told: Context) -> TrainResult:
+        ran.append(told.index)
+        return train(params, told)
+
+    with ThreadPoolExecutor(1) as executor:
+        given = tasks(train, waiting_for(event), noting, noting)
+        answers = Dispatch(executor, first_come=True).answers(given, MODEL, FULL)
+        assert next(answers).contributor == "site-0"
+        answers.close()
+        event.set()
+    assert ran == []
+
+
 def test_differences_are_taken_from_the_model() -> None:
     (answer,) = Dispatch().answers([(train, context(3))], MODEL, DIFF)
     assert isinstance(answer, Update)
@@ -268,6 +317,8 @@ class TestTheDeadline:
         ({"retries": -1}, "retries: expected at least 0, got -1"),
         ({"retries": True}, "retries: expected a whole number, got True"),
         ({"deadline": 1.0}, "deadline: expected an executor as well"),
+        ({"first_come": True}, "first_come: expected an executor as well; in line all come in"),
+        ({"first_come": 1}, "first_come: expected True or False, got 1"),
     ],
 )
 def test_an_argument_without_meaning_is_a_usage_error(

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -255,6 +256,27 @@ class TestWhereClientsRun:
             assert (a.metrics, a.accepted, a.refused) == (b.metrics, b.accepted, b.refused)
             assert (a.failed, a.total_weight) == (b.failed, b.total_weight)
 
+    @pytest.mark.parametrize("transfer", TransferType)
+    def test_in_line_on_threads_on_processes_and_resumed_the_model_is_the_same_to_the_bit(
+        self, transfer: TransferType, tmp_path: Path
+    ) -> None:
+        fixed: dict[str, Any] = {"transfer": transfer, "participation": 0.7, "seed": 5}
+        whole = federation(6, **fixed)
+        whole.run()
+        with ThreadPoolExecutor(4) as threads, ProcessPoolExecutor(2) as processes:
+            for number, executor in enumerate((threads, processes)):
+                alone = federation(6, **fixed, executor=executor)
+                alone.run()
+                assert same_bits(alone.model, whole.model)
+                # Begun in line, and gone on elsewhere.
+                stored = {**fixed, "checkpoint": tmp_path / str(number)}
+                for outcome in federation(6, **stored):
+                    if outcome.round == 2:
+                        break
+                resumed = federation(6, **stored, resume=True, executor=executor)
+                assert [outcome.round for outcome in resumed] == [3, 4, 5]
+                assert same_bits(resumed.model, whole.model)
+
     def test_many_clients_take_no_more_memory_than_few(self) -> None:
         big = {"w": np.zeros(20_000)}
 
@@ -297,6 +319,109 @@ class TestParticipation:
     def test_one_without_meaning_is_a_usage_error(self, participation: Any) -> None:
         with pytest.raises(UsageError, match="participation: expected a number of clients from 1"):
             federation(participation=participation)
+
+
+class TestOverSelection:
+    """More are asked than are wanted, and no more are taken."""
+
+    @pytest.mark.parametrize(
+        ("participation", "factor", "wanted", "asked"),
+        [(5, 1, 5, 5), (5, 1.0, 5, 5), (5, 1.1, 5, 6), (10, 1.1, 10, 10), (0.3, 3, 3, 9),
+         (None, 2.0, 10, 10), (4, 1e9, 4, 10)],
+    )  # fmt: skip
+    def test_so_many_are_asked_and_so_many_taken(
+        self, participation: Any, factor: float, wanted: int, asked: int
+    ) -> None:
+        clients = {f"site-{number}": adding(1) for number in range(1, 11)}
+        notes = Notes()
+        settings: dict[str, Any] = {"participation": participation, "over_selection": factor}
+        for outcome in Federation(model(), clients, 2, observers=[notes], **settings):
+            assert len(outcome.accepted) == wanted
+            assert len(outcome.not_needed) == asked - wanted
+        assert [len(told) - 1 for what, told in notes.told if what == "started"] == [asked] * 2
+
+    def test_without_failures_it_does_not_show(self) -> None:
+        clients = {f"site-{number}": adding(number) for number in range(1, 11)}
+        plain = Federation(model(), clients, 4, participation=4, seed=3).run()
+        spare = Federation(model(), clients, 4, participation=4, seed=3, over_selection=2).run()
+        for a, b in zip(plain, spare, strict=True):
+            assert same_bits(a.model, b.model)
+            assert a.accepted == b.accepted
+            drawn = set(draw_contributors(clients, 8, 3, a.round))
+            assert drawn == {*b.not_needed, *(receipt.contributor for receipt in b.accepted)}
+
+    def test_spare_clients_stand_in_for_those_that_fail_or_are_refused(self) -> None:
+        clients = {f"site-{number}": adding(number) for number in range(1, 11)}
+        first, second, *_ = draw_contributors(clients, 4, 0, 0)
+        clients[first] = adding(math.nan)
+        clients[second] = lambda params, context: None  # type: ignore[assignment, return-value]
+        fed = Federation(model(), clients, 1, participation=4, over_selection=1.75)
+        (outcome,) = fed
+        assert len(outcome.accepted) == 4
+        assert [receipt.contributor for receipt in outcome.refused] == [first]
+        assert [failure.contributor for failure in outcome.failed] == [second]
+        asked = draw_contributors(clients, 7, 0, 0)
+        answered = {a.contributor for a in outcome.accepted + outcome.refused + outcome.failed}
+        assert outcome.not_needed == tuple(name for name in asked if name not in answered)
+        assert len(outcome.not_needed) == 1
+
+    def test_who_is_not_needed_is_not_run_in_line(self) -> None:
+        ran = []
+
+        def client(params: dict[str, Any], context: Context) -> TrainResult:
+            ran.append(context.contributor)
+            return TrainResult(params, 1)
+
+        names = [f"site-{number}" for number in range(1, 11)]
+        settings: dict[str, Any] = {"participation": 3, "over_selection": 3}
+        (outcome,) = Federation(model(), dict.fromkeys(names, client), 1, **settings)
+        assert ran == [receipt.contributor for receipt in outcome.accepted]
+
+    @pytest.mark.parametrize(
+        "make", [lambda: ThreadPoolExecutor(4), lambda: ProcessPoolExecutor(2)]
+    )
+    def test_the_outcomes_are_the_same_wherever_clients_run(
+        self, make: Callable[[], Executor]
+    ) -> None:
+        fixed: dict[str, Any] = {"participation": 4, "over_selection": 1.8, "seed": 9}
+        expected = federation(5, **fixed).run()
+        assert any(outcome.failed or outcome.refused for outcome in expected)
+        with make() as executor:
+            found = federation(5, **fixed, executor=executor).run()
+        for a, b in zip(expected, found, strict=True):
+            assert same_bits(a.model, b.model)
+            assert (a.accepted, a.refused, a.failed) == (b.accepted, b.refused, b.failed)
+            assert a.not_needed == b.not_needed
+
+    def test_a_straggler_is_not_waited_for_where_the_first_that_are_done_count(self) -> None:
+        release = threading.Event()
+
+        def straggler(params: dict[str, Any], context: Context) -> TrainResult:
+            assert release.wait(30)
+            return TrainResult(params, 1)
+
+        clients = {"a": straggler, "b": adding(1), "c": adding(3), "d": straggler}
+        with ThreadPoolExecutor(4) as executor:
+            settings: dict[str, Any] = {"over_selection": 2.0, "first_come": True}
+            fed = Federation(model(), clients, 1, participation=2, executor=executor, **settings)
+            (outcome,) = fed
+            release.set()
+        assert {receipt.contributor for receipt in outcome.accepted} == {"b", "c"}
+        assert set(outcome.not_needed) == {"a", "d"}
+        assert outcome.failed == ()
+        assert fed.model["b"].tolist() == [3.0, 3.0]
+
+    @pytest.mark.parametrize("factor", [0.99, 0, -1, math.nan, math.inf, True, "2"])
+    def test_a_factor_without_meaning_is_a_usage_error(self, factor: Any) -> None:
+        with pytest.raises(
+            UsageError, match=r"over_selection: expected a number from 1\.0 on, got"
+        ):
+            federation(participation=2, over_selection=factor)
+
+    def test_a_run_with_another_factor_cannot_be_resumed(self, tmp_path: Path) -> None:
+        federation(1, participation=2, checkpoint=tmp_path).run()
+        with pytest.raises(UsageError, match="expected a run with asked 2 to resume, got 4"):
+            federation(2, participation=2, over_selection=2, checkpoint=tmp_path, resume=True)
 
 
 class TestEvaluation:

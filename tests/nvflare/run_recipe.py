@@ -12,7 +12,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc import locate
+from pkgutil import resolve_name
 from typing import Any
 
 from nvflare.app_common.np.recipes import NumpyFedAvgRecipe as NVFlaresRecipe
@@ -40,7 +40,7 @@ def recipe_of(arguments: dict[str, Any]) -> Any:
         recipe._fed_job.to_server(Tracker(), id="receiver")
         for path in NVFLARES_REPORTERS:
             if find_spec(path.rpartition(".")[0]):
-                recipe._fed_job.to_server(locate(path)())
+                recipe._fed_job.to_server(resolve_name(path)())
     return recipe
 
 

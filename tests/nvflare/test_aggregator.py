@@ -167,6 +167,52 @@ def test_a_rounds_statistics_are_published_as_nvflares_own_are(server: Server) -
     }
 
 
+def test_a_server_optimizers_state_goes_with_the_model(server: Server) -> None:
+    rng = np.random.default_rng(3)
+    updates = [rng.standard_normal(3).astype(np.float32) for _ in range(4)]
+    settings = {"learning_rate": 0.5}
+    model: Any = {"w": MODEL["w"]}
+    state: Any = {}
+    held = convert.learnable(model)
+    generator = FedAvgShareableGenerator()
+    for number, one in enumerate(updates):
+        # Another aggregator in each round, as after a restart.
+        aggregator = FedAvgAggregator(server_optimizer="fedadam", optimizer_settings=settings)
+        fl_ctx = server.context(round=number)
+        fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, held, private=True, sticky=False)
+        aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+        assert aggregator.accept(result({"w": one}, round=number), fl_ctx)
+        held = generator.shareable_to_learnable(aggregator.aggregate(fl_ctx), fl_ctx)
+        optimizer = fc.FedAdam(**settings)
+        round = fc.Round(model, number, server_optimizer=optimizer, optimizer_state=state)
+        round.offer(fc.Update("site-1", number, {"w": one}, weight=1))
+        outcome = round.close()
+        model, state = outcome.model, outcome.optimizer_state
+        assert fc.same_bits(convert.model_of(held), model)
+        assert fc.same_bits(convert.extra_of(held)["arrays"], state)
+
+
+def test_nvflares_fedavg_controller_keeps_a_server_optimizers_state(server: Server) -> None:
+    aggregator = FedAvgAggregator(server_optimizer="fedavgm")
+    model = {"w": np.zeros(1)}
+    for number in range(2):
+        fl_ctx = server.context(model, number)
+        fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)["meta"] = {}
+        aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+        aggregator.accept_model(fl_model({"w": model["w"] + 1}))
+        model = aggregator.aggregate_model().params
+    assert model["w"].tolist() == [2.9]
+
+
+def test_an_audit_goes_with_the_model(server: Server) -> None:
+    aggregator, fl_ctx = opened(server, audit=True)
+    sent = params(1, 2, 3)
+    assert aggregator.accept(result(sent), fl_ctx)
+    _, extra = closed(aggregator, fl_ctx)
+    verdict = fc.verify(fc.Audit.from_text(extra["audit"]), {"site-1": sent}, base=MODEL)
+    assert verdict.same_bits
+
+
 def fl_model(params: Any, contributor: str = "site-1", kind: str = "FULL", **fields: Any) -> Any:
     """A client's result as NVFlare's FedAvg controller hands it on."""
     meta = {"client_name": contributor, "NUM_STEPS_CURRENT_ROUND": fields.pop("weight", 1)}
@@ -184,8 +230,7 @@ def test_nvflares_fedavg_controller_gets_the_exact_mean(server: Server) -> None:
     expected = (3 * Fraction(float(np.float32(0.1))) + Fraction(float(np.float32(0.7)))) / 4
     assert made.params["w"][0] == np.float32(float(expected))
     assert made.params["n"].tolist() == [[8]]
-    held = FLModelUtils.to_model_learnable(made)
-    assert convert.extra_of(held)["report"]["accepted"] == {"site-1": 3, "site-2": 1}
+    assert made.meta == {}  # it would go to the clients
     assert fl_ctx.get_prop("_aggregation_stats")["accepted_contributions"] == 2
 
 

@@ -104,7 +104,7 @@ def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Se
     fc.save_checkpoint(folder / "start", start)
     fc.save_checkpoint(folder / "best", fc.Checkpoint({"w": np.zeros(2)}, round=1))
     held = CheckpointPersistor("start", best_file="best").load_model(server.context())
-    assert convert.extra_of(held) == extra
+    assert convert.extra_of(held) == {**extra, "arrays": {}}
     assert fc.same_bits(stored(server).load().model, start.model)
     best = fc.load_checkpoint(stored(server).folder / "best_model.npz")
     assert fc.same_bits(best.model, {"w": np.zeros(2)})
@@ -114,3 +114,18 @@ def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Se
         "round-00000003.npz",
         "round-00000004.npz",
     ]
+
+
+def test_what_is_no_json_is_stored_in_its_place(server: Server) -> None:
+    state = {"momentum/w": np.ones(2)}
+    extra = {"report": {"round": 0}, "arrays": state, "audit": "what happened"}
+    held = convert.learnable({"w": np.zeros(2)}, extra)
+    CheckpointPersistor().save_model(held, server.context(round=0))
+    folder = stored(server).folder
+    assert (folder / "round-00000001.audit.json").read_text() == "what happened"
+    checkpoint = stored(server).load()
+    assert fc.same_bits(checkpoint.arrays, state)
+    assert checkpoint.extra == {"report": {"round": 0}}
+    app_folder(server, "config")
+    again = CheckpointPersistor(str(stored(server).paths()[-1])).load_model(server.context())
+    assert fc.same_bits(convert.extra_of(again)["arrays"], state)

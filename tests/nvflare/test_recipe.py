@@ -213,8 +213,20 @@ WRONG = [
     ({"max_norm": 0}, "max_norm: expected a number above 0, or None, got 0"),
     (
         {"max_norm": 1.0, "aggregator": Maximum()},
-        "max_norm: expected None beside an aggregator, which is its own",
+        "max_norm: expected none beside an aggregator, which is its own",
     ),
+    (
+        {"server_optimizer": "sgd"},
+        "server_optimizer: expected one of fedavg, fedavgm, fedadagrad, fedadam, fedyogi, "
+        "an optimizer of these kinds, or None, got 'sgd'",
+    ),
+    (
+        {"server_optimizer": type("Mine", (fc.FedAvg,), {})()},
+        "server_optimizer: expected one of fedavg, fedavgm, fedadagrad, fedadam, fedyogi, "
+        "an optimizer of these kinds, or None, got a Mine",
+    ),
+    ({"audit": 1}, "audit: expected True or False, got 1"),
+    ({"audit": True, "aggregator": Maximum()}, "audit: expected none beside an aggregator"),
     (
         {"start_from": "no/such"},
         "start_from: expected a checkpoint, or a folder of them, that exists here, or None, "
@@ -365,6 +377,8 @@ EVERYTHING = {
     "min_updates": 2,
     "accumulator": "float64",
     "max_norm": 2.5,
+    "server_optimizer": fc.FedAdam(learning_rate=0.25),
+    "audit": True,
     "keep_checkpoints": 5,
     "poll_interval": 0.1,
 }
@@ -383,6 +397,9 @@ def test_every_components_configuration_comes_back_from_the_jobs_json(tmp_path: 
             "accumulator": "float64",
             "limits": {"exclude": "^n", "max_norm": 2.5},
             "aggregation_weights": {"site-1": 0.5, "site-2": 3},
+            "server_optimizer": "fedadam",
+            "optimizer_settings": {"learning_rate": 0.25, "beta1": 0.9, "tau": 1e-3, "beta2": 0.99},
+            "audit": True,
         },
         "controller": {
             "min_clients": 2,
@@ -583,6 +600,16 @@ def test_a_job_that_is_another_does_not_go_on(tmp_path: Path, others: Any, messa
     with pytest.raises(fc.UsageError) as problem:
         recipe(**{"start_from": path, "num_rounds": 5, "seed": 5, **others})
     assert str(problem.value).startswith(message)
+
+
+def test_a_server_optimizer_that_cannot_go_on_is_an_error_here_and_now(tmp_path: Path) -> None:
+    state = {"momentum/w": np.zeros((2, 2))}
+    path = tmp_path / "checkpoint"
+    fc.save_checkpoint(path, fc.Checkpoint(MODEL, round=1, arrays=state))
+    assert recipe(start_from=path, server_optimizer="fedavgm").server_optimizer == fc.FedAvgM()
+    for optimizer in (None, "fedavg"):
+        with pytest.raises(fc.UsageError, match=r"whose state|the state of"):
+            recipe(start_from=path, server_optimizer=optimizer)
 
 
 def test_a_damaged_checkpoint_to_start_from_is_named(tmp_path: Path) -> None:

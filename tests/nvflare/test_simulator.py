@@ -198,6 +198,8 @@ def test_a_job_keeps_its_best_model_stops_early_and_goes_on_as_if_it_had_been_on
         "keep_checkpoints": 5,
         "model": {"w": [0.1, 0.2]},
         "per_site_config": {"site-1": {"train_args": "0.1"}, "site-2": {"train_args": "0.7"}},
+        "server_optimizer": "fedadam",
+        "audit": True,
         "tracked": True,
     }
     whole = stored(tmp_path / "whole", 2, "scores.py", 4, **arguments)
@@ -208,6 +210,7 @@ def test_a_job_keeps_its_best_model_stops_early_and_goes_on_as_if_it_had_been_on
     assert [one.round for one in rest] == [2, 3, 4]
     for one, other in zip(whole[1:], rest, strict=True):
         assert fc.same_bits(one.model, other.model)
+        assert fc.same_bits(one.arrays, other.arrays)
         assert (one.extra, one.metrics) == (other.extra, other.metrics)
     best = [
         fc.load_checkpoint(tmp_path / name / "job/server/simulate_job/models/best_model.npz")
@@ -215,6 +218,15 @@ def test_a_job_keeps_its_best_model_stops_early_and_goes_on_as_if_it_had_been_on
     ]
     assert [one.metrics for one in best] == [{"accuracy": 0.7}] * 2
     assert all(fc.same_bits(one.model, whole[1].model) for one in best)
+    for number, before in enumerate(
+        [{"w": np.array([0.1, 0.2])}, *(one.model for one in whole[:3])]
+    ):
+        audit = fc.Audit.from_text(
+            (results / f"models/round-{number + 1:08d}.audit.json").read_text()
+        )
+        state = whole[number - 1].arrays if number else None
+        updates = {f"site-{n}": {"w": before["w"] + np.float32(s)} for n, s in ((1, 0.1), (2, 0.7))}
+        assert fc.verify(audit, updates, base=before, optimizer_state=state).same_bits
     check_what_nvflares_components_heard(results)
 
 
