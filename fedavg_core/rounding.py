@@ -38,7 +38,7 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 _RELATIVE_ERROR = 2.0**-68
 _DIVISION_ERROR = 8  # more than a rounded sum times a rounded inverse is off, in last places
 _SAFE_SCALE = 900
-_PIECE = 1 << 17  # elements divided in one go, so that what is made on the way stays in the cache
+_PIECE = 1 << 16  # elements divided with care in one go, which takes some thirty arrays as large
 _SPLITTER = 2.0**27 + 1
 
 
@@ -58,7 +58,7 @@ def quotient(
     Returns:
         The position of the first quotient beyond the largest number, or -1.
     """
-    piece = min(_PIECE, scratch.product.size)
+    piece = scratch.product.size
     doubtful = [np.empty(0, np.intp)]
     for start in range(0, total.size, piece):
         place = slice(start, min(start + piece, total.size))
