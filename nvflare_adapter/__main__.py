@@ -121,6 +121,12 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="full",
         help="clients send their whole model, or what has changed (default: full)",
     )
+    add(
+        "--deadline",
+        type=_integer(1),
+        metavar="SECONDS",
+        help="on NVFlare: how long a round waits for its clients (default: for ever)",
+    )
     add("--seed", type=_integer(0), default=0, help="draws all that is random (default: 0)")
     add(
         "--alpha",
@@ -200,6 +206,7 @@ def _job(read: argparse.Namespace, initial: dict[str, Any]) -> Job:
         seed=read.seed,
         folder=str(read.output.resolve()),
         external=read.external,
+        deadline=read.deadline or 0,
         startup_kit="" if read.startup_kit is None else str(read.startup_kit.resolve()),
     )
 

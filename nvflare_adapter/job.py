@@ -58,6 +58,7 @@ class Job:
         seed: The seed of the job.
         folder: A new folder for the log and the models, an absolute path.
         external: Whether each client trains in a process of its own, which NVFlare starts.
+        deadline: How many seconds a round waits for its clients; 0 for ever.
         startup_kit: Of a deployment: the folder of an administrator's startup kit.
     """
 
@@ -71,6 +72,7 @@ class Job:
     seed: int
     folder: str
     external: bool = False
+    deadline: int = 0
     startup_kit: str = ""
 
     @property
@@ -119,6 +121,7 @@ class Job:
             seed=self.seed,
             keep_checkpoints=self.rounds,
             poll_interval=_POLL_SECONDS,
+            deadline=self.deadline or None,
         )
 
 
