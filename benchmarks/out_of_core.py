@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,17 @@ __all__ = ["main"]
 _LAYER = 1 << 22
 _PIECE = 1 << 18
 _MIB = 2**20
+_PROGRAM = """
+import sys
+from fedavg_core.cli import main
+from fedavg_core.cli.watch import peak_bytes
+try:
+    code = main()
+except SystemExit as leaving:
+    code = leaving.code
+print(peak_bytes())
+sys.exit(code)
+"""
 
 
 def _make(path: Path, size: int, seed: int) -> None:
@@ -55,17 +65,14 @@ def _make(path: Path, size: int, seed: int) -> None:
                 out.write(rng.standard_normal(count, np.float32) * np.float32(0.02))
 
 
-def _peak(command: Sequence[str]) -> tuple[int, float]:
-    """Run a command: the most bytes of memory that it had, and the seconds that it took."""
+def _peak(*arguments: str) -> tuple[int, float]:
+    """Run ``fedavg``: the most bytes of memory that it had, and the seconds that it took."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode} of: {' '.join(command)}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * unit, seconds
+    command = [sys.executable, "-c", _PROGRAM, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"exit code {done.returncode} of: fedavg {' '.join(arguments)}")
+    return int(done.stdout.splitlines()[-1]), time.perf_counter() - started
 
 
 def _in_memory(paths: Sequence[Path], weights: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
@@ -91,21 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where to make the files (default: /tmp)")
     read = parser.parse_args(arguments)
     weights = [100 + 37 * number % 500 for number in range(read.files)]
-    command = [sys.executable, "-m", "fedavg_core.cli"]
     with tempfile.TemporaryDirectory(dir=read.folder) as name:
         folder = Path(name)
         suffixes = ("npz", "safetensors")
         paths = [folder / f"site-{i}.{suffixes[i % 2]}" for i in range(read.files)]
         for seed, path in enumerate(paths):
             _make(path, read.size, seed)
-        floor, _ = _peak([*command, "--version"])
+        floor, _ = _peak("--version")
         out = folder / "mean.npz"
         peak, seconds = _peak(
-            [
-                *(*command, "aggregate", *map(str, paths), "-o", str(out)),
-                *("--weights", ",".join(map(str, weights))),
-                *("--memory-limit", read.memory_limit),
-            ]
+            *("aggregate", *map(str, paths), "-o", str(out)),
+            *("--weights", ",".join(map(str, weights))),
+            *("--memory-limit", read.memory_limit),
         )
         total = sum(path.stat().st_size for path in paths)
         same = fc.same_bits(load_model(out), _in_memory(paths, weights))

@@ -13,159 +13,27 @@ was interrupted.
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import fedavg_core as fc
+from fedavg_core.cli.console import open_console
 from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
-from nvflare_adapter.extras import not_installed
+from nvflare_adapter.command_line import BACKENDS, read_arguments
 from nvflare_adapter.follow import JobFailed
 from nvflare_adapter.job import Job, models_folder
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
 
 __all__ = ["main"]
 
-_KIT = Path("startup", "fed_admin.json")
-_DIGITS = Path(__file__).with_name("digits.py")
 _GOAL = 0.9
 _COLUMNS = ("round", "accepted", "weight", "train loss", "test accuracy")
 _WIDTHS = (5, 8, 9, 10, 13)
 _INDENT = " " * 7
-_BACKENDS = {
-    "in-process": "in this process",
-    "simulator": "on NVFlare's simulator",
-    "poc": "on NVFlare, in processes of its own",
-    "deployment": "on a deployment of NVFlare",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nvflare_adapter: {message}\n")
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < least:
-            expected = f"expected an integer of at least {least}"
-            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}")
-        return int(text)
-
-    return parse
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            expected = f"expected {', '.join(names[:-1])} or {names[-1]}"
-            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}")
-        return text
-
-    return parse
-
-
-def _alpha(text: str) -> float:
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not 0 < alpha < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {quoted(text)}")
-    return alpha
-
-
-def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m nvflare_adapter",
-        description="Train a file with a train(params, context) function, federated.",
-        epilog="TRAIN.py ends in nvflare_adapter.serve(train). It may have an initial_model(seed), "
-        "which makes the first model, and an evaluate(params), which gives its accuracy.",
-    )
-    add = parser.add_argument
-    add("train_script", nargs="?", metavar="TRAIN.py", help="default: learn handwritten digits")
-    add(
-        "--backend",
-        default="simulator",
-        type=_one_of(*_BACKENDS),
-        help="simulator (NVFlare's; the default), in-process (without NVFlare), poc (NVFlare's "
-        "server and clients as processes of this machine) or deployment (one that is there)",
-    )
-    add(
-        "--startup-kit",
-        type=Path,
-        metavar="DIR",
-        help="of a deployment: the startup kit of an administrator",
-    )
-    add(
-        "--external",
-        action="store_true",
-        help="NVFlare starts TRAIN.py in processes of its own, which may crash by themselves",
-    )
-    add("--clients", type=_integer(1), default=4, help="how many clients (default: 4)")
-    add("--rounds", type=_integer(1), default=10, help="how many rounds (default: 10)")
-    add(
-        "--transfer",
-        type=_one_of("full", "diff"),
-        default="full",
-        help="clients send their whole model, or what has changed (default: full)",
-    )
-    add("--seed", type=_integer(0), default=0, help="draws all that is random (default: 0)")
-    add(
-        "--alpha",
-        type=_alpha,
-        help="of the digits: how even the clients' shares are (default: 0.5)",
-    )
-    add("--train-args", metavar="ARGS", default="", help="arguments of TRAIN.py, in one string")
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="a new or empty folder for all that is written (default: one in fedavg-runs/)",
-    )
-    read = parser.parse_args(arguments)
-    if read.train_script is None:
-        if read.train_args:
-            parser.error("argument --train-args: expected TRAIN.py as well, got none")
-        read.train_args = "" if read.alpha is None else f"--alpha {read.alpha}"
-    elif read.alpha is not None:
-        parser.error("argument --alpha: expected only without TRAIN.py, got both")
-    read.path = _DIGITS if read.train_script is None else Path(read.train_script)
-    if not read.path.is_file() or read.path.suffix != ".py":
-        parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
-    kit, remote = read.startup_kit, read.backend == "deployment"
-    if (kit is not None and not remote) or (remote and not (kit and (kit / _KIT).is_file())):
-        expected = f"a folder that has {_KIT}" if remote else "none, without a deployment"
-        parser.error(f"argument --startup-kit: expected {expected}, got {kit or 'none'}")
-    if read.output is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
-        read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"
-    if read.output.exists() and (not read.output.is_dir() or any(read.output.iterdir())):
-        parser.error(f"argument --output: expected a new or empty folder, got {read.output}")
-    paths = {
-        "simulator": [str(read.output.resolve()), sys.executable],
-        "poc": [tempfile.gettempdir(), sys.executable],
-    }
-    for path in paths.get(read.backend, []):
-        if shlex.split(path) != [path]:
-            expected = "a path without spaces and quotes, as NVFlare needs to start its processes"
-            parser.error(f"expected {expected}, got {quoted(path, 300)}")
-    needed = {"rich": "cli"} | ({} if read.backend == "in-process" else {"nvflare": "nvflare"})
-    missing = {package: needed[package] for package in needed if find_spec(package) is None}
-    if missing:
-        parser.error(not_installed(missing))
-    return read
 
 
 def _in_process(
@@ -187,19 +55,22 @@ def _in_process(
 def _job(read: argparse.Namespace, initial: dict[str, Any]) -> Job:
     """The job for NVFlare; makes the file that it starts from."""
     start = read.output / "initial_model.npz"
-    if initial:
+    from_file = bool(initial) and read.start_from is None
+    if from_file:
         fc.save_checkpoint(start, fc.Checkpoint(model=initial, round=0))
     return Job(
         backend=read.backend,
         train_script=str(read.path.resolve()),
         train_args=read.train_args,
-        initial_model=str(start.resolve()) if initial else "",
+        initial_model=str(start.resolve()) if from_file else "",
         clients=read.clients,
         rounds=read.rounds,
         transfer=read.transfer.upper(),
         seed=read.seed,
         folder=str(read.output.resolve()),
         external=read.external,
+        deadline=read.deadline or 0,
+        start_from="" if read.start_from is None else str(read.start_from.resolve()),
         startup_kit="" if read.startup_kit is None else str(read.startup_kit.resolve()),
     )
 
@@ -246,37 +117,37 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         yield report["problem"]
 
 
-def _run(read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any]) -> None:
+def _run(
+    read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any], done: int
+) -> None:
     """Run the rounds, printing a line for each as it ends; then say what there is now."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = open_console()
     job = None if read.backend == "in-process" else _job(read, initial)
-    where = _BACKENDS[read.backend]
+    where = BACKENDS[read.backend]
     last = read.rounds - 1
-    console.print(f"{read.path.name}: {read.clients} clients, rounds 0 to {last}, {where}")
+    console.print(f"{read.path.name}: {read.clients} clients, rounds {done} to {last}, {where}")
     if not initial:
         console.print("without an initial_model(seed), the clients start from their own models")
     console.print(_line(_COLUMNS), style="bold")
     checkpoint = fc.Checkpoint(model=initial, round=0)
-    accuracies, problems = [], []
-    with console.status(f"round 0 of 0 to {last}" if last else "round 0") as status:
+    accuracies, problems = {}, []
+    with console.status(f"round {done} of {done} to {last}") as status:
         for checkpoint in _in_process(read, training, initial) if job is None else job.run():
             evaluation = _evaluate(training, checkpoint.model)
-            accuracies.append(evaluation.get("accuracy", 0.0))
+            accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
             console.print(_line(_row(checkpoint, read.clients, evaluation)))
             for note in _notes(checkpoint.extra["report"]):
                 console.print(f"{_INDENT}{note}", style="yellow")
             problems.append(checkpoint.extra["report"]["problem"])
-            status.update(f"round {checkpoint.round} of 0 to {last}")
+            status.update(f"round {checkpoint.round} of {done} to {last}")
     if all(problems):
         raise fc.FedAvgError(f"no round changed the model: {problems[-1]}")
     saved = read.output / "model.npz"
     fc.save_checkpoint(saved, checkpoint)
     if read.train_script is None:
-        hits = [number for number, accuracy in enumerate(accuracies) if accuracy >= _GOAL]
+        hits = [number for number, accuracy in accuracies.items() if accuracy >= _GOAL]
         reached = f"reached in round {hits[0]}" if hits else "not reached"
-        final = f"the saved model has {accuracies[-1]:.2%}"
+        final = f"the saved model has {accuracies[last]:.2%}"
         console.print(f"goal of {_GOAL:.0%} test accuracy: {reached}; {final}")
     console.print(f"model saved: {saved}")
     console.print(f"to load it: fedavg_core.load_checkpoint({str(saved)!r}).model")
@@ -293,11 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    read = _read_arguments(arguments)
+    read = read_arguments(arguments)
     try:
         training = read_training_file(read.path, read.train_args.split())
         initial = {} if training.initial_model is None else training.initial_model(read.seed)
         fc.ModelSpec.of(initial)
+        start = read.start_from
+        done = 0 if start is None else fc.CheckpointStore(start).load().round
+        if done >= read.rounds:
+            expected = f"--rounds: expected more than the {done} that {start} has"
+            raise fc.UsageError(f"{expected}, got {read.rounds}")
         if not initial and read.transfer == "diff":
             raise fc.UsageError("--transfer diff: expected an initial_model in the training file")
         read.output.mkdir(parents=True, exist_ok=True)
@@ -308,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _say(f"{read.path.name} cannot be run: {one_line(error)}", 2)
     try:
-        _run(read, training, initial)
+        _run(read, training, initial, done)
     except JobFailed as failure:
         tail = "\n".join(f"  {line}" for line in failure.tail())
         return _say(f"{failure.reason}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1)

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
@@ -49,6 +51,8 @@ __all__ = ["FedAvgAggregator"]
 
 # NVFlare has had a name for it since 2.9.
 _STATISTICS = getattr(AppConstants, "AGGREGATION_STATS", "_aggregation_stats")
+
+_LATE = "late: no answer before the round was closed"
 
 
 class FedAvgAggregator(ModelAggregator):
@@ -91,13 +95,14 @@ class FedAvgAggregator(ModelAggregator):
         self._lock = threading.Lock()
         self._round: fc.Round | None = None
         self._failed: dict[str, fc.Failure] = {}
+        self._clients: list[str] = []
         self._received: Counter[str] = Counter()
         self._mean: fc.WeightedMean | None = None
         self._spec: fc.ModelSpec | None = None
         self._state: fc.Params = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Open a round when NVFlare starts one.
+        """Open a round when NVFlare starts one; take note of clients that NVFlare has lost.
 
         Args:
             event_type: NVFlare's name of the event.
@@ -109,6 +114,11 @@ class FedAvgAggregator(ModelAggregator):
             with self._lock:
                 self._round = self._open(fl_ctx)
                 self._failed, self._received = {}, Counter()
+                self._clients = [client.name for client in fl_ctx.get_engine().get_clients()]
+        elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
+            result = fl_ctx.get_prop(FLContextKey.TASK_RESULT)
+            if convert.has_failed(result):
+                self.accept(result, fl_ctx)
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
         held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
@@ -196,17 +206,24 @@ class FedAvgAggregator(ModelAggregator):
             fl_ctx: The context; the round's statistics are put there.
 
         Returns:
-            The whole new model and the report of the round; the model of before where there were
-            too few updates.
+            The whole new model and the report of the round, in which clients that have not
+            answered are told as failed; the model of before where there were too few updates.
 
         Raises:
             UsageError: No round is open.
         """
+        return self._aggregate(fl_ctx, self._clients)
+
+    def _aggregate(self, fl_ctx: FLContext, expected: Collection[str]) -> Shareable:
         with self._lock:
             if self._round is None:
                 raise fc.UsageError("aggregate: no round is open")
+            outcome = self._round.close()
+            answered = {one.contributor for one in (*outcome.accepted, *outcome.refused)}
+            for name in set(expected) - answered - set(self._failed):
+                self._failed[name] = fc.Failure(name, outcome.round, _LATE)
             failed = (self._failed[name] for name in fc.contributor_order(self._failed))
-            outcome = replace(self._round.close(), failed=tuple(failed))
+            outcome = replace(outcome, failed=tuple(failed))
             told = statistics(outcome, self._received, self._asked())
         if outcome.problem is not None:
             self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
@@ -226,7 +243,7 @@ class FedAvgAggregator(ModelAggregator):
         Raises:
             UsageError: No round is open.
         """
-        return convert.fl_model_from_result(self.aggregate(self.fl_ctx))
+        return convert.fl_model_from_result(self._aggregate(self.fl_ctx, expected=()))
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget the round; the memory of its sums is kept for the next.

@@ -196,6 +196,7 @@ class Arguments(RunnerArguments):
         _says(f"one of {', '.join(SERVER_OPTIMIZERS)}, an optimizer of these kinds, or None"),
     ]
     audit: _YesNo
+    deadline: Annotated[StrictInt | None, Field(ge=1), _says("seconds, at least 1, or None")]
     start_from: Annotated[
         Path | None,
         _must(lambda path: path.exists()),

@@ -79,6 +79,7 @@ class FedAvgController(ScatterAndGather):
         stop_cond: Stop after a round whose metrics meet it; empty for never.
         patience: Stop after so many rounds that were not better; 0 for never. It goes by the metric
             of `stop_cond`, if there is one, else by `key_metric`.
+        train_timeout: How many seconds a round waits for its clients; 0 for ever.
         task_check_period: How often to look for answers, in seconds.
     """
 
@@ -91,6 +92,7 @@ class FedAvgController(ScatterAndGather):
         key_metric_mode: str = "max",
         stop_cond: str = "",
         patience: int = 0,
+        train_timeout: int = 0,
         task_check_period: float = 0.5,
     ) -> None:
         super().__init__(
@@ -99,6 +101,8 @@ class FedAvgController(ScatterAndGather):
             start_round=start_round,
             wait_time_after_min_received=0,
             persistor_id=AppConstants.DEFAULT_PERSISTOR_ID,
+            train_timeout=train_timeout,
+            ignore_result_error=True,  # the aggregator's `min_updates` says how many it takes
             allow_empty_global_weights=True,
             task_check_period=task_check_period,
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy.typing as npt
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -40,6 +40,7 @@ __all__ = [
     "assignment_of",
     "extra_of",
     "fl_model_from_result",
+    "has_failed",
     "learnable",
     "message_from_fl_model",
     "message_from_model",
@@ -148,9 +149,13 @@ def answer_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update | fc
 
     Returns:
         The update; its arrays are the message's, and what the message lacks is None. If it tells
-        why the client has failed, the failure.
+        why the client has failed, or NVFlare sent it in the client's stead, the failure.
     """
     name, number = _origin_of(message, fl_ctx)
+    shown = name if is_name(name) else quoted(name)
+    if has_failed(message):
+        code = quoted(message.get_return_code())
+        return fc.Failure(shown, number, f"its NVFlare client answered {code}")
     try:
         dxo = from_shareable(message)
     except Exception:  # a foreign message may be anything
@@ -160,7 +165,7 @@ def answer_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update | fc
         problem = meta[_FAILURE]
         if not (isinstance(problem, str) and problem.isprintable() and len(problem) <= _LINE):
             problem = quoted(problem, _LINE)
-        return fc.Failure(name if is_name(name) else quoted(name), number, problem)
+        return fc.Failure(shown, number, problem)
     metrics = meta.get(MetaKey.INITIAL_METRICS)
     return fc.Update(
         contributor=name,
@@ -170,6 +175,18 @@ def answer_from_message(message: Shareable, fl_ctx: FLContext) -> fc.Update | fc
         transfer=_transfer_type(dxo.data_kind),
         metrics={} if metrics is None else metrics,
     )
+
+
+def has_failed(message: Shareable) -> bool:
+    """Whether NVFlare sent a result in the stead of a client, whose process is lost or failed.
+
+    Args:
+        message: A client's result.
+
+    Returns:
+        Whether it is no result. NVFlare's controllers do not offer such a one to an aggregator.
+    """
+    return message.get_return_code() not in (ReturnCode.OK, None)
 
 
 def _transfer_type(kind: Any) -> Any:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class Job:
         seed: The seed of the job.
         folder: A new folder for the log and the models, an absolute path.
         external: Whether each client trains in a process of its own, which NVFlare starts.
+        deadline: How many seconds a round waits for its clients; 0 for ever.
+        start_from: The folder of another job's models, to go on from its last; empty for none.
         startup_kit: Of a deployment: the folder of an administrator's startup kit.
     """
 
@@ -71,6 +74,8 @@ class Job:
     seed: int
     folder: str
     external: bool = False
+    deadline: int = 0
+    start_from: str = ""
     startup_kit: str = ""
 
     @property
@@ -90,7 +95,9 @@ class Job:
             The checkpoint of each round, in order, as soon as it is stored (see `follow`).
         """
         command = [sys.executable, "-m", "nvflare_adapter.job", json.dumps(asdict(self))]
-        return follow(command, self.log, self.models, self.rounds)
+        done = fc.CheckpointStore(self.start_from).load().round if self.start_from else 0
+        stored = follow(command, self.log, self.models, self.rounds - done + bool(done))
+        return islice(stored, 1, None) if done else stored  # the job stores its start, too
 
     def recipe(self) -> NumpyFedAvgRecipe:
         """The job as NVFlare takes it.
@@ -119,6 +126,8 @@ class Job:
             seed=self.seed,
             keep_checkpoints=self.rounds,
             poll_interval=_POLL_SECONDS,
+            deadline=self.deadline or None,
+            start_from=self.start_from or None,
         )
 
 

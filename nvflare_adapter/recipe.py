@@ -66,7 +66,7 @@ class NumpyFedAvgRecipe(Recipe):
         initial_ckpt: An npy or npz file, or a checkpoint, to take the model from; it goes before
             both. A relative path is a file here, an absolute one is read by the server.
         min_clients: How many clients must have answered for a round to end. One whose training
-            failed has answered.
+            failed, or whose process was lost, has answered.
         num_rounds: How many rounds to train, in all.
         train_script: The training file that each client runs.
         train_args: Its command line arguments.
@@ -99,6 +99,7 @@ class NumpyFedAvgRecipe(Recipe):
         min_updates: How many accepted updates it takes to change the model; at most `min_clients`.
         accumulator: ``"exact"``, or ``"float64"`` or ``"float32"``, which depend on arrival order.
         max_norm: The largest norm of what an update changes; one of a larger norm is refused.
+        deadline: How many seconds a round waits for its clients, whole ones; None for ever.
         server_optimizer: What makes the next model of the mean, such as ``FedAdam(...)``, or its
             name. None: the mean is the next model.
         audit: Whether to store each round's audit, for ``fedavg verify``, beside its model.
@@ -149,6 +150,7 @@ class NumpyFedAvgRecipe(Recipe):
         min_updates: int = 1,
         accumulator: str = "exact",
         max_norm: float | None = None,
+        deadline: int | None = None,
         server_optimizer: fc.ServerOptimizer | str | None = None,
         audit: bool = False,
         start_from: str | Path | None = None,
@@ -204,6 +206,7 @@ class NumpyFedAvgRecipe(Recipe):
             key_metric_mode=arguments.key_metric_mode or mode,
             stop_cond=stop_cond,
             patience=arguments.patience or 0,
+            train_timeout=arguments.deadline or 0,
             **({} if period is None else {"task_check_period": period}),
         )
         job.to_server(controller)

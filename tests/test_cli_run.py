@@ -20,8 +20,9 @@ pytest.importorskip("rich")
 
 import fedavg_core as fc
 from fedavg_core.cli import run as run_module
+from fedavg_core.cli import watch
 from fedavg_core.cli.run_log import LOG, SETTINGS, append_round, read_log, read_settings, start_log
-from fedavg_core.cli.watch import Watch
+from fedavg_core.cli.watch import Watch, peak_bytes
 from fedavg_core.codec import read_npz
 from fedavg_core.norm import norm_of_difference
 from tests.model_files import Model
@@ -654,6 +655,22 @@ class TestTheLog:
         assert [record.round for record in read_log(folder)] == [0]
         start_log(folder, 0)
         assert read_log(folder) == []
+
+
+def test_the_most_memory_is_what_the_system_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mib() -> float:
+        return (peak_bytes() or 0) / 2**20
+
+    assert 10 < mib() < 1 << 20
+    status = tmp_path / "status"
+    monkeypatch.setattr(watch, "_STATUS", status)
+    assert 10 < mib() < 1 << 20
+    status.write_text("VmPeak:\t 9 kB\n")
+    assert 10 < mib() < 1 << 20
+    status.write_text("VmPeak:\t 9 kB\nVmHWM:\t    2048 kB\n")
+    assert mib() == 2
 
 
 def test_norms_are_those_of_linear_algebra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,14 @@ Clients run in line, through an executor that looks at what they give back on it
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -28,6 +31,7 @@ else:
 
 __all__ = ["Watch", "peak_bytes"]
 
+_STATUS = Path("/proc/self/status")
 _Evaluate = Callable[[dict[str, npt.NDArray[Any]]], Mapping[str, float]]
 
 
@@ -156,6 +160,11 @@ class Watch(Executor, Observer):
 
 def peak_bytes() -> int | None:
     """The most memory that this process has had so far; None where the system does not tell."""
+    # Linux's `ru_maxrss` counts what the process was before it became this program as well.
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*([0-9]+) kB", _STATUS.read_text(encoding="ascii"))
+        if found is not None:
+            return int(found[1]) * 1024
     if sys.platform == "win32":  # pragma: no cover
         return None
     unit = 1 if sys.platform == "darwin" else 1024

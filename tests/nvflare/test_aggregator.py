@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("nvflare")
 
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import ReservedKey
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
@@ -55,6 +55,7 @@ def closed(aggregator: Any, fl_ctx: Any, base: Any = MODEL) -> Any:
 
 
 def test_the_new_model_is_the_exact_weighted_mean(server: Server) -> None:
+    server.clients = ["site-2", "site-1"]
     aggregator, fl_ctx = opened(server)
     first, second = params(0.1, 2, 1e30, n=8), params(0.7, 2.5, -1e30, n=11)
     assert aggregator.accept(result(first, "site-1", weight=3, metrics={"loss": 1.0}), fl_ctx)
@@ -145,6 +146,7 @@ def failed(problem: Any, contributor: str, round: int = 0) -> Any:
 
 
 def test_a_rounds_statistics_are_published_as_nvflares_own_are(server: Server) -> None:
+    server.clients = ["site-1", "site-2"]
     model = {**MODEL, "v": np.zeros(2)}
     aggregator, fl_ctx = opened(server, model, limits={"exclude": "^n$"})
     assert aggregator.accept(result({**params(1, 1, 1), "v": np.ones(2)}, "site-2"), fl_ctx)
@@ -347,8 +349,34 @@ def test_clients_that_have_failed_are_reported_as_in_process_and_left_out(
         "STALE_ROUND (contributor 'site-3'",
         "STALE_ROUND (contributor 'site-10'",
     ]
+    server.clients = []
     aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
     assert closed(aggregator, fl_ctx)[1]["report"]["failed"] == []
+
+
+def submitted(aggregator: Any, server: Server, message: Any) -> None:
+    """Tells of a result that NVFlare is about to process, before it offers it."""
+    fl_ctx = server.context()
+    fl_ctx.set_prop(FLContextKey.TASK_RESULT, message, private=True, sticky=False)
+    aggregator.handle_event(EventType.BEFORE_PROCESS_SUBMISSION, fl_ctx)
+
+
+def test_clients_that_nvflare_has_lost_and_clients_that_are_late_are_reported(
+    server: Server,
+) -> None:
+    aggregator, fl_ctx = opened(server)
+    assert aggregator.accept(result(params(5, 5, 5), "site-10"), fl_ctx)
+    submitted(aggregator, server, result(params(6, 6, 6), "site-1"))
+    lost = make_reply(ReturnCode.TASK_ABORTED)
+    lost.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
+    lost.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
+    submitted(aggregator, server, lost)
+    model, extra = closed(aggregator, fl_ctx)
+    assert fc.same_bits(model, params(5, 5, 5))
+    assert extra["report"]["failed"] == [
+        "site-1 failed: late: no answer before the round was closed",
+        "site-2 failed: its NVFlare client answered 'TASK_ABORTED'",
+    ]
 
 
 def test_a_result_between_two_rounds_is_refused(

@@ -110,10 +110,10 @@ def test_a_file_without_a_first_model_starts_from_the_clients_own(
 
 
 WRONG = [
-    (["--rounds", "0"], "argument --rounds: expected an integer of at least 1, got '0'"),
-    (["--clients", "-3"], "argument --clients: expected an integer of at least 1, got '-3'"),
-    (["--clients", "two"], "argument --clients: expected an integer of at least 1, got 'two'"),
-    (["--seed", "1.5"], "argument --seed: expected an integer of at least 0, got '1.5'"),
+    (["--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
+    (["--clients", "-3"], "argument --clients: expected a whole number of at least 1, got '-3'"),
+    (["--clients", "two"], "argument --clients: expected a whole number of at least 1, got 'two'"),
+    (["--seed", "1.5"], "argument --seed: expected a whole number of at least 0, got '1.5'"),
     (["--transfer", "half"], "argument --transfer: expected full or diff, got 'half'"),
     (["--alpha", "nan"], "argument --alpha: expected a number above 0, got 'nan'"),
     (
@@ -132,6 +132,15 @@ WRONG = [
         ["--startup-kit", "kit"],
         "argument --startup-kit: expected none, without a deployment, got kit",
     ),
+    (
+        ["--backend", "in-process", "--deadline", "3"],
+        "argument --deadline: expected none in this process",
+    ),
+    (
+        ["--backend", "in-process", "--start-from", "models"],
+        "argument --start-from: expected none in this process",
+    ),
+    (["--start-from", "no/such"], "argument --start-from: expected a folder, got no/such"),
     (["no/such.py"], "TRAIN.py: expected a Python file that exists, got 'no/such.py'"),
     ([str(FILES)], f"TRAIN.py: expected a Python file that exists, got '{FILES}'"),
     (

@@ -211,6 +211,7 @@ WRONG = [
     ),
     ({"cuda_empty_cache": "no"}, "cuda_empty_cache: expected True or False, got 'no'"),
     ({"max_norm": 0}, "max_norm: expected a number above 0, or None, got 0"),
+    ({"deadline": 0.5}, "deadline: expected seconds, at least 1, or None, got 0.5"),
     (
         {"max_norm": 1.0, "aggregator": Maximum()},
         "max_norm: expected none beside an aggregator, which is its own",
