@@ -43,7 +43,7 @@ from nvflare.app_common.app_event_type import AppEventType
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.errors import one_line, quoted
-from nvflare_adapter import convert
+from nvflare_adapter import convert, global_model
 from nvflare_adapter.dtypes import plain
 from nvflare_adapter.report import report_of_outcome, statistics
 
@@ -122,8 +122,8 @@ class FedAvgAggregator(ModelAggregator):
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
         held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
-        model = convert.model_of(held)
-        state = None if held is None else convert.extra_of(held).get("arrays")
+        model = global_model.model_of(held)
+        state = None if held is None else global_model.extra_of(held).get("arrays")
         named, settings = self.server_optimizer, self.optimizer_settings or {}
         spec = self._asked().averaged(fc.ModelSpec.of(model))
         if model and spec != self._spec:

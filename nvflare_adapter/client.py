@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
@@ -29,6 +29,7 @@ from fedavg_core.outcome import Failure
 
 __all__ = ["TrainingFile", "read_training_file", "serve"]
 
+Evaluate: TypeAlias = Callable[[fc.Params], dict[str, float]]
 _log = logging.getLogger(__name__)
 _handed_over: ContextVar[list[fc.Client] | None] = ContextVar("handed_over", default=None)
 
@@ -45,7 +46,7 @@ class TrainingFile:
 
     train: fc.Client
     initial_model: Callable[[int], dict[str, npt.NDArray[Any]]] | None
-    evaluate: Callable[[fc.Params], dict[str, float]] | None
+    evaluate: Evaluate | None
 
 
 def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFile:
@@ -82,12 +83,13 @@ def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFil
     return TrainingFile(taken[-1], names.get("initial_model"), names.get("evaluate"))
 
 
-def serve(train: fc.Client) -> None:
+def serve(train: fc.Client, evaluate: Evaluate | None = None) -> None:
     """Train whenever NVFlare's server asks for it, until the job ends.
 
     Args:
         train: Called with a copy of the global model, its to change, and the context; returns the
             trained parameters (all or some), their weight, and metrics.
+        evaluate: Measures a model, where NVFlare's cross-site evaluation asks for it.
 
     Raises:
         UsageError: `train` cannot be called, or the server is not one of this package's.
@@ -116,6 +118,12 @@ def serve(train: fc.Client) -> None:
         message = flare.receive()
         if message is None:
             break
+        if not flare.is_train():
+            measured = {}
+            if evaluate is not None and flare.is_evaluate():
+                measured = evaluate(convert.model_from_message(message))
+            flare.send(convert.metrics_to_fl_model(measured))
+            continue
         assignment = convert.assignment_of(message)
         context = assignment.context(flare.get_site_name())
         model = convert.model_from_message(message)

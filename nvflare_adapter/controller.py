@@ -25,7 +25,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.math_utils import parse_compare_criteria
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 
-from nvflare_adapter import convert
+from nvflare_adapter import global_model
 
 __all__ = ["FedAvgController", "direction"]
 
@@ -130,7 +130,7 @@ class FedAvgController(ScatterAndGather):
             self._num_rounds = self._current_round + 1 - self._start_round
 
     def _begin(self, fl_ctx: FLContext) -> None:
-        extra = convert.extra_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        extra = global_model.extra_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
         if self.key_metric:
             self._searches[self.key_metric] = _Search(self.key_metric_mode)
         if self.stop_cond:
@@ -146,7 +146,7 @@ class FedAvgController(ScatterAndGather):
 
     def _judge(self, fl_ctx: FLContext) -> None:
         """Take note of the metrics of a new global model."""
-        extra = convert.extra_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        extra = global_model.extra_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
         metrics = extra.get("report", {}).get("metrics", {})
         better = {
             name: search.sees(metrics[name])

@@ -6,7 +6,6 @@
   of client scripts that know nothing of this package are read as well, and NVFlare's own
   aggregators read ours. A client that failed sends no arrays, and why.
 * The aggregator's result, within the server, is a whole model, never a difference to be added.
-* The model learnable is NVFlare's name for the global model that its controller holds.
 
 Nothing here judges an update: what cannot be read has holes, and the core's gate refuses it.
 """
@@ -23,8 +22,6 @@ from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.abstract.model import ModelLearnable, make_model_learnable
-from nvflare.app_common.abstract.model import ModelLearnableKey as LearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
@@ -38,15 +35,13 @@ __all__ = [
     "answer_from_message",
     "answer_to_fl_model",
     "assignment_of",
-    "extra_of",
     "fl_model_from_result",
     "has_failed",
-    "learnable",
     "message_from_fl_model",
     "message_from_model",
+    "metrics_to_fl_model",
     "model_from_message",
     "model_from_result",
-    "model_of",
     "named_fl_model",
     "result_from_fl_model",
     "result_from_model",
@@ -127,9 +122,21 @@ def answer_to_fl_model(answer: fc.Update | fc.Failure, transfer: fc.TransferType
     return FLModel(
         params_type=kind,
         params=params,
-        metrics={str(name): plain(value) for name, value in answer.metrics.items()},
+        metrics=metrics_to_fl_model(answer.metrics).metrics,
         meta={MetaKey.NUM_STEPS_CURRENT_ROUND: plain(answer.weight), _DTYPES: dtypes},
     )
+
+
+def metrics_to_fl_model(metrics: Mapping[str, Any]) -> FLModel:
+    """What a client answers that was asked what a model is worth.
+
+    Args:
+        metrics: What it found; empty if it cannot say.
+
+    Returns:
+        The argument for NVFlare's client API.
+    """
+    return FLModel(metrics={str(name): plain(value) for name, value in metrics.items()})
 
 
 def _origin_of(message: Shareable, fl_ctx: FLContext) -> tuple[Any, Any]:
@@ -243,7 +250,7 @@ def result_from_model(model: fc.Params, extra: Mapping[str, Any]) -> Shareable:
 
     Args:
         model: The whole new global model; borrowed.
-        extra: What goes with it (see `extra_of`).
+        extra: What goes with it (see `nvflare_adapter.global_model.extra_of`).
 
     Returns:
         The result, for `model_from_result`.
@@ -310,43 +317,3 @@ def model_from_result(result: Shareable, base: fc.Params) -> tuple[Arrays, dict[
     return model, meta.get(_EXTRA) or {
         "report": {"metrics": finite(meta.get(MetaKey.INITIAL_METRICS))}
     }
-
-
-def learnable(model: fc.Params, extra: Mapping[str, Any] | None = None) -> ModelLearnable:
-    """The global model as NVFlare's controller holds it.
-
-    Args:
-        model: The model; borrowed. Empty if clients start from their own.
-        extra: What goes with it (see `extra_of`).
-
-    Returns:
-        NVFlare's form of it.
-    """
-    return make_model_learnable(dict(model), {_EXTRA: dict(extra or {})})
-
-
-def model_of(held: ModelLearnable | None) -> Arrays:
-    """The global model out of what NVFlare's controller holds.
-
-    Args:
-        held: The model learnable, or None.
-
-    Returns:
-        The model, borrowed; empty if there is none.
-    """
-    return {} if not held else (held.get(LearnableKey.WEIGHTS) or {})
-
-
-def extra_of(held: ModelLearnable) -> dict[str, Any]:
-    """What goes with the global model.
-
-    Args:
-        held: The model learnable.
-
-    Returns:
-        The dictionary that it holds; an empty one of its own if it held none. What happened in the
-        round is under ``"report"``, its audit under ``"audit"``, the server optimizer's state under
-        ``"arrays"``. All but that is as JSON holds it.
-    """
-    extra: dict[str, Any] = held.setdefault(LearnableKey.META, {}).setdefault(_EXTRA, {})
-    return extra

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnable
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
@@ -21,9 +22,9 @@ from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
 from fedavg_core.checkpoint import replacing
-from nvflare_adapter import convert
+from nvflare_adapter import global_model
 from nvflare_adapter.report import round_checkpoint
-from nvflare_adapter.start import read_start
+from nvflare_adapter.start import SINGLE_ARRAY_KEY, read_start
 
 __all__ = ["BEST_FILE", "CheckpointPersistor"]
 
@@ -41,6 +42,8 @@ class CheckpointPersistor(ModelPersistor):
         keep: How many checkpoints to keep, the newest.
         best_model_filename: The name of the best model's file, in that folder.
         best_file: The name of the file, shipped with the job, of the best model so far.
+        numpy_file: Where to store the model in addition, if it is a single array, as NVFlare's own
+            persistor does; empty for nowhere.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class CheckpointPersistor(ModelPersistor):
         keep: int = 3,
         best_model_filename: str = BEST_FILE,
         best_file: str = "",
+        numpy_file: str = "",
     ) -> None:
         super().__init__()
         self.initial_file = initial_file
@@ -57,6 +61,7 @@ class CheckpointPersistor(ModelPersistor):
         self.keep = keep
         self.best_model_filename = best_model_filename
         self.best_file = best_file
+        self.numpy_file = numpy_file
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Store the global model as the best when NVFlare says that it is.
@@ -68,7 +73,7 @@ class CheckpointPersistor(ModelPersistor):
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE:
             held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
-            completed = convert.extra_of(held).get("report", {}).get("round", -1) + 1
+            completed = global_model.extra_of(held).get("report", {}).get("round", -1) + 1
             path = self._store(fl_ctx).folder / self.best_model_filename
             fc.save_checkpoint(path, _checkpoint(held, completed))
             self.log_info(fl_ctx, f"stored the best model: {path}")
@@ -89,7 +94,7 @@ class CheckpointPersistor(ModelPersistor):
             CheckpointError: A file is missing or damaged.
         """
         if not self.initial_file:
-            return convert.learnable({})
+            return global_model.learnable({})
         path = self._shipped(self.initial_file, fl_ctx)
         start = read_start(path)
         if start.round:
@@ -99,7 +104,7 @@ class CheckpointPersistor(ModelPersistor):
             fc.save_checkpoint(self._store(fl_ctx).folder / self.best_model_filename, best)
         spec = fc.ModelSpec.of(start.model)
         self.log_info(fl_ctx, f"round {start.round} starts from {path}: {spec!r}")
-        return convert.learnable(start.model, {**start.extra, "arrays": start.arrays})
+        return global_model.learnable(start.model, {**start.extra, "arrays": start.arrays})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """Store the global model after a round; before that, the round's audit, if there is one.
@@ -112,12 +117,16 @@ class CheckpointPersistor(ModelPersistor):
             CheckpointError: It cannot be written; what is stored is as it was.
         """
         completed = fl_ctx.get_prop(AppConstants.CURRENT_ROUND) + 1
-        store, audit = self._store(fl_ctx), convert.extra_of(model).get("audit")
+        store, audit = self._store(fl_ctx), global_model.extra_of(model).get("audit")
         if audit is not None:
             with replacing(store.folder / f"round-{completed:08d}.audit.json") as file:
                 file.write(audit.encode())
         path = store.save(_checkpoint(model, completed))
         self.log_info(fl_ctx, f"stored the global model: {path}")
+        if self.numpy_file:
+            run = Path(fl_ctx.get_workspace().get_run_dir(fl_ctx.get_job_id())) / self.folder
+            run.mkdir(parents=True, exist_ok=True)
+            np.save(run / self.numpy_file, global_model.model_of(model)[SINGLE_ARRAY_KEY])
 
     def _store(self, fl_ctx: FLContext) -> fc.CheckpointStore:
         root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
@@ -132,8 +141,8 @@ class CheckpointPersistor(ModelPersistor):
 
 def _checkpoint(held: ModelLearnable, completed: int) -> fc.Checkpoint:
     """The checkpoint of a global model; its audit is no part of it."""
-    extra = {"report": {}, **convert.extra_of(held)}
+    extra = {"report": {}, **global_model.extra_of(held)}
     arrays = extra.pop("arrays", {})
     extra.pop("audit", None)
-    checkpoint = round_checkpoint(convert.model_of(held), completed, **extra)
+    checkpoint = round_checkpoint(global_model.model_of(held), completed, **extra)
     return replace(checkpoint, arrays=arrays)

@@ -33,6 +33,7 @@ from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
 from nvflare.recipe.spec import Recipe
 
 import fedavg_core as fc
+from fedavg_core.errors import quoted
 from nvflare_adapter.aggregator import FedAvgAggregator
 from nvflare_adapter.arguments import (
     Arguments,
@@ -46,7 +47,7 @@ from nvflare_adapter.controller import FedAvgController, direction
 from nvflare_adapter.custom_aggregator import CustomAggregator
 from nvflare_adapter.persistor import BEST_FILE, CheckpointPersistor
 from nvflare_adapter.shareable_generator import FedAvgShareableGenerator
-from nvflare_adapter.start import read_start, resumed
+from nvflare_adapter.start import SINGLE_ARRAY_KEY, read_start, resumed
 
 __all__ = ["NumpyFedAvgRecipe"]
 
@@ -236,6 +237,7 @@ class NumpyFedAvgRecipe(Recipe):
             best_file="" if best is None else _BEST_FILE,
         )
         job.to_server(persistor, id="persistor")
+        self._persistor, self._keys = persistor, sorted({} if start is None else start.model)
         if start is None:
             return 0
         folder = Path(tempfile.mkdtemp(prefix="fedavg-"))
@@ -274,6 +276,22 @@ class NumpyFedAvgRecipe(Recipe):
             self._fed_job.to(runner, site)
             # What a training file tells NVFlare's trackers is to reach the server.
             self._fed_job.to(ConvertToFedEvent([ANALYTIC_EVENT_TYPE]), site, id="event_to_fed")
+
+    def add_cse_validator_if_needed(self) -> None:
+        """What NVFlare's `add_cross_site_evaluation` asks of a recipe.
+
+        Its locator of the server's model reads one array from a file. Clients evaluate a model by
+        their own training files, and not by NVFlare's validator, whose numbers are random.
+
+        Raises:
+            UsageError: The model has other parameters than that array.
+        """
+        if self._keys not in ([], [SINGLE_ARRAY_KEY]):
+            raise fc.UsageError(
+                f"add_cross_site_evaluation: expected a model of the array {SINGLE_ARRAY_KEY} "
+                f"alone, got {quoted(self._keys)}"
+            )
+        self._persistor.numpy_file = "server.npy"
 
 
 def _optimizer(given: fc.ServerOptimizer | None) -> dict[str, Any]:

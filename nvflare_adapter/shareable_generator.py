@@ -16,7 +16,7 @@ from nvflare.app_common.abstract.model import ModelLearnable
 from nvflare.app_common.abstract.shareable_generator import ShareableGenerator
 from nvflare.app_common.app_constant import AppConstants
 
-from nvflare_adapter import convert
+from nvflare_adapter import convert, global_model
 from nvflare_adapter.assignment import Assignment
 
 __all__ = ["FedAvgShareableGenerator"]
@@ -52,7 +52,7 @@ class FedAvgShareableGenerator(ShareableGenerator):
             The message.
         """
         if not self._roster:
-            before = convert.extra_of(model_learnable).get("job", {})
+            before = global_model.extra_of(model_learnable).get("job", {})
             present = {client.name for client in fl_ctx.get_engine().get_clients()}
             self._roster = sorted(present.union(before.get("roster", ())))
         start = fl_ctx.get_prop(AppConstants.START_ROUND, 0)
@@ -63,7 +63,7 @@ class FedAvgShareableGenerator(ShareableGenerator):
             seed=self.seed,
             transfer=self.transfer,
         )
-        return convert.message_from_model(convert.model_of(model_learnable), assignment)
+        return convert.message_from_model(global_model.model_of(model_learnable), assignment)
 
     def shareable_to_learnable(self, shareable: Shareable, fl_ctx: FLContext) -> ModelLearnable:
         """The new global model out of the aggregator's result.
@@ -75,8 +75,8 @@ class FedAvgShareableGenerator(ShareableGenerator):
         Returns:
             What the controller is to hold; the former is unchanged.
         """
-        base = convert.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+        base = global_model.model_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
         model, extra = convert.model_from_result(shareable, base)
         report = {"round": fl_ctx.get_prop(AppConstants.CURRENT_ROUND), **extra["report"]}
         job = {"roster": self._roster, "seed": self.seed, "transfer": self.transfer}
-        return convert.learnable(model, {**extra, "report": report, "job": job})
+        return global_model.learnable(model, {**extra, "report": report, "job": job})

@@ -4,7 +4,8 @@
 
 The recipe's arguments are JSON; an aggregator is named by its class in `custom_aggregators`. With
 ``"nvflares": true`` among them the recipe is NVFlare's own, with this package's aggregator in it;
-with ``"tracked": true`` there is a tracker on the server, and NVFlare's reporters that there are.
+with ``"tracked": true`` there is a tracker on the server, and NVFlare's reporters that there are;
+with ``"evaluated": true`` the job ends with NVFlare's cross-site evaluation.
 It fails if the model is not in the folder that the run gives as its result.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from nvflare.app_common.np.recipes import NumpyFedAvgRecipe as NVFlaresRecipe
 from nvflare.recipe.sim_env import SimEnv
+from nvflare.recipe.utils import add_cross_site_evaluation
 
 import fedavg_core as fc
 from nvflare_adapter import FedAvgAggregator, NumpyFedAvgRecipe
@@ -34,13 +36,15 @@ def recipe_of(arguments: dict[str, Any]) -> Any:
         return NVFlaresRecipe(name="job", aggregator=FedAvgAggregator(), **arguments)
     if "aggregator" in arguments:
         arguments["aggregator"] = AGGREGATORS[arguments["aggregator"]]()
-    tracked = arguments.pop("tracked", False)
+    tracked, evaluated = arguments.pop("tracked", False), arguments.pop("evaluated", False)
     recipe = NumpyFedAvgRecipe(name="job", poll_interval=0.05, **arguments)
     if tracked:
         recipe._fed_job.to_server(Tracker(), id="receiver")
         for path in NVFLARES_REPORTERS:
             if find_spec(path.rpartition(".")[0]):
                 recipe._fed_job.to_server(resolve_name(path)())
+    if evaluated:
+        add_cross_site_evaluation(recipe)
     return recipe
 
 

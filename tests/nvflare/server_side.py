@@ -15,7 +15,7 @@ from nvflare.apis.workspace import Workspace
 from nvflare.app_common.app_constant import AppConstants
 
 import fedavg_core as fc
-from nvflare_adapter import convert
+from nvflare_adapter import global_model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Server:
 
     def context(self, model: fc.Params | None = None, round: int = 0, rounds: int = 5) -> FLContext:
         fl_ctx = FLContextManager(self, "server", "simulate_job").new_context()
-        held = convert.learnable(model or {})
+        held = global_model.learnable(model or {})
         for key, value in (
             (AppConstants.GLOBAL_MODEL, held),
             (AppConstants.CURRENT_ROUND, round),

@@ -22,7 +22,13 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
-from nvflare_adapter import CustomAggregator, FedAvgAggregator, FedAvgShareableGenerator, convert
+from nvflare_adapter import (
+    CustomAggregator,
+    FedAvgAggregator,
+    FedAvgShareableGenerator,
+    convert,
+    global_model,
+)
 from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
 from tests.nvflare.server_side import Server, result
 
@@ -175,7 +181,7 @@ def test_a_server_optimizers_state_goes_with_the_model(server: Server) -> None:
     settings = {"learning_rate": 0.5}
     model: Any = {"w": MODEL["w"]}
     state: Any = {}
-    held = convert.learnable(model)
+    held = global_model.learnable(model)
     generator = FedAvgShareableGenerator()
     for number, one in enumerate(updates):
         # Another aggregator in each round, as after a restart.
@@ -190,8 +196,8 @@ def test_a_server_optimizers_state_goes_with_the_model(server: Server) -> None:
         round.offer(fc.Update("site-1", number, {"w": one}, weight=1))
         outcome = round.close()
         model, state = outcome.model, outcome.optimizer_state
-        assert fc.same_bits(convert.model_of(held), model)
-        assert fc.same_bits(convert.extra_of(held)["arrays"], state)
+        assert fc.same_bits(global_model.model_of(held), model)
+        assert fc.same_bits(global_model.extra_of(held)["arrays"], state)
 
 
 def test_nvflares_fedavg_controller_keeps_a_server_optimizers_state(server: Server) -> None:
@@ -525,9 +531,9 @@ def test_a_component_that_is_no_aggregator_is_named(server: Server) -> None:
 def test_the_clients_are_told_the_roster_the_rounds_and_the_seed(server: Server) -> None:
     generator = FedAvgShareableGenerator("DIFF", seed=9)
     fl_ctx = server.context(MODEL, round=2, rounds=6)
-    sent = generator.learnable_to_shareable(convert.learnable(MODEL), fl_ctx)
+    sent = generator.learnable_to_shareable(global_model.learnable(MODEL), fl_ctx)
     server.clients.remove("site-2")
-    again = generator.learnable_to_shareable(convert.learnable(MODEL), fl_ctx)
+    again = generator.learnable_to_shareable(global_model.learnable(MODEL), fl_ctx)
     for message in map(FLModelUtils.from_shareable, (sent, again)):
         told = convert.assignment_of(message)
         assert sorted(told.roster) == ["site-1", "site-10", "site-2"]
@@ -538,18 +544,18 @@ def test_the_generator_makes_a_new_model_and_keeps_what_goes_with_it(server: Ser
     generator = FedAvgShareableGenerator()
     new = {"w": MODEL["w"] + 1}
     report = {"round": 0, "metrics": {"loss": 0.5}}
-    generator.learnable_to_shareable(convert.learnable(MODEL), server.context(MODEL))
+    generator.learnable_to_shareable(global_model.learnable(MODEL), server.context(MODEL))
     held = generator.shareable_to_learnable(
         convert.result_from_model(new, {"report": report}), server.context(MODEL)
     )
-    assert fc.same_bits(convert.model_of(held), {**MODEL, **new})
+    assert fc.same_bits(global_model.model_of(held), {**MODEL, **new})
     job = {"roster": ["site-1", "site-10", "site-2"], "seed": 0, "transfer": "FULL"}
-    assert convert.extra_of(held) == {"report": report, "job": job}
+    assert global_model.extra_of(held) == {"report": report, "job": job}
 
 
 def test_who_was_there_before_a_job_was_resumed_keeps_its_place(server: Server) -> None:
     server.clients = ["site-2", "site-3"]
-    held = convert.learnable(MODEL, {"job": {"roster": ["site-1", "site-2"]}})
+    held = global_model.learnable(MODEL, {"job": {"roster": ["site-1", "site-2"]}})
     sent = FedAvgShareableGenerator().learnable_to_shareable(held, server.context(MODEL))
     told = convert.assignment_of(FLModelUtils.from_shareable(sent))
     assert told.roster == ["site-1", "site-2", "site-3"]

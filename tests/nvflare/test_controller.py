@@ -15,7 +15,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
-from nvflare_adapter import CheckpointPersistor, convert
+from nvflare_adapter import CheckpointPersistor, global_model
 from nvflare_adapter.controller import FedAvgController, direction
 from tests.nvflare.server_side import Server
 
@@ -31,7 +31,7 @@ def begun(server: Server, extra: Any = None, **arguments: Any) -> Any:
     """A controller whose initial model is loaded, in a server that tells it of events."""
     controller = FedAvgController(min_clients=2, num_rounds=100, **arguments)
     server.components["controller"] = controller
-    held = convert.learnable({"w": np.zeros(1)}, extra)
+    held = global_model.learnable({"w": np.zeros(1)}, extra)
     tell(server, AppEventType.INITIAL_MODEL_LOADED, held)
     return controller
 
@@ -52,7 +52,7 @@ def play(server: Server, *values: Any, start: int = 0, metric: str = "accuracy")
             break
         metrics = {} if value is None else {metric: value}
         report = {"round": number, "metrics": metrics}
-        held = convert.learnable({"w": np.full(1, float(number))}, {"report": report})
+        held = global_model.learnable({"w": np.full(1, float(number))}, {"report": report})
         tell(server, AppEventType.AFTER_SHAREABLE_TO_LEARNABLE, held, number)
         tell(server, AppEventType.ROUND_DONE, held, number)
         controller._current_round += 1
@@ -137,7 +137,7 @@ def test_a_job_that_goes_on_decides_as_one_that_was_not_stopped(tmp_path: Path, 
     play(whole, *values)
     begun(first, **arguments)
     held = play(first, *values[:split])
-    begun(second, extra=convert.extra_of(held), start_round=split, **arguments)
+    begun(second, extra=global_model.extra_of(held), start_round=split, **arguments)
     play(second, *values[split:], start=split)
     assert best_rounds(first) + best_rounds(second) == best_rounds(whole) == [0, 1, 4]
     ends = [one.components["controller"]._current_round for one in (whole, second)]
@@ -148,7 +148,7 @@ def test_a_job_that_had_stopped_plays_no_round(server: Server, tmp_path: Path) -
     arguments: Any = {"stop_cond": "accuracy > 0.8"}
     begun(server, **arguments)
     held = play(server, 0.5, 0.9)
-    again = begun(Server(tmp_path), extra=convert.extra_of(held), start_round=2, **arguments)
+    again = begun(Server(tmp_path), extra=global_model.extra_of(held), start_round=2, **arguments)
     assert again._num_rounds == 0
 
 

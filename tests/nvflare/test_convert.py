@@ -21,7 +21,7 @@ from nvflare.fuel.utils import fobs
 
 import fedavg_core as fc
 from fedavg_core.outcome import Failure
-from nvflare_adapter import convert
+from nvflare_adapter import convert, global_model
 from nvflare_adapter.assignment import Assignment
 from tests.nvflare.server_side import Server, result
 from tests.nvflare.training import mixed
@@ -249,10 +249,10 @@ def test_a_result_that_is_no_parameters_is_refused() -> None:
 
 
 def test_what_goes_with_the_model_stays_with_it() -> None:
-    held = convert.learnable({"a": np.ones(1)}, {"report": {"round": 2}})
-    convert.extra_of(held)["roster"] = ["site-1"]
-    assert convert.extra_of(held) == {"report": {"round": 2}, "roster": ["site-1"]}
-    assert fc.same_bits(convert.model_of(held), {"a": np.ones(1)})
-    assert convert.model_of(None) == {}
-    assert convert.extra_of(convert.learnable({})) == {}
-    assert convert.extra_of(make_model_learnable({}, {})) == {}
+    held = global_model.learnable({"a": np.ones(1)}, {"report": {"round": 2}})
+    global_model.extra_of(held)["roster"] = ["site-1"]
+    assert global_model.extra_of(held) == {"report": {"round": 2}, "roster": ["site-1"]}
+    assert fc.same_bits(global_model.model_of(held), {"a": np.ones(1)})
+    assert global_model.model_of(None) == {}
+    assert global_model.extra_of(global_model.learnable({})) == {}
+    assert global_model.extra_of(make_model_learnable({}, {})) == {}

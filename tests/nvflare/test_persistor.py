@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("nvflare")
 
 import fedavg_core as fc
-from nvflare_adapter import CheckpointPersistor, convert
+from nvflare_adapter import CheckpointPersistor, global_model
 from tests.nvflare.server_side import Server
 from tests.nvflare.training import mixed
 
@@ -39,12 +39,12 @@ def test_round_0_starts_from_the_file_that_came_with_the_job(server: Server, pla
     path = app_folder(server, place) / "start"
     fc.save_checkpoint(path, fc.Checkpoint(model=model, round=0))
     held = CheckpointPersistor("start").load_model(server.context())
-    assert fc.same_bits(convert.model_of(held), model)
+    assert fc.same_bits(global_model.model_of(held), model)
 
 
 def test_without_a_file_there_is_no_model_yet(server: Server) -> None:
     held = CheckpointPersistor().load_model(server.context())
-    assert convert.model_of(held) == {}
+    assert global_model.model_of(held) == {}
     assert held.is_empty()
 
 
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_an_error_and_never_another_model(server: Server, dama
 def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server: Server) -> None:
     model = mixed.initial_model(4)
     report = {"round": 2, "metrics": {"loss": 0.1}, "accepted": {"site-1": 3}}
-    held = convert.learnable(model, {"report": report, "roster": ["site-1"]})
+    held = global_model.learnable(model, {"report": report, "roster": ["site-1"]})
     CheckpointPersistor().save_model(held, server.context(round=2))
     checkpoint = stored(server).load()
     assert fc.same_bits(checkpoint.model, model)
@@ -79,7 +79,7 @@ def test_a_round_is_stored_with_its_report_and_read_back_to_the_bit(server: Serv
 def test_only_the_newest_are_kept(server: Server) -> None:
     persistor = CheckpointPersistor(keep=2)
     for number in range(5):
-        held = convert.learnable({"w": np.array([number])})
+        held = global_model.learnable({"w": np.array([number])})
         persistor.save_model(held, server.context(round=number))
     rounds = [fc.load_checkpoint(path).round for path in stored(server).paths()]
     assert rounds == [4, 5]
@@ -93,8 +93,8 @@ def test_another_programs_file_on_the_server_is_a_start(server: Server, tmp_path
         CheckpointPersistor(str(tmp_path / f"start.{kind}")).load_model(server.context())
         for kind in ("npz", "npy")
     ]
-    assert fc.same_bits(convert.model_of(held[0]), {"a": np.arange(3.0)})
-    assert fc.same_bits(convert.model_of(held[1]), {"numpy_key": np.arange(2, dtype=np.int16)})
+    assert fc.same_bits(global_model.model_of(held[0]), {"a": np.arange(3.0)})
+    assert fc.same_bits(global_model.model_of(held[1]), {"numpy_key": np.arange(2, dtype=np.int16)})
 
 
 def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Server) -> None:
@@ -104,11 +104,11 @@ def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Se
     fc.save_checkpoint(folder / "start", start)
     fc.save_checkpoint(folder / "best", fc.Checkpoint({"w": np.zeros(2)}, round=1))
     held = CheckpointPersistor("start", best_file="best").load_model(server.context())
-    assert convert.extra_of(held) == {**extra, "arrays": {}}
+    assert global_model.extra_of(held) == {**extra, "arrays": {}}
     assert fc.same_bits(stored(server).load().model, start.model)
     best = fc.load_checkpoint(stored(server).folder / "best_model.npz")
     assert fc.same_bits(best.model, {"w": np.zeros(2)})
-    held = convert.learnable({"w": np.zeros(2)})
+    held = global_model.learnable({"w": np.zeros(2)})
     CheckpointPersistor().save_model(held, server.context(round=3))
     assert [path.name for path in stored(server).paths()] == [
         "round-00000003.npz",
@@ -119,7 +119,7 @@ def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Se
 def test_what_is_no_json_is_stored_in_its_place(server: Server) -> None:
     state = {"momentum/w": np.ones(2)}
     extra = {"report": {"round": 0}, "arrays": state, "audit": "what happened"}
-    held = convert.learnable({"w": np.zeros(2)}, extra)
+    held = global_model.learnable({"w": np.zeros(2)}, extra)
     CheckpointPersistor().save_model(held, server.context(round=0))
     folder = stored(server).folder
     assert (folder / "round-00000001.audit.json").read_text() == "what happened"
@@ -128,4 +128,12 @@ def test_what_is_no_json_is_stored_in_its_place(server: Server) -> None:
     assert checkpoint.extra == {"report": {"round": 0}}
     app_folder(server, "config")
     again = CheckpointPersistor(str(stored(server).paths()[-1])).load_model(server.context())
-    assert fc.same_bits(convert.extra_of(again)["arrays"], state)
+    assert fc.same_bits(global_model.extra_of(again)["arrays"], state)
+
+
+def test_a_single_array_is_stored_as_nvflares_own_persistor_does_too(server: Server) -> None:
+    persistor = CheckpointPersistor(numpy_file="server.npy")
+    held = global_model.learnable({"numpy_key": np.arange(3)})
+    persistor.save_model(held, server.context())
+    kept = np.load(server.folder / "simulate_job" / "models" / "server.npy")
+    assert kept.tolist() == [0, 1, 2]

@@ -21,6 +21,7 @@ from nvflare.app_common.np.recipes import NumpyFedAvgRecipe as NVFlaresRecipe
 from nvflare.client.config import ExchangeFormat, TransferType
 from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.spec import Recipe
+from nvflare.recipe.utils import add_cross_site_evaluation
 
 import fedavg_core as fc
 from nvflare_adapter import FedAvgAggregator, NumpyFedAvgRecipe
@@ -636,3 +637,15 @@ def test_which_metric_is_better_is_what_nvflares_recipe_takes(given: Any, expect
     (workflow,) = recipe(**given)._fed_job._deploy_map["server"].app_config.workflows
     controller = workflow.controller
     assert (controller.key_metric, controller.key_metric_mode) == expected
+
+
+def test_nvflares_cross_site_evaluation_finds_the_model_where_it_looks(tmp_path: Path) -> None:
+    made = recipe(model=[1.0, 2.0])
+    add_cross_site_evaluation(made)
+    made.export(str(tmp_path))
+    app = tmp_path / made.name / "app"
+    assert components_of(app)["persistor"].numpy_file == "server.npy"
+    names = [one["path"].rpartition(".")[2] for one in server_config(app)["workflows"]]
+    assert names == ["FedAvgController", "CrossSiteModelEval"]
+    with pytest.raises(fc.UsageError, match=r"of the array numpy_key alone, got \['w'\]"):
+        add_cross_site_evaluation(recipe(model=MODEL))

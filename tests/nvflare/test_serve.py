@@ -37,11 +37,26 @@ class Rounds:
     ) -> None:
         self.sent: list[Any] = []
         self.transfer, self.rounds, self.model, self.name = transfer, rounds, model, name
-        for function in ("init", "is_running", "receive", "get_site_name", "send"):
+        self.task = "train"
+        for function in (
+            "is_train",
+            "is_evaluate",
+            "init",
+            "is_running",
+            "receive",
+            "get_site_name",
+            "send",
+        ):
             monkeypatch.setattr(flare, function, getattr(self, function))
 
     def init(self) -> None:
         pass
+
+    def is_train(self) -> bool:
+        return self.task == "train"
+
+    def is_evaluate(self) -> bool:
+        return self.task == "evaluate"
 
     def is_running(self) -> Any:
         return len(self.sent) < self.rounds
@@ -157,3 +172,20 @@ def test_what_train_raised_is_in_the_log_with_the_lines_that_led_there(
         serve(lambda params, context: 1 / 0)  # type: ignore[arg-type, return-value]
     assert "Traceback" in caplog.text
     assert "lambda params, context: 1 / 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluate", "expected"),
+    [
+        ("evaluate", lambda model: {"sum": np.float32(model["w"].sum())}, {"sum": 3.0}),
+        ("evaluate", None, {}),
+        ("submit_model", lambda model: {"sum": 1}, {}),
+    ],
+)
+def test_other_tasks_than_training_are_answered(
+    monkeypatch: pytest.MonkeyPatch, task: str, evaluate: Any, expected: Any
+) -> None:
+    rounds = Rounds(monkeypatch, "FULL", rounds=1)
+    rounds.task = task
+    serve(in_place, evaluate)
+    assert [(message.params, message.metrics) for message in rounds.sent] == [(None, expected)]

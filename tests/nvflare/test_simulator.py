@@ -167,9 +167,18 @@ def test_clients_start_from_their_own_model_where_none_is_given(tmp_path: Path) 
 def test_a_client_script_of_nvflares_own_kind_is_served(tmp_path: Path) -> None:
     start = [[1, 2], [3, 16777217]]
     model = last_model(
-        tmp_path, 2, "plain_client.py", initial_model=start, params_transfer_type="DIFF"
+        tmp_path,
+        2,
+        "plain_client.py",
+        initial_model=start,
+        params_transfer_type="DIFF",
+        evaluated=True,
     )
     assert fc.same_bits(model, {"numpy_key": np.array([[3.0, 4.0], [5.0, 16777219.0]])})
+    results = tmp_path / "job" / "server" / "simulate_job" / "cross_site_val"
+    found = json.loads((results / "cross_val_results.json").read_text())
+    measured = {"weight_mean": float(model["numpy_key"].mean())}
+    assert [found[site]["SRV_server"] for site in ("site-1", "site-2")] == [measured] * 2
 
 
 @pytest.mark.parametrize(("aggregator", "expected"), [("Maximum", 206.0), ("WithoutSecond", 12.0)])
