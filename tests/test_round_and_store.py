@@ -23,6 +23,7 @@ from fedavg_core.checkpoint import Checkpoint, CheckpointStore
 from fedavg_core.errors import CheckpointError, Reason
 from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, same_bits
+from fedavg_core.replay import verify
 from fedavg_core.round import Round, RoundState
 from fedavg_core.testing.strategies import weights
 from fedavg_core.update import TransferType, Update
@@ -69,7 +70,9 @@ class Server(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.round = Round(self.model, self.number, min_updates=self.least, transfer=self.transfer)
+        self.round = Round(
+            self.model, self.number, min_updates=self.least, transfer=self.transfer, audit=True
+        )
         self.counted, self.refusals = {}, 0
 
     def update(self, name: str, params: Any, weight: Any, **more: Any) -> Update:
@@ -152,6 +155,9 @@ class Server(RuleBasedStateMachine):
         else:
             assert same_bits(outcome.model, self.model)
         assert len(outcome.refused) == self.refusals
+        assert outcome.audit is not None
+        updates = {name: params for name, (params, _) in self.counted.items()}
+        assert verify(outcome.audit, updates, self.model).same_bits
         self.model = outcome.model
         self.number += 1
         self.open()
