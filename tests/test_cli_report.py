@@ -123,7 +123,8 @@ def test_the_page_of_a_run_tells_what_happened(tmp_path: Path, capsys: Capture) 
     assert (code, out, err) == (0, f"report: {folder / 'report.html'}\n", "")
     text = Texts((folder / "report.html").read_bytes()).text
     assert "|training.py|" in text
-    assert "4 clients, 50% of them a round · full updates · exact mean · fedadam · seed 0" in text
+    assert "4 clients, 50% of them a round · full updates · exact mean · fedadam as server" in text
+    assert "optimizer (learning_rate 0.1, beta1 0.9, tau 0.001, beta2 0.99) · seed 0" in text
     assert "|rounds|3|of 3|" in text
     assert "|updates averaged|6|0 refused, 0 clients failed|" in text
     assert "Every update was averaged." in text

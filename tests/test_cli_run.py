@@ -128,6 +128,25 @@ def test_the_server_optimizer_is_the_one_asked_for_and_goes_on_after_a_stop(
         assert "to resume" in fails(capsys, *shared, "--rounds", 5)
 
 
+@pytest.mark.parametrize("text", ["median", "trimmed-mean:trim=0.25", "multi-krum:faulty=0,keep=3"])
+def test_a_robust_mean_stands_in_for_the_mean_and_goes_on_after_a_stop(
+    training: Path, tmp_path: Path, capsys: Capture, text: str
+) -> None:
+    folder = tmp_path / "run"
+    shared = ["run", training, "--clients", 4, "--checkpoint", folder, "--resume"]
+    for rounds in (2, 4):
+        assert run(capsys, *shared, "--rounds", rounds, "--accumulator", text)[0] == 0
+    wanted = {
+        "median": fc.robust_mean("median"),
+        "trimmed-mean": fc.robust_mean("trimmed-mean", trim=0.25),
+        "multi-krum": fc.robust_mean("multi-krum", faulty=0, keep=3),
+    }[text.partition(":")[0]]
+    assert fc.same_bits(final(folder), in_memory(training, accumulator=wanted).model)
+    assert read_settings(folder)["accumulator"] == wanted.settings()
+    assert "to resume" in fails(capsys, *shared, "--rounds", 5)
+    assert run(capsys, "report", folder)[0] == 0
+
+
 def test_the_record_tells_what_happened(training: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "run"
     given = ["--clients", 3, "--rounds", 2, "--checkpoint", folder]
@@ -505,6 +524,11 @@ def test_an_evaluation_that_fails_is_one_line(
         (["t.py", "--optimizer", "fedadam:x=1"], "argument --optimizer: server optimizer fedadam:"),
         (["t.py", "--optimizer", "fedadam:tau"], "argument --optimizer: expected settings as name"),
         (["t.py", "--optimizer", "fedadam:tau=0"], "argument --optimizer: tau: expected a finite "),
+        (["t.py", "--accumulator", "x"], "argument --accumulator: robust mean: expected one of me"),
+        (["t.py", "--accumulator", "krum:x=1"], "argument --accumulator: robust mean krum: expec"),
+        (["t.py", "--accumulator", "clipped-mean"], "accumulator: a clipped-mean is of differenc"),
+        (["t.py", "--accumulator", "krum:name=3"], "argument --accumulator: expected settings as"),
+        (["t.py", "--accumulator", "krum:spec=3"], "argument --accumulator: expected settings as"),
         (["t.py", "--resume"], "--resume: expected --checkpoint DIR as well"),
         (["t.py", "--checkpoint", "t.py"], "--checkpoint: expected a folder, got t.py"),
         (["t.py", "--checkpoint", "t.py", "--resume"], "--checkpoint: expected a folder, got t.py"),

@@ -7,17 +7,22 @@ import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar, get_args
 
+from fedavg_core.accumulator import Accumulator
 from fedavg_core.cli.console import say
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.robust import robust_mean
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 
+T = TypeVar("T")
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 __all__ = [
     "Parser",
     "Subparsers",
+    "accumulator",
     "byte_count",
     "check_new",
     "fraction",
@@ -27,6 +32,7 @@ __all__ = [
     "whole",
 ]
 
+_NO_SETTINGS = ("name", "spec")
 _PATH_LENGTH = 300
 _SIZE = re.compile(r"([0-9]{1,18})(?:([KMGT]?)(i?)B)?", re.IGNORECASE | re.ASCII)
 
@@ -104,20 +110,32 @@ def weights(text: str) -> list[float]:
     return found
 
 
+def accumulator(text: str) -> str | RobustMean:
+    """The arithmetic of a mean, or a robust mean such as ``trimmed-mean:trim=0.2``."""
+    return text if text in get_args(Accumulator) else _named(robust_mean, text)
+
+
 def optimizer(text: str) -> ServerOptimizer:
     """A server optimizer, such as ``fedadam`` or ``fedadam:learning_rate=0.03,tau=0.01``."""
+    return _named(optimizer_named, text)
+
+
+def _named(make: Callable[..., T], text: str) -> T:
+    """What a name and settings stand for."""
     name, _, rest = text.partition(":")
-    settings = {}
+    settings: dict[str, float] = {}
     for part in rest.split(",") if rest else ():
-        setting, _, value = part.partition("=")
+        setting, _, value = map(str.strip, part.partition("="))
         try:
-            settings[setting.strip()] = float(value)
+            if setting in _NO_SETTINGS:
+                raise ValueError(setting)
+            settings[setting] = int(value) if value.isdecimal() else float(value)
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"expected settings as name=number with commas between them, got {quoted(part)}"
             ) from None
     try:
-        return optimizer_named(name, **settings)
+        return make(name, **settings)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -21,7 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from fedavg_core.checkpoint import replacing
-from fedavg_core.cli.arguments import Subparsers, fraction, optimizer, package_version, whole
+from fedavg_core.cli.arguments import (
+    Subparsers,
+    accumulator,
+    fraction,
+    optimizer,
+    package_version,
+    whole,
+)
 from fedavg_core.cli.console import name_shown, open_console, print_json, print_line, printable
 from fedavg_core.cli.run_log import (
     RoundRecord,
@@ -36,6 +43,7 @@ from fedavg_core.errors import FedAvgError, UsageError
 from fedavg_core.federation import Federation
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.update import TransferType
 
 __all__ = ["add_commands"]
@@ -70,9 +78,12 @@ def add_commands(commands: Subparsers) -> None:
     )
     add(
         "--accumulator",
-        choices=("exact", "float64", "float32"),
+        type=accumulator,
         default="exact",
-        help="the arithmetic of the mean (default: %(default)s)",
+        metavar="NAME[:SETTING=NUMBER,...]",
+        help="the arithmetic of the mean: exact, float64 or float32; or a robust mean: median, "
+        "trimmed-mean, krum, multi-krum, geometric-median or clipped-mean, such as "
+        "trimmed-mean:trim=0.2 (default: %(default)s)",
     )
     add(
         "--optimizer",
@@ -171,13 +182,16 @@ class _Recorder(Observer):
         if self._begun:
             return
         read = self._read
-        names = ("clients", "rounds", "fraction", "transfer", "accumulator", "seed")
+        names = ("clients", "rounds", "fraction", "transfer", "seed")
         settings = {name: getattr(read, name) for name in names}
         write_settings(
             self._folder,
             {
                 "training_file": read.train.name,
                 **settings,
+                "accumulator": read.accumulator.settings()
+                if isinstance(read.accumulator, RobustMean)
+                else read.accumulator,
                 "optimizer": None if read.optimizer is None else read.optimizer.settings(),
                 "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "versions": {

@@ -7,7 +7,7 @@ contributors are text, whatever they hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -79,8 +79,21 @@ def _told_settings(settings: dict[str, Any]) -> str:
     told = [f"{settings.get('clients')} clients"]
     if isinstance(share, float) and 0 < share < 1:
         told = [f"{told[0]}, {share:.0%} of them a round"]
-    told += [f"{settings.get('transfer')} updates", f"{settings.get('accumulator')} mean"]
-    if isinstance(optimizer, dict):
-        told.append(str(optimizer.get("name")))
+    told += [f"{settings.get('transfer')} updates", _told(settings.get("accumulator"), "mean")]
+    if optimizer is not None:
+        told.append(_told(optimizer, "as server optimizer"))
     told += [f"seed {settings.get('seed')}", f"begun {begun}"]
     return shown(" · ".join(told), 400)
+
+
+def _told(setting: object, what: str) -> str:
+    """A setting that is a name, or a name and its own settings."""
+    if not isinstance(setting, dict):
+        return f"{setting} {what}"
+    rest = (f"{name} {value}" for name, value in setting.items() if name != "name")
+    return " ".join([str(setting.get("name")), what, *_in_brackets(rest)])
+
+
+def _in_brackets(parts: Iterable[str]) -> list[str]:
+    inside = ", ".join(parts)
+    return [f"({inside})"] if inside else []
