@@ -69,6 +69,7 @@ class FedAvgAggregator(ModelAggregator):
             where the mean is the next model.
         optimizer_settings: Its settings.
         audit: Whether to keep what it takes to see later that the model is what it should be.
+        keep_open: Whether to keep, after each update, what the open round has received.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class FedAvgAggregator(ModelAggregator):
         server_optimizer: str = "",
         optimizer_settings: Mapping[str, Any] | None = None,
         audit: bool = False,
+        keep_open: bool = False,
     ) -> None:
         Aggregator.__init__(self)
         ModelAggregator.__init__(self)
@@ -92,11 +94,13 @@ class FedAvgAggregator(ModelAggregator):
         self.server_optimizer = server_optimizer
         self.optimizer_settings = optimizer_settings
         self.audit = audit
+        self.keep_open = keep_open
         self._lock = threading.Lock()
         self._round: fc.Round | None = None
         self._failed: dict[str, fc.Failure] = {}
         self._clients: list[str] = []
         self._received: Counter[str] = Counter()
+        self._known: set[str] = set()
         self._mean: fc.WeightedMean | None = None
         self._spec: fc.ModelSpec | None = None
         self._state: fc.Params = {}
@@ -112,8 +116,8 @@ class FedAvgAggregator(ModelAggregator):
             self.fl_ctx = fl_ctx
         if event_type == AppEventType.ROUND_STARTED:
             with self._lock:
+                self._failed, self._received, self._known = {}, Counter(), set()
                 self._round = self._open(fl_ctx)
-                self._failed, self._received = {}, Counter()
                 self._clients = [client.name for client in fl_ctx.get_engine().get_clients()]
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             result = fl_ctx.get_prop(FLContextKey.TASK_RESULT)
@@ -121,23 +125,33 @@ class FedAvgAggregator(ModelAggregator):
                 self.accept(result, fl_ctx)
 
     def _open(self, fl_ctx: FLContext) -> fc.Round:
-        held = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+        held, number = (
+            fl_ctx.get_prop(name)
+            for name in (AppConstants.GLOBAL_MODEL, AppConstants.CURRENT_ROUND)
+        )
         model = global_model.model_of(held)
-        state = None if held is None else global_model.extra_of(held).get("arrays")
+        extra = {} if held is None else global_model.extra_of(held)
+        state, kept = extra.get("arrays", self._state), extra.pop("open", None)
         named, settings = self.server_optimizer, self.optimizer_settings or {}
+        optimizer = fc.optimizer_named(named, **settings) if named else None
+        if kept is not None and kept.round == number:
+            round = fc.Round.from_state(kept.extra["round"], kept.arrays, model, optimizer, state)
+            self._received.update(kept.extra["received"])
+            self._known = {receipt.contributor for receipt in round.accepted}
+            return round
         spec = self._asked().averaged(fc.ModelSpec.of(model))
         if model and spec != self._spec:
             self._mean, self._spec = fc.WeightedMean(spec, accumulator=self.accumulator), spec
         return fc.Round(
             model,
-            fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
+            number,
             min_updates=self.min_updates,
             transfer=fc.TransferType(self.transfer),
             limits=self._asked(),
             accumulator=self._mean if model and self._mean is not None else self.accumulator,
             audit=self.audit,
-            server_optimizer=fc.optimizer_named(named, **settings) if named else None,
-            optimizer_state=self._state if state is None else state,
+            server_optimizer=optimizer,
+            optimizer_state=state,
         )
 
     def _asked(self) -> fc.Limits:
@@ -157,6 +171,8 @@ class FedAvgAggregator(ModelAggregator):
         problem = self._take(shareable, fl_ctx)
         if problem is not None:
             self.log_warning(fl_ctx, problem)
+        elif self.keep_open:
+            self._keep(fl_ctx)
         return problem is None
 
     def accept_model(self, model: Any) -> None:
@@ -185,12 +201,29 @@ class FedAvgAggregator(ModelAggregator):
                         self._failed[answer.contributor] = answer
                         return f"{answer.contributor} failed: {answer.problem}"
                     answer = fc.Update(answer.contributor, answer.round, params={}, weight=1)
+                if self._known and answer.contributor in self._known:
+                    self._known.remove(answer.contributor)  # once, it is what came before
+                    return None
                 receipt = self._round.offer(self._weighted(answer))
                 if receipt.accepted:
                     self._received.update(k for k in answer.params if isinstance(k, str))
         except Exception as error:  # an exception here would end the round for everyone
             return f"refused: {one_line(error)}"
         return None if receipt.accepted else f"refused: {receipt.detail}"
+
+    def _keep(self, fl_ctx: FLContext) -> None:
+        """Have the persistor store what the open round has received."""
+        try:
+            persistor = fl_ctx.get_engine().get_component(AppConstants.DEFAULT_PERSISTOR_ID)
+            with self._lock:
+                if self._round is not None and self._round.status is fc.RoundState.OPEN:
+                    state, arrays = self._round.state()
+                    extra = {"round": state, "received": dict(self._received)}
+                    persistor.save_open(
+                        fc.Checkpoint({}, self._round.number, extra=extra, arrays=arrays), fl_ctx
+                    )
+        except Exception as error:  # as in accept
+            self.log_warning(fl_ctx, f"the open round could not be kept: {one_line(error)}")
 
     def _weighted(self, update: fc.Update) -> fc.Update:
         factor = (self.aggregation_weights or {}).get(update.contributor)

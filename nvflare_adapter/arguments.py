@@ -51,7 +51,14 @@ _RUNNER_NAMES = {
 }
 """What NVFlare's runner of a client's file calls arguments that have other names there."""
 
-_OURS = ("exclude_vars", "aggregation_weights", "max_norm", "server_optimizer", "audit")
+_OURS = (
+    "exclude_vars",
+    "aggregation_weights",
+    "max_norm",
+    "server_optimizer",
+    "audit",
+    "keep_open",
+)
 """What the exact mean can do, and another aggregator is not asked to."""
 
 
@@ -63,28 +70,16 @@ def _value(member: Any) -> Any:
     return getattr(member, "value", member)
 
 
-def _must(hold: Callable[[Any], bool]) -> AfterValidator:
+def _must(hold: Callable[[Any], Any]) -> AfterValidator:
     def check(value: Any) -> Any:
-        if value is not None and not hold(value):
-            raise ValueError
-        return value
+        try:
+            if value is None or hold(value):
+                return value
+        except Exception as error:
+            raise ValueError from error
+        raise ValueError
 
     return AfterValidator(check)
-
-
-def _is_script(path: str) -> bool:
-    return path.endswith(".py") and Path(path).is_file()
-
-
-def _is_condition(text: str) -> bool:
-    return bool(direction(text)[0])
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text))
-    except re.error:
-        return False
 
 
 def _says(expected: str) -> Any:
@@ -114,7 +109,9 @@ class RunnerArguments(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     train_script: Annotated[
-        StrictStr, _must(_is_script), _says("the path of a Python file that exists")
+        StrictStr,
+        _must(lambda path: path.endswith(".py") and Path(path).is_file()),
+        _says("the path of a Python file that exists"),
     ]
     train_args: _Text
     launch_external_process: _YesNo
@@ -171,13 +168,15 @@ class Arguments(RunnerArguments):
     key_metric: _Text
     key_metric_mode: Annotated[Literal["max", "min"] | None, _says("'max', 'min', or None")]
     stop_cond: Annotated[
-        StrictStr | None, _must(_is_condition), _says("'<metric> <op> <number>', or None")
+        StrictStr | None,
+        _must(lambda text: direction(text)[0]),
+        _says("'<metric> <op> <number>', or None"),
     ]
     patience: Annotated[_Count | None, _says("an integer of at least 1, or None")]
     best_model_filename: _FileName
     save_filename: _FileName
     exclude_vars: Annotated[
-        StrictStr | None, _must(_is_pattern), _says("a regular expression, or None")
+        StrictStr | None, _must(re.compile), _says("a regular expression, or None")
     ]
     aggregation_weights: Annotated[
         dict[str, _Seconds | StrictInt] | None,
@@ -203,6 +202,7 @@ class Arguments(RunnerArguments):
         _says("a checkpoint, or a folder of them, that exists here, or None"),
     ]
     keep_checkpoints: _Count
+    keep_open: _YesNo
     poll_interval: Annotated[_Seconds | None, _says("seconds above 0, or None")]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nvflare.apis.fl_context import FLContext
@@ -24,7 +25,7 @@ import fedavg_core as fc
 from fedavg_core.checkpoint import replacing
 from nvflare_adapter import global_model
 from nvflare_adapter.report import round_checkpoint
-from nvflare_adapter.start import SINGLE_ARRAY_KEY, read_start
+from nvflare_adapter.start import OPEN_FILE, SINGLE_ARRAY_KEY, read_start
 
 __all__ = ["BEST_FILE", "CheckpointPersistor"]
 
@@ -42,6 +43,7 @@ class CheckpointPersistor(ModelPersistor):
         keep: How many checkpoints to keep, the newest.
         best_model_filename: The name of the best model's file, in that folder.
         best_file: The name of the file, shipped with the job, of the best model so far.
+        open_file: The same of what the first round has received already.
         numpy_file: Where to store the model in addition, if it is a single array, as NVFlare's own
             persistor does; empty for nowhere.
     """
@@ -53,6 +55,7 @@ class CheckpointPersistor(ModelPersistor):
         keep: int = 3,
         best_model_filename: str = BEST_FILE,
         best_file: str = "",
+        open_file: str = "",
         numpy_file: str = "",
     ) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class CheckpointPersistor(ModelPersistor):
         self.keep = keep
         self.best_model_filename = best_model_filename
         self.best_file = best_file
+        self.open_file = open_file
         self.numpy_file = numpy_file
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -104,7 +108,10 @@ class CheckpointPersistor(ModelPersistor):
             fc.save_checkpoint(self._store(fl_ctx).folder / self.best_model_filename, best)
         spec = fc.ModelSpec.of(start.model)
         self.log_info(fl_ctx, f"round {start.round} starts from {path}: {spec!r}")
-        return global_model.learnable(start.model, {**start.extra, "arrays": start.arrays})
+        extra: dict[str, Any] = {**start.extra, "arrays": start.arrays}
+        if self.open_file:
+            extra["open"] = fc.load_checkpoint(self._shipped(self.open_file, fl_ctx))
+        return global_model.learnable(start.model, extra)
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """Store the global model after a round; before that, the round's audit, if there is one.
@@ -127,6 +134,18 @@ class CheckpointPersistor(ModelPersistor):
             run = Path(fl_ctx.get_workspace().get_run_dir(fl_ctx.get_job_id())) / self.folder
             run.mkdir(parents=True, exist_ok=True)
             np.save(run / self.numpy_file, global_model.model_of(model)[SINGLE_ARRAY_KEY])
+
+    def save_open(self, received: fc.Checkpoint, fl_ctx: FLContext) -> None:
+        """Store what an open round has received.
+
+        Args:
+            received: The aggregator's state; only read.
+            fl_ctx: The context.
+
+        Raises:
+            CheckpointError: It cannot be written; what is stored is as it was.
+        """
+        fc.save_checkpoint(self._store(fl_ctx).folder / OPEN_FILE, received)
 
     def _store(self, fl_ctx: FLContext) -> fc.CheckpointStore:
         root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())

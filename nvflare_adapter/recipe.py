@@ -51,9 +51,6 @@ from nvflare_adapter.start import SINGLE_ARRAY_KEY, read_start, resumed
 
 __all__ = ["NumpyFedAvgRecipe"]
 
-_START_FILE = "initial_model.npz"
-_BEST_FILE = "best_so_far.npz"
-
 
 class NumpyFedAvgRecipe(Recipe):
     """An NVFlare job of federated averaging, on NumPy arrays, with the exact mean.
@@ -107,6 +104,8 @@ class NumpyFedAvgRecipe(Recipe):
         start_from: A checkpoint of another job, or the folder with its checkpoints: go on where it
             ended, with the bits that it would have had. Other arguments stay as they were.
         keep_checkpoints: How many rounds' models to keep, the newest.
+        keep_open: Whether to keep, after each update, what a round has received so far, for a job
+            that goes on in the middle of it. It is larger than the model.
         poll_interval: How often server and clients look for each other's news, in seconds; None
             leaves it to NVFlare, which takes its time (up to 2 s). Small values suit a simulation.
 
@@ -156,6 +155,7 @@ class NumpyFedAvgRecipe(Recipe):
         audit: bool = False,
         start_from: str | Path | None = None,
         keep_checkpoints: int = 3,
+        keep_open: bool = False,
         poll_interval: float | None = None,
     ) -> None:
         arguments = checked(Arguments, locals())
@@ -185,6 +185,7 @@ class NumpyFedAvgRecipe(Recipe):
                 arguments.aggregation_weights,
                 **_optimizer(arguments.server_optimizer),
                 audit=arguments.audit,
+                keep_open=arguments.keep_open,
             )
         elif isinstance(arguments.aggregator, FedAvgAggregator):
             aggregator = arguments.aggregator
@@ -218,38 +219,38 @@ class NumpyFedAvgRecipe(Recipe):
         """Add the persistor, and the files of what the job starts from; say with which round."""
         best_name = arguments.best_model_filename or arguments.save_filename or BEST_FILE
         given = arguments.initial_model if arguments.model is None else arguments.model
-        start, best, path = None, None, arguments.initial_ckpt or ""
+        path, files = arguments.initial_ckpt or "", {}
         if arguments.start_from is not None:
             rounds, seed = arguments.num_rounds, arguments.seed
             job_now = {"num_rounds": rounds, "seed": seed, "transfer": transfer.value}
-            start, best = resumed(arguments.start_from, best_name, job_now, given)
+            files = resumed(arguments.start_from, best_name, job_now, given)
             # A round that is never used checks that the optimizer can go on with the state.
-            optimizer, state = arguments.server_optimizer, start.arrays
-            fc.Round(start.model, 0, server_optimizer=optimizer, optimizer_state=state)
+            start, optimizer = files["initial_file"], arguments.server_optimizer
+            fc.Round(start.model, 0, server_optimizer=optimizer, optimizer_state=start.arrays)
         elif path and not Path(path).is_absolute():
-            start = read_start(Path(path))
+            files["initial_file"] = read_start(Path(path))
         elif not path and given is not None:
-            start = fc.Checkpoint(given, round=0)
-        persistor = CheckpointPersistor(
-            initial_file=path if start is None else _START_FILE,
+            files["initial_file"] = fc.Checkpoint(given, round=0)
+        self._persistor = CheckpointPersistor(
             keep=arguments.keep_checkpoints,
             best_model_filename=best_name,
-            best_file="" if best is None else _BEST_FILE,
+            **{"initial_file": path, **{name: f"{name}.npz" for name in files}},
         )
-        job.to_server(persistor, id="persistor")
-        self._persistor, self._keys = persistor, sorted({} if start is None else start.model)
-        if start is None:
+        job.to_server(self._persistor, id="persistor")
+        self._keys: list[str] = []
+        if not files:
             return 0
         folder = Path(tempfile.mkdtemp(prefix="fedavg-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for name, checkpoint in ((_START_FILE, start), (_BEST_FILE, best)):
-            if checkpoint is not None:
-                fc.save_checkpoint(folder / name, checkpoint)
-                if hasattr(job, "add_file_to_server"):
-                    job.add_file_to_server(str(folder / name), app_folder_type="config")
+        for name, checkpoint in files.items():
+            file = folder / f"{name}.npz"
+            fc.save_checkpoint(file, checkpoint)
+            if hasattr(job, "add_file_to_server"):
+                job.add_file_to_server(str(file), app_folder_type="config")
         if not hasattr(job, "add_file_to_server"):  # nvflare 2.7.0: they go to the custom folder
             job.to_server(str(folder))
-        return start.round
+        self._keys = sorted(files["initial_file"].model)
+        return files["initial_file"].round
 
     def _apply_per_site_config(self, config: Mapping[str, dict[str, Any]]) -> None:
         """Check what is another for some clients; NVFlare's `set_per_site_config` calls it too."""

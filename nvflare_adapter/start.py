@@ -14,7 +14,10 @@ from fedavg_core.codec import read_npz
 from fedavg_core.errors import quoted
 from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 
-__all__ = ["SINGLE_ARRAY_KEY", "as_model", "as_optimizer", "read_start", "resumed"]
+__all__ = ["OPEN_FILE", "SINGLE_ARRAY_KEY", "as_model", "as_optimizer", "read_start", "resumed"]
+
+OPEN_FILE = "open_round.npz"
+"""What an open round has received, beside the checkpoints; its round is the number of the round."""
 
 SINGLE_ARRAY_KEY = "numpy_key"
 """The name of the only array of a model that has no names, as in NVFlare's own NumPy classes."""
@@ -112,7 +115,7 @@ def read_start(path: Path) -> fc.Checkpoint:
 
 def resumed(
     path: Path, best_name: str, job: Mapping[str, Any], given: fc.Params | None
-) -> tuple[fc.Checkpoint, fc.Checkpoint | None]:
+) -> dict[str, fc.Checkpoint]:
     """Where another job ended, for one that goes on with it.
 
     Args:
@@ -122,7 +125,8 @@ def resumed(
         given: A model like the stored one, or None.
 
     Returns:
-        The checkpoint, and that of the best model, if it is there.
+        By the names of the persistor's arguments: the checkpoint; that of the best model, if it is
+        there; and what the round after it had received, if that is there.
 
     Raises:
         UsageError: It is the checkpoint of another job, or there is no round left.
@@ -140,7 +144,12 @@ def resumed(
             raise fc.UsageError(f"start_from: expected a job of {name} {job[name]}, got {value}")
     if given is not None and fc.ModelSpec.of(given) != fc.ModelSpec.of(start.model):
         raise fc.UsageError("start_from: expected a model like the given one, got another")
-    best = folder / best_name
-    found = fc.load_checkpoint(best) if best.is_file() else None
-    # A best model that is newer comes of a round that is to be played again.
-    return start, found if found is not None and found.round <= start.round else None
+    files = {"initial_file": start}
+    for name, file in (("best_file", folder / best_name), ("open_file", folder / OPEN_FILE)):
+        found = fc.load_checkpoint(file) if file.is_file() else None
+        # A best model that is newer comes of a round that is to be played again.
+        if found is not None and (
+            found.round <= start.round if name == "best_file" else found.round == start.round
+        ):
+            files[name] = found
+    return files

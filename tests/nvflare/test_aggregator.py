@@ -23,6 +23,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
 from nvflare_adapter import (
+    CheckpointPersistor,
     CustomAggregator,
     FedAvgAggregator,
     FedAvgShareableGenerator,
@@ -210,6 +211,68 @@ def test_nvflares_fedavg_controller_keeps_a_server_optimizers_state(server: Serv
         aggregator.accept_model(fl_model({"w": model["w"] + 1}))
         model = aggregator.aggregate_model().params
     assert model["w"].tolist() == [2.9]
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_a_round_goes_on_in_the_middle_with_the_bits_it_would_have_had(
+    server: Server, tmp_path: Path, before: int
+) -> None:
+    rng = np.random.default_rng(before)
+    names = ["site-1", "site-2", "site-3"]
+    sent = {
+        name: result({"w": rng.standard_normal(3).astype(np.float32)}, name, 2, weight=n + 1)
+        for n, name in enumerate(names)
+    }
+    arguments: Any = {"keep_open": True, "audit": True, "limits": {"max_norm": 100.0}}
+    server.components["persistor"] = CheckpointPersistor()
+    whole, fl_ctx = opened(server, round=2, **arguments)
+    assert all(whole.accept(sent[name], fl_ctx) for name in names)
+    path = server.folder / "simulate_job" / "models" / "open_round.npz"
+    path.unlink()
+    first, fl_ctx = opened(server, round=2, **arguments)
+    assert all(first.accept(sent[name], fl_ctx) for name in names[:before])
+    kept = {"open": fc.load_checkpoint(path)} if path.exists() else {}
+    assert bool(kept) == (before > 0)
+
+    second = FedAvgAggregator(**arguments)
+    fl_ctx = server.context(round=2)
+    held = global_model.learnable(MODEL, kept)
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, held, private=True, sticky=False)
+    second.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    assert all(second.accept(sent[name], fl_ctx) for name in reversed(names[: before or 3]))
+    assert all(second.accept(sent[name], fl_ctx) for name in names[before or 3 :])
+    model, extra = closed(second, fl_ctx)
+    statistics = fl_ctx.get_prop("_aggregation_stats")
+    expected, expected_extra = closed(whole, server.context(MODEL, 2))
+    assert fc.same_bits(model, expected)
+    assert extra["report"] == expected_extra["report"]
+    assert (statistics["fully_matched_keys"], statistics["accepted_contributions"]) == (1, 3)
+    assert "open" not in global_model.extra_of(held)
+
+
+def test_who_sends_twice_after_a_restart_is_refused(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.components["persistor"] = CheckpointPersistor()
+    first, fl_ctx = opened(server, keep_open=True)
+    assert first.accept(result(params(1, 1, 1)), fl_ctx)
+    path = server.folder / "simulate_job" / "models" / "open_round.npz"
+    held = global_model.learnable(MODEL, {"open": fc.load_checkpoint(path)})
+    fl_ctx = server.context()
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, held, private=True, sticky=False)
+    second = FedAvgAggregator()
+    second.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    assert second.accept(result(params(1, 1, 1)), fl_ctx) is True
+    assert second.accept(result(params(1, 1, 1)), fl_ctx) is False
+    assert "DUPLICATE" in caplog.text
+
+
+def test_a_round_that_cannot_be_kept_goes_on(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator, fl_ctx = opened(server, keep_open=True)  # there is no persistor
+    assert aggregator.accept(result(params(1, 1, 1)), fl_ctx) is True
+    assert "the open round could not be kept: AttributeError" in caplog.text
 
 
 def test_an_audit_goes_with_the_model(server: Server) -> None:

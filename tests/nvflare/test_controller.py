@@ -11,13 +11,16 @@ import pytest
 
 pytest.importorskip("nvflare")
 
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContextManager
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.widgets.intime_model_selector import IntimeModelSelector
 
 import fedavg_core as fc
 from nvflare_adapter import CheckpointPersistor, global_model
 from nvflare_adapter.controller import FedAvgController, direction
-from tests.nvflare.server_side import Server
+from tests.nvflare.server_side import Server, result
 
 pytestmark = pytest.mark.nvflare
 
@@ -159,6 +162,30 @@ def test_the_best_model_is_kept_in_a_file(server: Server) -> None:
     best = fc.load_checkpoint(server.folder / "simulate_job" / "models" / "champion")
     assert fc.same_bits(best.model, {"w": np.ones(1)})
     assert (best.round, best.metrics) == (2, {"accuracy": 0.7})
+
+
+def test_nvflares_own_selector_has_its_choice_kept_where_it_is_asked_instead(
+    server: Server,
+) -> None:
+    server.components["persistor"] = CheckpointPersistor()
+    server.components["selector"] = IntimeModelSelector(key_metric="accuracy")
+    begun(server)
+    held = global_model.learnable({"w": np.zeros(1)})
+    for number, value in enumerate((0.9, 0.5, 0.8, 0.7)):  # of the model that a round begins with
+        fl_ctx = server.context(round=number)
+        fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, held, private=True, sticky=False)
+        server.fire_event(AppEventType.ROUND_STARTED, fl_ctx)
+        sent = result({"w": np.ones(1)}, round=number, metrics={"accuracy": value})
+        peer = FLContextManager(server, "site-1", "simulate_job").new_context()
+        peer.set_prop(FLContextKey.SHAREABLE, sent, private=False, sticky=False)
+        fl_ctx.set_peer_context(peer)
+        server.fire_event(AppEventType.BEFORE_CONTRIBUTION_ACCEPT, fl_ctx)
+        server.fire_event(AppEventType.BEFORE_AGGREGATION, fl_ctx)
+        held = play(server, value, start=number)
+    assert best_rounds(server) == [1, 2]
+    best = fc.load_checkpoint(server.folder / "simulate_job" / "models" / "best_model.npz")
+    assert fc.same_bits(best.model, {"w": np.ones(1)})
+    assert best.round == 2
 
 
 def test_a_condition_says_which_direction_is_better() -> None:

@@ -103,7 +103,10 @@ def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Se
     start = fc.Checkpoint({"w": np.ones(2)}, round=3, extra=extra)
     fc.save_checkpoint(folder / "start", start)
     fc.save_checkpoint(folder / "best", fc.Checkpoint({"w": np.zeros(2)}, round=1))
-    held = CheckpointPersistor("start", best_file="best").load_model(server.context())
+    fc.save_checkpoint(folder / "open", fc.Checkpoint({}, round=3))
+    persistor = CheckpointPersistor("start", best_file="best", open_file="open")
+    held = persistor.load_model(server.context())
+    assert global_model.extra_of(held).pop("open").round == 3
     assert global_model.extra_of(held) == {**extra, "arrays": {}}
     assert fc.same_bits(stored(server).load().model, start.model)
     best = fc.load_checkpoint(stored(server).folder / "best_model.npz")

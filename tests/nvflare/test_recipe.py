@@ -234,6 +234,7 @@ WRONG = [
         "start_from: expected a checkpoint, or a folder of them, that exists here, or None, "
         "got 'no/such'",
     ),
+    ({"keep_open": 1}, "keep_open: expected True or False, got 1"),
     ({"keep_checkpoints": 0}, "keep_checkpoints: expected an integer of at least 1, got 0"),
     ({"poll_interval": 0}, "poll_interval: expected seconds above 0, or None, got 0"),
     (
@@ -347,7 +348,7 @@ def test_the_initial_models_file_goes_with_the_recipe(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = recipe(initial_model=MODEL)
     (folder,) = tmp_path.iterdir()
-    assert [path.name for path in folder.iterdir()] == ["initial_model.npz"]
+    assert [path.name for path in folder.iterdir()] == ["initial_file.npz"]
     del made
     gc.collect()
     assert not folder.exists()
@@ -382,6 +383,7 @@ EVERYTHING = {
     "server_optimizer": fc.FedAdam(learning_rate=0.25),
     "audit": True,
     "keep_checkpoints": 5,
+    "keep_open": True,
     "poll_interval": 0.1,
 }
 
@@ -402,6 +404,7 @@ def test_every_components_configuration_comes_back_from_the_jobs_json(tmp_path: 
             "server_optimizer": "fedadam",
             "optimizer_settings": {"learning_rate": 0.25, "beta1": 0.9, "tau": 1e-3, "beta2": 0.99},
             "audit": True,
+            "keep_open": True,
         },
         "controller": {
             "min_clients": 2,
@@ -413,7 +416,7 @@ def test_every_components_configuration_comes_back_from_the_jobs_json(tmp_path: 
             "task_check_period": 0.1,
         },
         "persistor": {
-            "initial_file": "initial_model.npz",
+            "initial_file": "initial_file.npz",
             "keep": 5,
             "best_model_filename": "champion.npz",
         },
@@ -580,6 +583,17 @@ def test_a_job_goes_on_where_another_ended(tmp_path: Path, place: str) -> None:
     assert (controller["start_round"], controller["num_rounds"]) == (3, 2)
     best = fc.load_checkpoint(app / "config" / components_of(app)["persistor"].best_file)
     assert fc.same_bits(best.model, {"w": MODEL["w"] * 2})
+
+
+def test_what_the_next_round_had_received_goes_along_and_that_of_another_round_does_not(
+    tmp_path: Path,
+) -> None:
+    path = ended(tmp_path / "models")
+    for number, expected in ((3, "open_file.npz"), (2, "")):
+        fc.save_checkpoint(path / "open_round.npz", fc.Checkpoint({}, round=number))
+        app = exported(tmp_path / str(number), start_from=path, num_rounds=5, seed=5)
+        assert components_of(app)["persistor"].open_file == expected
+        assert (app / "config" / "open_file.npz").exists() == bool(expected)
 
 
 def test_a_best_model_of_a_round_that_is_played_again_is_not_taken_along(tmp_path: Path) -> None:
