@@ -68,7 +68,7 @@ class Audit:
 
     round: int
     transfer: TransferType | None
-    accumulator: Accumulator | dict[str, Any]
+    accumulator: Accumulator | Mapping[str, Any] = field(hash=False)
     min_updates: int
     averaged: tuple[str, ...]
     base: Mapping[str, Fingerprint] = field(hash=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedavg_core as fc
+import fedavg_core.audit as audit_module
 from fedavg_core.audit import Audit
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.errors import CheckpointError
+from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.gate import Limits
 from fedavg_core.model import Params
 from fedavg_core.replay import Verdict, verify
@@ -468,6 +470,64 @@ class TestAServerOptimizer:
         audit = audited(updates, model(), min_updates=least, **settings)
         assert (audit.output, audit.output_state) == (audit.base, audit.state)
         assert verify(audit, updates, model(), optimizer_state=state).same_bits
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=5),
+        st.sampled_from(["w", "exact", "float32", "DIFF", "krum", "fedadam", "0" * 64]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from("wxyz"), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@given(st.data())
+def test_whatever_an_audit_says_it_is_no_audit_or_gets_a_verdict(data: st.DataObject) -> None:
+    round = Round(
+        model(),
+        ROUND,
+        audit=True,
+        accumulator=data.draw(st.sampled_from(["exact", "float64", fc.TrimmedMean(0.2)])),
+        server_optimizer=data.draw(st.sampled_from([None, fc.FedAdam(), fc.FedAvg()])),
+    )
+    for name, params in three().items():
+        assert round.offer(Update(name, ROUND, params, 2)).accepted
+    round.offer(good(weight=-1))
+    audit = round.close().audit
+    assert audit is not None
+    meta = json.loads(audit.to_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = meta
+        while True:
+            key: Any = data.draw(
+                st.sampled_from(sorted(place))
+                if isinstance(place, dict)
+                else st.integers(0, len(place) - 1)
+            )
+            if not isinstance(place[key], (dict, list)) or not place[key]:
+                break
+            if data.draw(st.integers(0, 3)) == 0:
+                break
+            place = place[key]
+        place[key] = data.draw(JSON)
+    body = {key: value for key, value in meta.items() if key != "checksum"}
+    try:
+        found = Audit.from_text(json.dumps({**body, "checksum": audit_module._checksum(body)}))
+    except UsageError as error:
+        assert str(error).isprintable()  # noqa: PT017
+        return
+    again = Audit.from_text(found.to_text())
+    assert (again, hash(again)) == (found, hash(found))
+    for base in (None, model()):
+        verdict = verify(found, three(), base)
+        assert all(line.isprintable() and len(line) < 2_000 for line in verdict.lines)
 
 
 class TestAFederation:
