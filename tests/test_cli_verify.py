@@ -78,6 +78,34 @@ def test_differences_need_their_base(
     assert "base, key 'w': recorded" in out
 
 
+@pytest.mark.parametrize("optimizer", [fc.FedAdam(), None])
+def test_the_base_may_be_a_checkpoint_which_has_the_state_of_a_server_optimizer(
+    tmp_path: Path, files: list[Path], capsys: Capture, optimizer: fc.ServerOptimizer | None
+) -> None:
+    before: Model = model(9)
+    state: dict[str, Any] = {}
+    for number in range(2):
+        round = fc.Round(
+            before, number, audit=True, server_optimizer=optimizer, optimizer_state=state
+        )
+        for index in range(3):
+            round.offer(fc.Update(f"site-{index}", number, model(index), index + 1))
+        outcome = round.close()
+        assert outcome.audit is not None
+        audit, checkpoint = tmp_path / f"audit-{number}.json", tmp_path / f"before-{number}.npz"
+        audit.write_text(outcome.audit.to_text())
+        fc.save_checkpoint(checkpoint, fc.Checkpoint(before, number, arrays=state))
+        before, state = outcome.model, outcome.optimizer_state
+    for number in range(2):
+        given = [tmp_path / f"audit-{number}.json", *files]
+        assert run(capsys, "verify", *given, "--base", tmp_path / f"before-{number}.npz")[0] == 0
+    assert run(capsys, "verify", *given, "--base", tmp_path / "before-0.npz")[0] == 1
+    model_alone = write_model(tmp_path / "alone", "npz", fc.load_checkpoint(checkpoint).model)
+    code, out, _ = run(capsys, "verify", *given, "--base", model_alone)
+    assert code == (0 if optimizer is None else 1)
+    assert ("key 'momentum/w': recorded float64[4, 3]" in out) == (optimizer is not None)
+
+
 def test_what_is_missing_changed_surplus_or_cannot_be_read_is_told(
     tmp_path: Path, files: list[Path], base: Path, capsys: Capture
 ) -> None:

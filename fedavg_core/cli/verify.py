@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from fedavg_core.audit import Audit
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
 from fedavg_core.cli.model_stream import load_model
@@ -35,7 +36,8 @@ def add_commands(commands: Subparsers) -> None:
     parser.add_argument(
         "--base",
         type=Path,
-        help="the model before the round; needed where the updates are differences",
+        help="the model before the round, or the checkpoint that it is in; needed where the "
+        "updates are differences, and the checkpoint where a server optimizer has a state",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_verify)
@@ -43,10 +45,12 @@ def add_commands(commands: Subparsers) -> None:
 
 def _verify(read: argparse.Namespace) -> int:
     audit = _read_audit(read.audit)
+    base = None if read.base is None else _read_base(read.base)
     verdict = verify(
         audit,
         {str(path): partial(load_model, path) for path in read.updates},
-        None if read.base is None else load_model(read.base),
+        None if base is None else base.model,
+        optimizer_state=base.arrays if base is not None and audit.state else None,
     )
     if read.json:
         print_json(
@@ -65,6 +69,14 @@ def _verify(read: argparse.Namespace) -> int:
         for line in verdict.lines:
             print_line(line)
     return 0 if verdict.same_bits else 1
+
+
+def _read_base(path: Path) -> Checkpoint:
+    """A checkpoint, or a model without the rest of one."""
+    try:
+        return load_checkpoint(path)
+    except CheckpointError:
+        return Checkpoint(load_model(path), 0)
 
 
 def _read_audit(path: Path) -> Audit:
