@@ -174,14 +174,17 @@ class TestThePublishedRules:
             found = mean_of(MultiKrum(faulty, keep), updates, range(1, count + 1))
             assert fc.same_bits(found, fc.weighted_mean(best, [1] * keep))
 
-    @pytest.mark.parametrize("iterations", [1, 2, 25])
-    def test_the_geometric_median(self, iterations: int) -> None:
+    @pytest.mark.parametrize(
+        ("iterations", "smoothing"), [(1, 0.01), (2, 0.01), (25, 0.01), (3, 0.5)]
+    )
+    def test_the_geometric_median(self, iterations: int, smoothing: float) -> None:
         updates = updates_of(6, 1, ("float64", "float64"))
         for update in updates:
-            update["p2"] = update["p2"].astype(np.float64)
+            for key in update:
+                update[key] = update[key].astype(np.float64) * 0.1
         weights = [3, 1, 4, 1, 5, 0.5]
-        found = mean_of(GeometricMedian(iterations, 0.01), updates, weights)
-        expected = plain_geometric_median(updates, weights, iterations, 0.01)
+        found = mean_of(GeometricMedian(iterations, smoothing), updates, weights)
+        expected = plain_geometric_median(updates, weights, iterations, smoothing)
         vector = np.concatenate([found[key].ravel() for key in sorted(found)])
         np.testing.assert_allclose(vector, expected, rtol=1e-12, atol=1e-14)
 
@@ -530,23 +533,27 @@ class TestAsAnAccumulator:
     def test_many_elements_are_compared_some_at_a_time(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        updates = updates_of(5, 8)
-        expected = [mean_of(mean, updates) for mean in KEPT]
+        updates, base = updates_of(5, 8), updates_of(1, 9)[0]
+        made = [mean.empty(None) for mean in KEPT]
+        for mean in made:
+            mean.add_many([(update, 1) for update in updates])
+        expected = [(mean.mean(), mean.mean(base)) for mean in made]
         monkeypatch.setattr("fedavg_core.kept_updates._CELLS", 20)
-        for mean, wanted in zip(KEPT, expected, strict=True):
-            assert fc.same_bits(mean_of(mean, updates), wanted)
+        for mean, (alone, added) in zip(made, expected, strict=True):
+            assert fc.same_bits(mean.mean(), alone)
+            assert fc.same_bits(mean.mean(base), added)
         kept = CoordinateMedian()
         kept.add_many([({"a": np.arange(9.0)}, 1)] * 5)
         with pytest.raises(fc.OutOfRange, match=r"key 'a': the result at \[8\]"):
             kept.mean({"a": np.full(9, 120, np.int8)})
 
     def test_numbers_near_the_largest_do_not_overflow(self) -> None:
-        for size in (1.0, 1e300, 1e-300):
-            updates = [{"a": np.array([x, 1.0]) * size} for x in (1.0, 1.25, 1.5, 99.0, -50.0)]
+        for size in (1.0, 1e300, 1e-300, -1e300):
+            updates = [{"a": np.array([x, 1.0]) * size} for x in (1.0, 1.25, 1.5, 99.0, 50.0)]
             assert mean_of(Krum(1), updates)["a"].tolist() == [1.25 * size, size]
-            median = mean_of(GeometricMedian(100, 1e-9 * min(size, 1)), updates)["a"] / size
-            np.testing.assert_allclose(median, [1.25, 1.0], rtol=1e-6)
-            clipped = mean_of(ClippedMean(0.5 * size), updates[3:4])["a"] / size
+            median = mean_of(GeometricMedian(100, 1e-9 * min(abs(size), 1)), updates)["a"] / size
+            np.testing.assert_allclose(median, [1.5, 1.0], rtol=1e-6)
+            clipped = mean_of(ClippedMean(0.5 * abs(size)), updates[3:4])["a"] / size
             np.testing.assert_allclose(clipped, [0.49997449, 0.00505025], rtol=1e-5)
 
     def test_equal_updates_have_themselves_for_a_geometric_median(self) -> None:
