@@ -82,17 +82,18 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
         capacity: The most elements of a block, at least 1.
 
     Yields:
-        Blocks that cover each element once. An array of more than half the capacity has blocks of
-        its own; the others share, in their order.
+        Blocks that cover each element once. An array of more than a quarter of the capacity has
+        blocks of its own, of like sizes; the others share, in their order.
     """
     gathered: list[Segment] = []
     filled = 0
     for key, array in spec.items():
         size = int(np.prod(array.shape, dtype=object))
-        if size > capacity // 2:
-            for start in range(0, size, capacity):
-                length = min(capacity, size - start)
-                yield Block((Segment(key, start, length, 0),), length)
+        if size > capacity // 4:
+            pieces = -(-size // capacity)
+            for number in range(pieces):
+                start, stop = (size * n // pieces for n in (number, number + 1))
+                yield Block((Segment(key, start, stop - start, 0),), stop - start)
         elif size:
             if filled + size > capacity:
                 yield Block(tuple(gathered), filled)

@@ -84,17 +84,17 @@ class PlainSums(Sums[PlainSum]):
             source = total.value
             for (params, _), factor in zip(terms, factors, strict=True):
                 for values, exponent in load(block, params, params, buffers):
-                    index = _first_not_finite(values, buffers)
-                    if index >= 0:
-                        raise not_finite(params, *block.locate(index))
                     with np.errstate(over="ignore", invalid="ignore"):
                         scale = self._dtype.type(factor * 2.0**exponent)
-                        if source is None:
-                            np.multiply(values, scale, out=target, casting="same_kind")
-                            np.add(target, 0.0, out=target)  # a sum holds no -0.0
+                        if values.dtype == np.float32 and self._dtype == np.float64:
+                            np.copyto(product, values)  # faster than a cast on the way
+                            np.multiply(product, scale, out=product)
                         else:
                             np.multiply(values, scale, out=product, casting="same_kind")
-                            np.add(source, product, out=target)
+                        index = _first_not_finite(values, buffers)  # now they are in the cache
+                        if index >= 0:
+                            raise not_finite(params, *block.locate(index))
+                        np.add(0.0 if source is None else source, product, out=target)
                     source = target
             if source is target:
                 total.current = following

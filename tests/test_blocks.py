@@ -38,8 +38,19 @@ def test_every_element_is_in_one_block_and_no_block_is_too_large(
 def test_small_arrays_share_a_block_and_a_large_one_has_its_own() -> None:
     shapes: dict[str, tuple[int, ...]] = {"a": (2, 2), "big": (9,), "b": (3,), "c": (), "d": (4,)}
     spec = {key: ArraySpec(shape, FLOAT32) for key, shape in shapes.items()}
-    blocks = [[segment.key for segment in block.segments] for block in pack(spec, 8)]
-    assert blocks == [["big"], ["big"], ["a", "b", "c"], ["d"]]
+    blocks = list(pack(spec, 16))
+    keys = [[segment.key for segment in block.segments] for block in blocks]
+    assert keys == [["big"], ["a", "b", "c", "d"]]
+    keys = [[segment.key for segment in block.segments] for block in pack(spec, 6)]
+    assert keys == [["a"], ["big"], ["big"], ["b"], ["d"], ["c"]]
+
+
+@given(st.integers(1, 200), st.integers(1, 30))
+def test_a_large_array_is_cut_into_blocks_of_like_sizes(size: int, capacity: int) -> None:
+    blocks = [block.size for block in pack({"x": ArraySpec((size,), FLOAT32)}, capacity)]
+    assert len(blocks) == -(-size // capacity)
+    assert max(blocks) - min(blocks) <= 1
+    assert sum(blocks) == size
 
 
 @pytest.mark.parametrize(
@@ -85,8 +96,8 @@ def test_missing_arrays_count_as_zero_and_a_block_of_none_is_empty() -> None:
 def test_large_integers_are_split_in_two_exact_parts() -> None:
     params = {"n": np.array([2**63 - 1, -(2**63), -1]), "x": np.array([0.5, 2.0])}
     spec = {key: ArraySpec(array.shape, array.dtype) for key, array in params.items()}
-    (block,) = pack(spec, 8)
-    parts = load(block, params, params, Buffers(8))
+    (block,) = pack(spec, 16)
+    parts = load(block, params, params, Buffers(16))
     assert [exponent for _, exponent in parts] == [0, 32]
     totals = [
         int(low) + (int(high) << 32) for low, high in zip(parts[0][0], parts[1][0], strict=True)
