@@ -326,7 +326,8 @@ class TestOverSelection:
 
     @pytest.mark.parametrize(
         ("participation", "factor", "wanted", "asked"),
-        [(5, 1, 5, 5), (5, 1.0, 5, 5), (5, 1.1, 5, 6), (5, 1.6, 5, 8), (10, 1.1, 10, 10), (0.3, 3, 3, 9),
+        [(5, 1, 5, 5), (5, 1.0, 5, 5), (5, 1.1, 5, 6), (5, 1.6, 5, 8),
+         (10, 1.1, 10, 10), (0.3, 3, 3, 9),
          (None, 2.0, 10, 10), (4, 1e9, 4, 10)],
     )  # fmt: skip
     def test_so_many_are_asked_and_so_many_taken(
