@@ -8,8 +8,10 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +33,7 @@ from tests.audited_rounds import Models, audited, three
 from tests.bad_updates import ROUND, good, model
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
+GOLDEN = Path(__file__).parent / "golden" / "audit-format-1.json"
 
 
 def last(verdict: Verdict) -> str:
@@ -470,6 +473,61 @@ class TestAServerOptimizer:
         audit = audited(updates, model(), min_updates=least, **settings)
         assert (audit.output, audit.output_state) == (audit.base, audit.state)
         assert verify(audit, updates, model(), optimizer_state=state).same_bits
+
+
+class TestAnAuditOfFormat1:
+    """One that is kept here, and that every later version must read and replay."""
+
+    base: ClassVar[Params] = {
+        "layer/w": np.array([[0.1, -0.0, 1e-45], [3e38, 2, 3]], np.float32),
+        "h": np.array([1.5, -2.5], ml_dtypes.bfloat16),
+        "n": np.array([-5, 2**40]),
+        "frozen \u00fc\n": np.ones(1),
+    }
+    state: ClassVar[Params] = {"momentum/h": np.array([0.1, -0.3]), "second_moment/h": np.ones(2)}
+    updates: ClassVar[Models] = {
+        "site-1": {
+            "layer/w": np.array([[0.3, 1, -1e-45], [-3e38, 0.7, 1e-20]], np.float32),
+            "h": np.array([0.5, 0.0078125], ml_dtypes.bfloat16),
+        },
+        "site-2": {"layer/w": np.full((2, 3), 0.1), "n": np.array([3, -8])},
+    }
+
+    def audit(self) -> Audit:
+        round = Round(
+            self.base,
+            12,
+            min_updates=2,
+            limits=Limits(exclude="^frozen"),
+            server_optimizer=fc.FedAdam(beta2=0.9),
+            optimizer_state=self.state,
+            audit=True,
+        )
+        for (name, params), weight in zip(self.updates.items(), (600, 0.1), strict=True):
+            metrics = {"loss": weight / 3, "note": "x"}
+            assert round.offer(Update(name, 12, params, weight, DIFF, metrics)).accepted
+        round.offer(Update("site-3", 11, {"h": np.ones(2)}, 1, DIFF))
+        round.offer(Update("\n", 12, [], 1, DIFF))  # type: ignore[arg-type]
+        audit = round.close().audit
+        assert audit is not None
+        return audit
+
+    def test_it_is_read_and_replayed(self) -> None:
+        audit = Audit.from_text(GOLDEN.read_bytes())
+        verdict = verify(audit, self.updates, self.base, optimizer_state=self.state)
+        assert verdict.lines == (
+            "round 12: the same bits (updates: 2, digest of the model: "
+            "fc8cdfa573ad2808e922bbb6c0204685946225fec7a2cbfba098a1165ea430e5)",
+        )
+        assert verdict.same_bits
+
+    def test_the_same_round_has_the_same_audit_today_but_for_the_words(self) -> None:
+        kept, today = (
+            replace(audit, receipts=tuple(replace(one, detail="") for one in audit.receipts))
+            for audit in (Audit.from_text(GOLDEN.read_bytes()), self.audit())
+        )
+        assert today == kept
+        assert today.to_text() == kept.to_text()
 
 
 JSON = st.recursive(
