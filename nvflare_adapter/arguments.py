@@ -98,8 +98,8 @@ _YesNo = Annotated[StrictBool, _says("True or False")]
 _Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 _FileName = Annotated[
     StrictStr | None,
-    _must(lambda name: Path(name).name == name and name not in (".", "..")),
-    _says("the name of a file, without a folder, or None"),
+    _must(lambda name: Path(name).name == name and not name.startswith((".", "round-", "open_"))),
+    _says("the name of a file of its own, without a folder, or None"),
 ]
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
@@ -154,20 +153,20 @@ class FedAvgController(ScatterAndGather):
             if name in metrics
         }
         extra["searches"] = {name: [one.best, one.waited] for name, one in self._searches.items()}
-        if metrics and len(better) < len(self._searches) and (self.stop_cond or self.patience):
-            missing, given = sorted(set(self._searches) - set(better)), sorted(metrics)
+        missing = sorted(set(self._searches) - set(better))
+        if metrics and missing and (self.stop_cond or self.patience):
+            given = sorted(metrics)
             self.log_warning(
                 fl_ctx, f"expected the metrics {missing} from the clients, got {given}"
             )
         self._stopped = self._reason_to_stop(metrics)
         if better.get(self.key_metric):
-            value = metrics[self.key_metric]
-            self.log_info(fl_ctx, f"the best model so far: {self.key_metric} is {value}")
-            self._announce(value, fl_ctx)
+            self._announce(metrics[self.key_metric], fl_ctx)
 
     def _announce(self, value: float, fl_ctx: FLContext) -> None:
         """Tell NVFlare's components that the global model is the best so far."""
-        told: dict[str, Any] = {
+        self.log_info(fl_ctx, f"the best model so far: {self.key_metric} is {value}")
+        told = {
             "source": type(self).__name__,
             "key_metric": {"name": self.key_metric, "mode": self.key_metric_mode},
             "best_round": self._current_round,

@@ -66,18 +66,18 @@ def statistics(outcome: fc.Outcome, received: Counter[str], limits: fc.Limits) -
     Returns:
         The statistics that NVFlare's own aggregators publish, and ``refused`` and ``failed``.
     """
-    accepted = len(outcome.accepted)
+    report, accepted = report_of_outcome(outcome), len(outcome.accepted)
     averaged = [count for key, count in received.items() if not limits.excludes(key)]
     matched = averaged.count(accepted)
     return {
         "round": outcome.round,
         "accepted_contributions": accepted,
-        "contributors": sorted(receipt.contributor for receipt in outcome.accepted),
+        "contributors": sorted(report["accepted"]),
         "keys_seen": len(received),
         "keys_aggregated": len(averaged),
         "fully_matched_keys": matched,
         "partially_matched_keys": len(averaged) - matched,
         "skipped_keys": len(received) - len(averaged),
-        "refused": [receipt.detail for receipt in outcome.refused],
-        "failed": [f"{one.contributor} failed: {one.problem}" for one in outcome.failed],
+        "refused": report["refused"],
+        "failed": report["failed"],
     }

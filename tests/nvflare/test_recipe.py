@@ -187,11 +187,13 @@ WRONG = [
     ),
     (
         {"best_model_filename": "a/b"},
-        "best_model_filename: expected the name of a file, without a folder, or None, got 'a/b'",
+        "best_model_filename: expected the name of a file of its own, without a folder, or None, "
+        "got 'a/b'",
     ),
     (
-        {"save_filename": ".."},
-        "save_filename: expected the name of a file, without a folder, or None, got '..'",
+        {"save_filename": "round-00000001.npz"},
+        "save_filename: expected the name of a file of its own, without a folder, or None, "
+        "got 'round-00000001.npz'",
     ),
     (
         {"save_filename": "a", "best_model_filename": "b"},
