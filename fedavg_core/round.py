@@ -27,6 +27,8 @@ Rules that hold at any time:
 * With a server optimizer the outcome's model is its step from there towards the mean. A round that
   keeps the model keeps the optimizer's state as well.
 * The model that the round began with is only read, and shares no memory with the outcome's.
+* An audit changes nothing but what is told: each receipt has the digest of what it is for, and the
+  outcome an `Audit`, from which the round can be replayed (see `replay`).
 
 A round without a model takes FULL updates only; the first accepted update to bring a parameter
 says what it looks like, and the outcome's model has every parameter that came. There is nothing

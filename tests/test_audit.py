@@ -20,6 +20,7 @@ from fedavg_core.audit import Audit
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, UsageError
 from fedavg_core.gate import Limits
+from fedavg_core.model import same_bits
 from fedavg_core.replay import verify
 from fedavg_core.round import Round
 from fedavg_core.server_optimizer import FedAdam
@@ -89,6 +90,25 @@ class TestTheRecord:
         assert round.offer(good("b", weight=0)).digest is None
         assert round.close().audit is None
         assert not hashed
+
+    @pytest.mark.parametrize("transfer", [FULL, DIFF])
+    def test_it_changes_nothing_else(self, transfer: TransferType) -> None:
+        outcomes = []
+        for audit in (False, True):
+            round = Round(model(), ROUND, audit=audit)
+            for name, params in three().items():
+                assert round.offer(Update(name, ROUND, params, 0.1, transfer, {"m": 1})).accepted
+            round.offer(good(weight=0, transfer=transfer))
+            outcomes.append(round.close())
+        without, outcome = outcomes
+        assert same_bits(without.model, outcome.model)
+        for receipts, others in (
+            (without.accepted, outcome.accepted),
+            (without.refused, outcome.refused),
+        ):
+            assert receipts == tuple(replace(one, digest=None) for one in others)
+            assert all(one.digest for one in others)
+        assert (without.metrics, without.problem) == (outcome.metrics, outcome.problem)
 
     def test_to_ask_for_it_in_another_way_is_a_usage_error(self) -> None:
         with pytest.raises(UsageError, match="audit: expected True or False, got 'yes'"):
