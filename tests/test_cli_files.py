@@ -209,11 +209,12 @@ def test_the_pieces_of_an_array_make_one_summary(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = np.random.default_rng(0).standard_normal(1000)
-    values[[5, 70]] = np.nan, np.inf
+    values[[5, 70, 6, 500]] = np.nan, np.inf, np.nan, np.nan
     path = write_model(tmp_path / "model", "deflated", {"w": values})
     monkeypatch.setattr(model_stream, "_PIECE", 7)
     told = json.loads(run(capsys, "inspect", path, "--json")[1])["arrays"]["w"]
     finite = values[np.isfinite(values)]
+    assert (told["nan"], told["infinite"]) == (3, 1)
     assert (told["min"], told["max"]) == (finite.min(), finite.max())
     assert told["norm"] == pytest.approx(float(np.linalg.norm(finite)), rel=1e-12)
 
@@ -366,6 +367,7 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["inspekt"], "argument COMMAND: invalid choice: 'inspekt' (choose from "),
         (["inspect"], "the following arguments are required: FILE"),
         (["inspect", "a", "b\n\x1b[2J"], r"unrecognized arguments: b\n\x1b[2J"),
+        (["inspect", "a", "--js"], "unrecognized arguments: --js"),
         (["inspect", "nowhere.npz"], "nowhere.npz: could not be read (No such file or directory)"),
         (["inspect", "no\nwhere\udcff\u20ac"], r"no\nwhere\udcff\u20ac: could not be read ("),
         (["inspect", "."], ".: expected a file, got a folder or a device"),
@@ -413,6 +415,15 @@ def test_refusals_and_results_out_of_range_are_told(
         "key 'v': the base does not have it"
     )
     assert not (tmp_path / "o.npz").exists()
+
+
+@pytest.mark.parametrize("command", ["aggregate", "apply"])
+def test_the_memory_limit_is_kept_to(
+    command: str, tmp_path: Path, sites: list[Path], capsys: Capture
+) -> None:
+    given = [command, sites[0], sites[1], "-o", tmp_path / "o.npz", "--memory-limit"]
+    assert fails(capsys, *given, "64KiB").startswith("memory_limit: expected at least ")
+    assert run(capsys, *given, "4MB")[0] == 0
 
 
 def test_sizes_are_read_in_their_units() -> None:

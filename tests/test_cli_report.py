@@ -232,6 +232,8 @@ def test_what_is_under_the_pointer_is_told() -> None:
     )
     assert "|site-2|" in seen.text
     assert "|60.0%|" in seen.text
+    strengths = [value for name, value in seen.attributes if name == "fill-opacity"]
+    assert strengths == ["0.47", "0.47", "1"]
     assert "best: 40% in round 8" in seen.text
 
 

@@ -486,6 +486,37 @@ def test_a_bad_training_file_is_one_line(name: str, tmp_path: Path, capsys: Capt
     assert not (tmp_path / "run" / LOG).exists()
 
 
+def test_a_training_file_may_have_classes_and_modules_of_its_own(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_training_file.py").write_text("HALF = 0.5\n")
+    training = written(
+        tmp_path,
+        """
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from typing import ClassVar
+        import numpy as np
+        import fedavg_core as fc
+
+        @dataclass
+        class Step:
+            none: ClassVar[float] = 0
+            size: float = 1
+
+        def train(params, context):
+            from beside_the_training_file import HALF
+            return fc.TrainResult({"w": np.full(2, Step(HALF).size)}, weight=1)
+
+        if __name__ == "__main__":
+            raise SystemExit("not here")
+        """,
+    )
+    assert run(capsys, "run", training, "--rounds", 1, "--checkpoint", tmp_path / "run")[0] == 0
+    assert final(tmp_path / "run")["w"].tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("evaluation", "problem"),
     [
@@ -493,6 +524,7 @@ def test_a_bad_training_file_is_one_line(name: str, tmp_path: Path, capsys: Capt
             "raise KeyError('a')",
             "evaluate, of training.py, failed: KeyError: 'a' (training.py, lin",
         ),
+        ("exit('no')", "evaluate, of training.py, failed: SystemExit: no (training.py, line"),
         ("return 3", "evaluate: expected a mapping from names to numbers, got 3"),
     ],
 )
