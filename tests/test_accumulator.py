@@ -344,10 +344,11 @@ def test_sums_whose_undoing_was_interrupted_say_so_until_they_are_reset(
 
 @pytest.mark.parametrize("kind", ["exact", "float64", "float32"])
 @pytest.mark.parametrize("operation", ["add", "merge"])
+@pytest.mark.parametrize("block", [2, 1 << 10])
 def test_an_interrupted_change_leaves_any_sums_as_they_were(
-    kind: Accumulator, operation: str, monkeypatch: pytest.MonkeyPatch
+    kind: Accumulator, operation: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mean, other = (fc.WeightedMean(accumulator=kind, block=2) for _ in range(2))
+    mean, other = (fc.WeightedMean(accumulator=kind, block=block) for _ in range(2))
     mean.add(model(1), 1)
     other.add(model(2), 5)
     before = mean.state()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
+from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch, positions
 from fedavg_core.readout import digits, from_digits, leading, sign
 
 SIZE = 7
@@ -23,6 +23,8 @@ WEIGHTS = [1, 600, (1 << 29) - 1, (1 << 29) + 1, (1 << 60) + 1, Fraction(0.1), F
 def values_of(total: ExactSum) -> list[Fraction]:
     result = [Fraction(0)] * total.size
     for k, limb in total.limbs.items():
+        if not total.bounds[k]:  # such a limb counts as zero, whatever it holds
+            continue
         assert total.origin is not None
         unit = Fraction(2) ** (total.origin + STEP * k)
         for i, digit in enumerate(limb):
@@ -245,3 +247,44 @@ def test_an_addition_that_fails_at_any_step_leaves_the_sum_as_it_was(
             before = values_of(total)
         monkeypatch.undo()
         assert values_of(total) == before
+
+
+@pytest.mark.parametrize("was_reset", [False, True])
+@pytest.mark.parametrize("method", ["_room", "_deposit", "_cut"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_first_addition_that_fails_leaves_zero(
+    method: str, step: int, was_reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.array([1, -2, 3, 1e-9, -0.0, 5, 6] * 20, np.float32)  # one in seven is below limb 0
+    values[7:] = np.abs(values[7:]) + 1
+    total = ExactSum(values.size)
+    if was_reset:
+        total.add(values, 77, Scratch(values.size))
+        total.reset()
+    real, calls = getattr(ExactSum, method), [0]
+
+    def failing(self: ExactSum, *args: Any) -> Any:
+        result = real(self, *args)
+        calls[0] += 1
+        if calls[0] == step:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(ExactSum, method, failing)
+    with contextlib.suppress(KeyboardInterrupt):
+        total.add(values, 600, Scratch(values.size))
+    monkeypatch.undo()
+    fresh = [Fraction(0)] * values.size
+    assert values_of(total) == (fresh if calls[0] >= step else exactly(values, 600))
+    if calls[0] >= step:
+        total.add(values, 3, Scratch(values.size))
+        assert values_of(total) == exactly(values, 3)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 40))
+def test_positions_are_where_the_mask_is_true(mask: list[bool], most: int) -> None:
+    expected = [i for i, chosen in enumerate(mask) if chosen]
+    found = positions(np.array(mask), most)
+    assert (None if found is None else found.tolist()) == (
+        expected if len(expected) <= most else None
+    )

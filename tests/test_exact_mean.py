@@ -374,3 +374,21 @@ def test_hash_seeds_and_block_sizes_give_the_bits_written_down() -> None:
     assert len(rows) == (20 if THOROUGH else 8)
     assert {(mean, digest) for mean, digest, *_ in rows} == {(GOLDEN_MEAN, GOLDEN_DIGEST)}
     assert len({tuple(first) for _, _, *first in rows}) > 1  # or the seeds changed nothing
+
+
+@pytest.mark.parametrize("seed", range(20 if THOROUGH else 3))
+def test_a_quotient_next_to_a_midpoint_is_rounded_to_its_own_side(seed: int) -> None:
+    # weight · m + d, with m of 25 bits and odd: the mean lies a share of 2**-53 beside the midpoint
+    # between two float32, which is nearer than one division in float64 can tell.
+    rng = np.random.default_rng(seed)
+    weight = 2 * int(rng.integers(1 << 26, 1 << 27)) + 1
+    middle = 2 * rng.integers(1 << 23, 1 << 24, 3_000) + 1
+    beside = rng.integers(-1, 2, middle.size)
+    sums = (middle * weight + beside).astype(np.float64)
+    assert (sums.astype(np.int64) == middle * weight + beside).all()
+    mean = WeightedMean(ModelSpec.of({"x": np.empty(middle.size, np.float32)}))
+    mean.add({"x": sums}, 1)
+    mean.add({"x": np.zeros(middle.size)}, weight - 1)
+    even = middle - 1 + 2 * ((middle >> 1) & 1)
+    expected = np.where(beside == 0, even, middle + beside)
+    assert mean.mean()["x"].tolist() == expected.tolist()
