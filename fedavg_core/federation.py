@@ -51,6 +51,7 @@ from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
+from fedavg_core.robust import kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
@@ -119,7 +120,8 @@ class Federation:
             the best.
         stop_when: Given an outcome, says whether to stop after it.
         limits: What is asked of an update.
-        accumulator: The arithmetic of the mean; or a robust mean, see `Round`.
+        accumulator: The arithmetic of the mean; or a `WeightedMean` for models like this one, or a
+            robust mean, see `Round`.
         audit: Whether each outcome shall have an `Audit`.
         server_optimizer: What makes the next model of the mean; None: the mean is the next model.
         observers: Are told what happens, in this order.
@@ -157,7 +159,7 @@ class Federation:
         patience: int | None = None,
         stop_when: Callable[[Outcome], bool] | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        accumulator: Accumulator | RobustMean = "exact",
+        accumulator: Accumulator | WeightedMean | RobustMean = "exact",
         audit: bool = False,
         server_optimizer: ServerOptimizer | None = None,
         observers: Sequence[Observer] = (),
@@ -337,7 +339,7 @@ class Federation:
 
     def _sums(self) -> Accumulator | WeightedMean | RobustMean:
         """The accumulator, made once there is a model to make it for, and used in every round."""
-        if isinstance(self._accumulator, RobustMean):
+        if isinstance(self._accumulator, (WeightedMean, RobustMean)):
             return self._accumulator
         if self._mean is None and self._model:
             spec = self._limits.averaged(ModelSpec.of(self._model))
@@ -395,7 +397,7 @@ class Federation:
         """What a run must have in common with the one that it resumes."""
         names = "\n".join(self._order)
         own = self._accumulator
-        kind = own.settings() if isinstance(own, RobustMean) else own
+        kind = kind_of(own) if isinstance(own, (WeightedMean, RobustMean)) else own
         return {
             "seed": self._seed,
             "transfer": str(self._transfer),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -61,12 +61,12 @@ class Kept:
     weight: Weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Held:
-    """All that changes: replaced as a whole, in one step."""
+    """All that changes: made longer, or replaced as a whole, in one step."""
 
     spec: dict[str, ArraySpec]
-    updates: tuple[Kept, ...] = ()
+    updates: list[Kept] = field(default_factory=list)
 
 
 class KeptUpdates(RobustMean):
@@ -78,10 +78,11 @@ class KeptUpdates(RobustMean):
     def __init__(self, spec: ModelSpec | None = None) -> None:
         super().__init__(spec)
         self._held = _Held(dict(spec or {}))
+        self._planned: tuple[_Held, int, Plan] | None = None
 
     @property
-    def updates(self) -> tuple[Kept, ...]:
-        """What is kept, in the order of arrival."""
+    def updates(self) -> Sequence[Kept]:
+        """What is kept, in the order of arrival; to be read only."""
         return self._held.updates
 
     @property
@@ -106,31 +107,34 @@ class KeptUpdates(RobustMean):
 
     def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
         """See `RobustMean.add_many`."""
-        held = self._held
+        spec: dict[str, ArraySpec] = self._held.spec
+        added: list[Kept] = []
         for given, weight in updates:
             exact = exact_weight(weight)
-            params = check_update(given, held.spec, self._fixed)
-            if self.whole:
-                self._check_whole(params, held)
+            params = check_update(given, spec, self._fixed)
+            if self.whole and spec:
+                self._check_whole(params, spec)
             check_finite(params)
-            new = {key: array for key, array in params.items() if key not in held.spec}
-            spec = {**held.spec, **ModelSpec.of(new)} if new else held.spec
-            held = _Held(spec, (*held.updates, Kept(copy_params(params), exact)))
-        self._held = held
+            new = {key: array for key, array in params.items() if key not in spec}
+            if new:
+                spec = {**spec, **ModelSpec.of(new)}
+            added.append(Kept(copy_params(params), exact))
+        if spec is self._held.spec:
+            self._held.updates.extend(added)
+        else:
+            self._held = _Held(spec, [*self._held.updates, *added])
 
-    def _check_whole(self, params: Params, held: _Held) -> None:
-        if not self._fixed and not held.updates:
-            return
-        for key in held.spec:
+    def _check_whole(self, params: Params, spec: Mapping[str, ArraySpec]) -> None:
+        for key in spec:
             if key not in params:
                 raise RefusedUpdate(
                     Reason.MISSING_KEYS,
                     key=key,
-                    expected=f"all {len(held.spec)} parameters, for a {self.name}",
+                    expected=f"all {len(spec)} parameters, for a {self.name}",
                     got=f"{len(params)}",
                 )
         for key in params:
-            if key not in held.spec:
+            if key not in spec:
                 raise RefusedUpdate(
                     Reason.UNEXPECTED_KEYS,
                     key=key,
@@ -150,7 +154,7 @@ class KeptUpdates(RobustMean):
                 raise UsageError(f"key {quoted(key)}: expected {known} to merge, got {spec}")
         if self.whole and mine.updates and brought and brought.keys() != mine.spec.keys():
             raise UsageError(f"expected updates of the same parameters to merge, for a {self.name}")
-        self._held = _Held({**mine.spec, **brought}, mine.updates + other._held.updates)
+        self._held = _Held({**mine.spec, **brought}, [*mine.updates, *other._held.updates])
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
         """See `RobustMean.mean`."""
@@ -167,7 +171,7 @@ class KeptUpdates(RobustMean):
                 f"got {self.count}"
             )
         brought = {key: targets[key] for key in self.keys}
-        means = self._means(self._plan(), brought, base) if brought else {}
+        means = self._means(self._plan_once(), brought, base) if brought else {}
         left = {} if base is None else {key: base[key] for key in targets if key not in means}
         kept = copy_params(left)
         return {key: means[key] if key in means else kept[key] for key in targets}
@@ -180,10 +184,17 @@ class KeptUpdates(RobustMean):
     def reset(self) -> None:
         """See `RobustMean.reset`."""
         self._held = _Held(dict(self._given or {}))
+        self._planned = None
 
     @abstractmethod
     def _plan(self) -> Plan:
         """What to average."""
+
+    def _plan_once(self) -> Plan:
+        """The plan for these updates, made once."""
+        if self._planned is None or self._planned[:2] != (self._held, self.count):
+            self._planned = (self._held, self.count, self._plan())
+        return self._planned[2]
 
     def _means(
         self, plan: Plan, targets: Mapping[str, ArraySpec], base: Params | None = None

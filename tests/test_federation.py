@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedavg_core.accumulator import weighted_mean
+from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 from fedavg_core.client import Client, Context, TrainResult, contributor_seed, draw_contributors
-from fedavg_core.errors import CheckpointError, Reason, UsageError
+from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.federation import Federation
 from fedavg_core.gate import Limits
-from fedavg_core.model import same_bits
+from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.update import TransferType
@@ -167,6 +167,20 @@ class TestARun:
     @pytest.mark.parametrize("accumulator", ["float64", "float32"])
     def test_other_arithmetic_is_used_where_asked_for(self, accumulator: Any) -> None:
         assert len(federation(accumulator=accumulator).run()) == 4
+
+    def test_an_accumulator_of_the_callers_is_used_and_may_refuse(self, tmp_path: Path) -> None:
+        class Small(WeightedMean):
+            def add(self, params: Params, weight: float) -> None:
+                if weight > 50:
+                    raise RefusedUpdate(Reason.BAD_WEIGHT, expected="50", got=str(weight))
+                super().add(params, weight)
+
+        limited = federation(accumulator=Small(ModelSpec.of(model())), checkpoint=tmp_path).run()
+        assert any(receipt.reason == Reason.BAD_WEIGHT for o in limited for receipt in o.refused)
+        asked = federation(limits=Limits(max_weight=50)).run()
+        for ours, theirs in zip(limited, asked, strict=True):
+            assert same_bits(ours.model, theirs.model)
+        assert federation(checkpoint=tmp_path, resume=True).round == 4
 
 
 class TestClientsThatFail:

@@ -602,6 +602,25 @@ class TestRulesOfOnesOwn:
         assert mean_of(Largest(), updates)["a"].tolist() == [2.0, 5.0]
         assert Largest().settings() == {"name": "largest"}
 
+    def test_it_is_asked_once_for_the_same_updates(self) -> None:
+        class Counting(Lenient):
+            asked = 0
+
+            def weights(self) -> list[Any]:
+                self.asked += 1
+                return super().weights()
+
+        kept, update = Counting(), {"a": np.array([1.0, 5.0])}
+        kept.add(update, 1)
+        assert fc.same_bits(kept.mean(), kept.mean({"a": np.zeros(2)}))
+        assert kept.asked == 1
+        kept.add({"a": np.array([0.0, 6.0])}, 1)
+        assert kept.mean()["a"].tolist() == [0.0, 6.0]
+        kept.reset()
+        kept.add_many([(update, 1)] * 2)
+        assert fc.same_bits(kept.mean(), update)
+        assert kept.asked == 3
+
     def test_one_of_whole_vectors(self) -> None:
         updates = [{"a": np.array([1.0, 5.0])}, {"a": np.array([2.0, 4.0])}]
         assert mean_of(Lenient(), updates)["a"].tolist() == [1.0, 5.0]
@@ -750,6 +769,26 @@ class TestInARound:
         for transfer in (None, fc.TransferType.FULL):
             with pytest.raises(fc.UsageError, match="a clipped-mean is of differences; expected"):
                 fc.Round(model, 0, transfer=transfer, accumulator=ClippedMean())
+
+    def test_excluded_parameters_and_those_that_nobody_sent_keep_their_values(self) -> None:
+        model, *updates = updates_of(6)
+        limits = fc.Limits(exclude="p1")
+        for mean in KEPT:
+            outcome = play(mean, updates, model, limits=limits)
+            assert list(outcome.model) == list(model)
+            assert fc.same_bits({"x": outcome.model["p1"]}, {"x": model["p1"]})
+        some = [{"p0": update["p0"]} for update in updates]
+        outcome = play(CoordinateMedian(), some, model)
+        for key, array in model.items():
+            assert fc.same_bits({"x": outcome.model[key]}, {"x": array}) == (key != "p0")
+
+    @pytest.mark.parametrize("mean", KEPT, ids=named)
+    def test_contributors_may_bring_the_first_model(self, mean: RobustMean) -> None:
+        updates = updates_of(5)
+        round = fc.Round(None, 0, accumulator=mean)
+        for index, update in enumerate(updates):
+            assert round.offer(fc.Update(f"site-{index}", 0, update, 1)).accepted
+        assert fc.same_bits(round.close().model, mean_of(mean, updates))
 
     def test_what_is_given_is_not_used_up(self) -> None:
         given = CoordinateMedian()

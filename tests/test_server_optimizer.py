@@ -460,6 +460,19 @@ class TestInAFederation:
         assert fc.same_bits(resumed.model, whole.model)
         assert fc.same_bits(rest[-1].optimizer_state, expected[-1].optimizer_state)
 
+    def test_clients_may_bring_the_first_model(self, tmp_path: Path) -> None:
+        def client(params: Model, context: fc.Context) -> fc.TrainResult:
+            return fc.TrainResult({"w": params.get("w", np.zeros(2)) + 1 + context.index}, 1)
+
+        clients = {"a": client, "b": client}
+        settings: dict[str, Any] = {"server_optimizer": FedAvgM(0.5, momentum=0.5)}
+        fed = fc.Federation(None, clients, 3, checkpoint=tmp_path, **settings)
+        outcomes = fed.run()
+        assert [outcome.model["w"][0] for outcome in outcomes] == [1.5, 2.25, 3.375]
+        longer = fc.Federation(None, clients, 4, checkpoint=tmp_path, resume=True, **settings)
+        (last,) = longer
+        assert last.model["w"][0] == 3.375 + 0.5 * (1.5 + 0.5 * (1.5 + 0.5 * 1.5))
+
     @pytest.mark.parametrize("transfer", fc.TransferType)
     def test_in_line_on_threads_and_on_processes_the_bits_are_the_same(
         self, transfer: fc.TransferType
