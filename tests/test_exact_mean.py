@@ -378,17 +378,18 @@ def test_hash_seeds_and_block_sizes_give_the_bits_written_down() -> None:
 
 @pytest.mark.parametrize("seed", range(20 if THOROUGH else 3))
 def test_a_quotient_next_to_a_midpoint_is_rounded_to_its_own_side(seed: int) -> None:
-    # weight · m + d, with m of 25 bits and odd: the mean lies a share of 2**-53 beside the midpoint
-    # between two float32, which is nearer than one division in float64 can tell.
+    # The sum is weight · m + d, with m odd and of 25 bits: the mean lies beside the midpoint of two
+    # float32 by a share of 2**-64 of itself, far less than a division in float64 can tell.
     rng = np.random.default_rng(seed)
-    weight = 2 * int(rng.integers(1 << 26, 1 << 27)) + 1
+    weight = 2 * int(rng.integers(1 << 38, 1 << 39)) + 1
     middle = 2 * rng.integers(1 << 23, 1 << 24, 3_000) + 1
     beside = rng.integers(-1, 2, middle.size)
-    sums = (middle * weight + beside).astype(np.float64)
-    assert (sums.astype(np.int64) == middle * weight + beside).all()
+    sums = middle.astype(object) * weight + beside
+    upper, lower = sums >> 40, sums & ((1 << 40) - 1)
     mean = WeightedMean(ModelSpec.of({"x": np.empty(middle.size, np.float32)}))
-    mean.add({"x": sums}, 1)
-    mean.add({"x": np.zeros(middle.size)}, weight - 1)
+    mean.add({"x": upper.astype(np.float64) * 2.0**40}, 1)
+    mean.add({"x": lower.astype(np.float64)}, 1)
+    mean.add({"x": np.zeros(middle.size)}, weight - 2)
     even = middle - 1 + 2 * ((middle >> 1) & 1)
     expected = np.where(beside == 0, even, middle + beside)
     assert mean.mean()["x"].tolist() == expected.tolist()
