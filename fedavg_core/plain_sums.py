@@ -43,9 +43,14 @@ class PlainSum:
         self.current = -1
 
     @property
-    def value(self) -> Array | None:
-        """The sum; None for zero."""
-        return None if self.current < 0 else self._pair[self.current]
+    def is_zero(self) -> bool:
+        """Whether nothing was added."""
+        return self.current < 0
+
+    @property
+    def value(self) -> Array:
+        """The sum, if it is not zero."""
+        return self._pair[self.current]
 
     def next(self) -> tuple[int, Array]:
         """The number and the memory of the array that is not the sum."""
@@ -55,7 +60,7 @@ class PlainSum:
     def fork(self) -> Array:
         """A copy of the sum, which is the sum from here on, and may be changed in place."""
         number, array = self.next()
-        array[:] = 0 if self.value is None else self.value
+        array[:] = 0 if self.is_zero else self.value
         self.current = number
         return array
 
@@ -81,7 +86,7 @@ class PlainSums(Sums[PlainSum]):
             block, total = self._blocks[number]
             product = buffers.scratch.product.view(self._dtype)[: block.size]
             following, target = total.next()
-            source = total.value
+            source = None if total.is_zero else total.value
             for (params, _), factor in zip(terms, factors, strict=True):
                 for values, exponent in load(block, params, params, buffers):
                     with np.errstate(over="ignore", invalid="ignore"):
@@ -108,9 +113,8 @@ class PlainSums(Sums[PlainSum]):
             array = begun.get(id(total))
             if array is None:
                 array = begun[id(total)] = total.fork()
-            if source.value is not None:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    array[at] += source.value[of]
+            with np.errstate(over="ignore", invalid="ignore"):
+                array[at] += source.value[of]
 
     def mark(self) -> list[int]:
         """See `Sums.mark`: which array of each block is its sum."""
@@ -132,14 +136,14 @@ class PlainSums(Sums[PlainSum]):
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
-        pieces = [self._elements(total, s.place) for s, total in self._segments(key)]
+        pieces = [total.value[segment.place] for segment, total in self._segments(key)]
         return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
-            array = total.fork() if total.value is None else total.value
+            array = total.fork() if total.is_zero else total.value
             array[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
     def _make(self, sizes: Sequence[int]) -> Iterator[PlainSum]:
@@ -148,12 +152,6 @@ class PlainSums(Sums[PlainSum]):
         for size in sizes:
             yield PlainSum([array[start : start + size] for array in pair])
             start += size
-
-    def _elements(self, total: PlainSum, place: slice) -> Array:
-        """Some elements of a sum; a view, except of zeros."""
-        if total.value is None:
-            return np.zeros(place.stop - place.start, self._dtype)
-        return total.value[place]
 
     def _divide(
         self,
@@ -177,7 +175,7 @@ class PlainSums(Sums[PlainSum]):
             mean = out[place] if out.dtype == self._dtype else spare
             with np.errstate(over="ignore", invalid="ignore"):
                 divisor = self._dtype.type(float(weight))
-                np.divide(self._elements(total, segment.place), divisor, out=mean)
+                np.divide(total.value[segment.place], divisor, out=mean)
                 if base is not None:
                     start = flat(base[segment.key], segment.start, segment.size)
                     if _first_not_finite(start, buffers) >= 0:

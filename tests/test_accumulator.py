@@ -757,3 +757,17 @@ def test_a_fault_at_any_key_of_an_operation_leaves_the_state_as_it_was(
     monkeypatch.undo()
     assert mean.digest() == before
     assert fc.same_bits(mean.mean(), result)
+
+
+@kinds
+def test_an_update_may_bring_some_of_many_blocks(kind: Accumulator) -> None:
+    whole, part = model(1), {"w": model(2)["w"]}
+    cut = fc.WeightedMean(fc.ModelSpec.of(whole), accumulator=kind, block=4)
+    cut.add_many([(part, 3), (whole, 2), (part, 5)])
+    cut.add(part, 7)
+    uncut = fc.WeightedMean(fc.ModelSpec.of(whole), accumulator=kind)
+    for params, weight in ((part, 3), (whole, 2), (part, 5), (part, 7)):
+        uncut.add(params, weight)
+    assert fc.same_bits(cut.mean(), uncut.mean())
+    assert cut.weight_of("b") == 2
+    assert cut.weight_of("w") == 17
