@@ -24,7 +24,7 @@ from fedavg_core.errors import UsageError
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.sums import not_finite
 
-__all__ = ["RobustMean", "check_finite"]
+__all__ = ["RobustMean", "check_finite", "is_number"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -174,6 +174,18 @@ class RobustMean(ABC):
     def _check_alike(self, other: RobustMean) -> None:
         if type(self) is not type(other) or self.settings() != other.settings():
             raise UsageError(f"expected a {self.settings()} to merge, got a {other.settings()}")
+
+
+def is_number(value: object) -> bool:
+    """Whether something is a plain number, which truth values are not.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for an int or a float, finite or not.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_finite(params: Params) -> None:

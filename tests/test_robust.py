@@ -539,9 +539,11 @@ class TestAsAnAccumulator:
             mean.add_many([(update, 1) for update in updates])
         expected = [(mean.mean(), mean.mean(base)) for mean in made]
         monkeypatch.setattr("fedavg_core.kept_updates._CELLS", 20)
-        for mean, (alone, added) in zip(made, expected, strict=True):
-            assert fc.same_bits(mean.mean(), alone)
-            assert fc.same_bits(mean.mean(base), added)
+        for few in (256, 1):
+            monkeypatch.setattr("fedavg_core.kept_updates._FEW", few)
+            for mean, (alone, added) in zip(made, expected, strict=True):
+                assert fc.same_bits(mean.mean(), alone)
+                assert fc.same_bits(mean.mean(base), added)
         kept = CoordinateMedian()
         kept.add_many([({"a": np.arange(9.0)}, 1)] * 5)
         with pytest.raises(fc.OutOfRange, match=r"key 'a': the result at \[8\]"):
@@ -592,6 +594,29 @@ class Largest(CoordinateWise):
 
     def rows(self, count: int) -> slice:
         return slice(count - 1, count)
+
+
+class Rank(CoordinateWise):
+    """The values of one place in the order."""
+
+    name = "rank"
+    options = ("rank",)
+
+    def __init__(self, rank: int = 0, spec: fc.ModelSpec | None = None) -> None:
+        self.rank = rank
+        super().__init__(spec)
+
+    def rows(self, count: int) -> slice:
+        return slice(self.rank, self.rank + 1)
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 33, 64, 257])
+def test_columns_of_any_length_are_sorted(count: int) -> None:
+    values = np.random.default_rng(count).integers(-count, count, (count, 40)).astype(np.float32)
+    ordered = np.sort(values, axis=0)
+    for rank in {0, 1 % count, count // 2, count - 1}:
+        found = mean_of(Rank(rank), [{"a": row} for row in values])
+        assert np.array_equal(found["a"], ordered[rank])
 
 
 class TestRulesOfOnesOwn:
