@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -14,8 +14,8 @@ from fedavg_core.accumulator import WeightedMean, check_update
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, check_finite, is_number
-from fedavg_core.weight import exact_weight
+from fedavg_core.robust_mean import RobustMean, State, check_finite, is_number
+from fedavg_core.weight import exact_weight, is_whole
 
 __all__ = ["ClippedMean"]
 
@@ -117,6 +117,19 @@ class ClippedMean(RobustMean):
     def digest(self) -> str:
         """See `RobustMean.digest`."""
         return self._mean.digest()
+
+    def state(self) -> State:
+        """See `RobustMean.state`."""
+        mean, arrays = self._mean.state()
+        return {"accumulator": self.settings(), "count": self._count, "mean": mean}, arrays
+
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """See `RobustMean.take_up`."""
+        count = meta["count"]
+        if not is_whole(count) or not 0 <= count <= meta["mean"]["count"]:
+            raise ValueError(f"the count {quoted(count)}")
+        self._mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
+        self._count = count
 
     def reset(self) -> None:
         """See `RobustMean.reset`."""

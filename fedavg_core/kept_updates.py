@@ -31,10 +31,10 @@ from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import RobustMean, check_finite
+from fedavg_core.robust_mean import RobustMean, State, check_finite
 from fedavg_core.rounding import quotient
 from fedavg_core.sums import base_not_finite, out_of_range
-from fedavg_core.weight import Weight, exact_weight, weight_text
+from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
 
 __all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_the_sorted"]
 
@@ -182,6 +182,27 @@ class KeptUpdates(RobustMean):
         """See `RobustMean.digest`."""
         each = [f"{digest(fingerprints(u.params))} {weight_text(u.weight)}" for u in self.updates]
         return hashlib.sha256("\n".join(sorted(each)).encode("ascii")).hexdigest()
+
+    def state(self) -> State:
+        """See `RobustMean.state`."""
+        entries = [
+            {"weight": weight_text(update.weight), "keys": list(update.params)}
+            for update in self.updates
+        ]
+        arrays = {
+            f"{number}.{index}": array
+            for number, update in enumerate(self.updates)
+            for index, array in enumerate(update.params.values())
+        }
+        return {"accumulator": self.settings(), "updates": entries}, arrays
+
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """See `RobustMean.take_up`."""
+        updates: list[tuple[Params, Any]] = []
+        for number, entry in enumerate(meta["updates"]):
+            params = {key: arrays[f"{number}.{i}"] for i, key in enumerate(entry["keys"])}
+            updates.append((params, weight_from_text(entry["weight"])))
+        self.add_many(updates)
 
     def reset(self) -> None:
         """See `RobustMean.reset`."""

@@ -38,7 +38,7 @@ import numpy.typing as npt
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.clipped_mean import ClippedMean
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
@@ -54,6 +54,7 @@ __all__ = [
     "MultiKrum",
     "TrimmedMean",
     "accumulator_for",
+    "accumulator_from_state",
     "kind_of",
     "robust_mean",
 ]
@@ -304,6 +305,36 @@ def accumulator_for(
     if isinstance(kind, Mapping):
         return robust_mean(**kind, spec=spec)
     return WeightedMean(spec, accumulator=kind)
+
+
+def accumulator_from_state(
+    meta: Mapping[str, Any], arrays: Params, spec: ModelSpec | None
+) -> WeightedMean | RobustMean:
+    """An accumulator of any kind that goes on from a state.
+
+    Args:
+        meta: The dictionary that its `state` gave.
+        arrays: The arrays that it gave; copied.
+        spec: As for a new one.
+
+    Returns:
+        A new accumulator, which holds the same.
+
+    Raises:
+        UsageError: This is no such state, or one of a robust mean that `robust_mean` does not know.
+    """
+    try:
+        if isinstance(meta["accumulator"], str):
+            return WeightedMean.from_state(meta, arrays, spec)
+        mean = robust_mean(**meta["accumulator"], spec=spec)
+        mean.take_up(meta, arrays)
+        return mean
+    except (
+        AttributeError, ArithmeticError, LookupError, RefusedUpdate, TypeError, ValueError
+    ) as error:  # fmt: skip
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
 
 
 def kind_of(mean: WeightedMean | RobustMean) -> Accumulator | dict[str, Any]:

@@ -13,7 +13,7 @@ What it costs is not: see `nbytes`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -24,9 +24,11 @@ from fedavg_core.errors import UsageError
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.sums import not_finite
 
-__all__ = ["RobustMean", "check_finite", "is_number"]
+__all__ = ["RobustMean", "State", "check_finite", "is_number"]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
 _Self = TypeVar("_Self", bound="RobustMean")
 
@@ -165,6 +167,28 @@ class RobustMean(ABC):
 
         Returns:
             64 hexadecimal digits. Equal for equal updates with equal weights, however they came.
+        """
+
+    @abstractmethod
+    def state(self) -> State:
+        """All that this holds, fit to be stored.
+
+        Returns:
+            A dictionary that JSON can hold, and arrays; they may be those that are kept, and are to
+            be read only.
+        """
+
+    @abstractmethod
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Take up what another one of the same rule held; to be asked of an empty one.
+
+        Args:
+            meta: The dictionary that `state` gave.
+            arrays: The arrays that it gave; copied.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: This is no such state.
+            RefusedUpdate: It holds what could not have been added.
         """
 
     @abstractmethod

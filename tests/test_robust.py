@@ -31,6 +31,7 @@ from fedavg_core.robust import (
     Krum,
     MultiKrum,
     TrimmedMean,
+    accumulator_from_state,
     robust_mean,
 )
 from fedavg_core.robust_mean import RobustMean
@@ -822,10 +823,63 @@ class TestInARound:
         play(given, updates, updates[0])
         assert given.count == 1
 
-    def test_the_state_of_an_open_round_cannot_be_had(self) -> None:
-        round = fc.Round(updates_of(1)[0], 0, accumulator=CoordinateMedian())
-        with pytest.raises(fc.UsageError, match="round 0: the state of an open round over a medi"):
-            round.state()
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_an_open_round_goes_on_in_another_process_to_the_same_bits(
+        self, mean: RobustMean, tmp_path: Path
+    ) -> None:
+        model, *updates = updates_of(7, dtypes=("float32", "float16", "int64"))
+        expected = play(mean, updates, model, transfer=fc.TransferType.DIFF)
+        sent = [
+            fc.Update(f"site-{n}", 0, fc.diff(u, model), 1 + n, fc.TransferType.DIFF)
+            for n, u in enumerate(updates)
+        ]
+        round = fc.Round(model, 0, transfer=fc.TransferType.DIFF, accumulator=mean)
+        for update in sent[:3]:
+            round.offer(update)
+        meta, arrays = round.state()
+        path = tmp_path / "round.npz"
+        fc.save_checkpoint(path, fc.Checkpoint(model, 0, extra={"round": meta}, arrays=arrays))
+        found = fc.load_checkpoint(path)
+        rest = fc.Round.from_state(found.extra["round"], found.arrays, found.model)
+        assert len(rest.accepted) == 3
+        for update in sent[3:]:
+            assert rest.offer(update).accepted
+        outcome = rest.close()
+        assert fc.same_bits(outcome.model, expected.model)
+        assert outcome.total_weight == expected.total_weight
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"accumulator": 3},
+            {"accumulator": {"name": "mode"}},
+            {"accumulator": {"name": "krum", "faulty": "x"}},
+            {"updates": 3},
+            {"updates": [{"weight": "1/1"}]},
+            {"updates": [{"weight": "0/1", "keys": ["a"]}]},
+            {"updates": [{"weight": "1/0", "keys": ["a"]}]},
+            {"updates": [{"weight": "1/1", "keys": ["a", "b"]}]},
+            {"updates": [{"weight": 1, "keys": ["a"]}]},
+            {"updates": [{"weight": "1/1", "keys": ["b"]}]},
+        ],
+    )
+    def test_another_state_is_a_usage_error(self, change: dict[str, Any]) -> None:
+        kept = CoordinateMedian()
+        kept.add({"a": np.ones(2)}, 1)
+        meta, arrays = kept.state()
+        spec = fc.ModelSpec.of({"a": np.ones(2)})
+        assert accumulator_from_state(meta, arrays, spec).count == 1
+        with pytest.raises(fc.UsageError):
+            accumulator_from_state({**meta, **change}, arrays, spec)
+
+    @pytest.mark.parametrize("count", [-1, 3, True, "1", None])
+    def test_another_state_of_a_clipped_mean_is_a_usage_error(self, count: Any) -> None:
+        kept = ClippedMean()
+        kept.add({"a": np.ones(2)}, 1)
+        meta, arrays = kept.state()
+        assert accumulator_from_state(meta, arrays, None).count == 1
+        with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+            accumulator_from_state({**meta, "count": count}, arrays, None)
 
     @pytest.mark.parametrize("mean", EVERY, ids=named)
     def test_a_server_optimizer_steps_towards_it(self, mean: RobustMean) -> None:
