@@ -14,6 +14,7 @@ coordinate are averaged, or of `WholeVector`, which says what each update counts
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,12 +31,12 @@ from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import RobustMean, check_finite
+from fedavg_core.robust_mean import RobustMean, State, check_finite
 from fedavg_core.rounding import quotient
 from fedavg_core.sums import base_not_finite, out_of_range
-from fedavg_core.weight import Weight, exact_weight, weight_text
+from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
 
-__all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_all", "of_the_sorted"]
+__all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_the_sorted"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Terms: TypeAlias = "tuple[Sequence[Array], Sequence[Weight], Weight]"
@@ -45,7 +46,8 @@ Plan: TypeAlias = "Callable[[Sequence[Array]], Terms]"
 
 _Kept = TypeVar("_Kept", bound="KeptUpdates")
 
-_CELLS = 1 << 22  # numbers that are compared in one go: 32 MB of float64
+_CELLS = 1 << 20  # numbers that are compared in one go: 8 MB of float64
+_FEW = 256  # up to here a sorting network is faster than NumPy's selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +183,27 @@ class KeptUpdates(RobustMean):
         each = [f"{digest(fingerprints(u.params))} {weight_text(u.weight)}" for u in self.updates]
         return hashlib.sha256("\n".join(sorted(each)).encode("ascii")).hexdigest()
 
+    def state(self) -> State:
+        """See `RobustMean.state`."""
+        entries = [
+            {"weight": weight_text(update.weight), "keys": list(update.params)}
+            for update in self.updates
+        ]
+        arrays = {
+            f"{number}.{index}": array
+            for number, update in enumerate(self.updates)
+            for index, array in enumerate(update.params.values())
+        }
+        return {"accumulator": self.settings(), "updates": entries}, arrays
+
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """See `RobustMean.take_up`."""
+        updates: list[tuple[Params, Any]] = []
+        for number, entry in enumerate(meta["updates"]):
+            params = {key: arrays[f"{number}.{i}"] for i, key in enumerate(entry["keys"])}
+            updates.append((params, weight_from_text(entry["weight"])))
+        self.add_many(updates)
+
     def reset(self) -> None:
         """See `RobustMean.reset`."""
         self._held = _Held(dict(self._given or {}))
@@ -261,7 +284,7 @@ class WholeVector(KeptUpdates):
         """
 
     def _plan(self) -> Plan:
-        return of_all(self.weights())
+        return _of_all(self.weights())
 
 
 def of_the_sorted(rows: Callable[[int], slice]) -> Plan:
@@ -277,6 +300,9 @@ def of_the_sorted(rows: Callable[[int], slice]) -> Plan:
     def plan(chunks: Sequence[Array]) -> Terms:
         chosen = rows(len(chunks))
         stack = _sortable(chunks)
+        if stack.dtype.kind == "f" and len(stack) <= _FEW:
+            values = _sorted(stack)[chosen]
+            return values, [1] * len(values), len(values)
         stack.partition([chosen.start, chosen.stop - 1], axis=0)
         stack = stack[chosen]
         parts = [*stack.real, *stack.imag] if stack.dtype.kind == "c" else list(stack)
@@ -285,15 +311,8 @@ def of_the_sorted(rows: Callable[[int], slice]) -> Plan:
     return plan
 
 
-def of_all(weights: Sequence[Weight]) -> Plan:
-    """A plan: all updates, with other weights than they came with.
-
-    Args:
-        weights: Theirs, in their order, see `WholeVector.weights`.
-
-    Returns:
-        The plan.
-    """
+def _of_all(weights: Sequence[Weight]) -> Plan:
+    """A plan: all updates, with these weights instead of those that they came with."""
     chosen = [index for index, weight in enumerate(weights) if weight]
     counted = [weights[index] for index in chosen]
     total = sum(counted)
@@ -322,6 +341,38 @@ def _sortable(chunks: Sequence[Array]) -> Array:
     for row, chunk in zip(stack, chunks, strict=True):
         row[:] = chunk
     return stack
+
+
+def _sorted(stack: Array) -> list[Array]:
+    """The values of each column in order, by a sorting network whose wires are the rows.
+
+    Args:
+        stack: The rows; overwritten.
+
+    Returns:
+        One array for each place in the order.
+    """
+    rows, spare = list(stack), np.empty_like(stack[0])
+    for i, j in _network(len(rows)):
+        np.minimum(rows[i], rows[j], out=spare)
+        np.maximum(rows[i], rows[j], out=rows[j])
+        rows[i], spare = spare, rows[i]
+    return rows
+
+
+@functools.cache
+def _network(size: int) -> list[tuple[int, int]]:
+    """The comparisons of merge exchange (Batcher, 1968; Knuth, 1998, algorithm 5.2.2M)."""
+    largest = 1 << max(0, (size - 1).bit_length() - 1)
+    comparisons = []
+    p = largest
+    while p:
+        q, r, distance = largest, 0, p
+        while distance:
+            comparisons += [(i, i + distance) for i in range(size - distance) if i & p == r]
+            distance, q, r = q - p, q >> 1, p
+        p >>= 1
+    return comparisons
 
 
 def _is_long(chunk: Array) -> bool:

@@ -9,7 +9,7 @@ norm depends neither on the processor nor on how the arrays lie in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from fedavg_core.model import Params
 
-__all__ = ["norm_above", "norm_of_difference", "sum_of_squares"]
+__all__ = ["norm_above", "norm_of_difference", "scale_of", "sum_of_squares"]
 
 _BLOCK = 1 << 16
+_LARGEST_SCALE = 1000  # as an exponent; the square of what is left over is nothing
 
 
 def norm_above(params: Params, base: Params, limit: float) -> float | None:
@@ -77,6 +78,29 @@ def sum_of_squares(params: Params, base: Params, scale: float) -> float:
         return math.fsum(parts)
     except OverflowError:
         return math.inf
+
+
+def scale_of(models: Iterable[Params]) -> float:
+    """A power of two that brings the numbers of some models to 1 and below.
+
+    Scaled by it, squares of differences neither overflow nor vanish where they matter.
+
+    Args:
+        models: The models; only read.
+
+    Returns:
+        It; the same whatever their order.
+    """
+    largest = max(
+        (
+            max(float(array.max()), -float(array.min()))
+            for model in models
+            for array in model.values()
+            if array.size
+        ),
+        default=0.0,
+    )
+    return 2.0 ** -max(-_LARGEST_SCALE, min(_LARGEST_SCALE, math.frexp(largest)[1]))
 
 
 def _block_sums_of_squares(

@@ -28,21 +28,22 @@ with the square of their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import Accumulator, WeightedMean, check_update
+from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.clipped_mean import ClippedMean
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.errors import UsageError, quoted
-from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_all, of_the_sorted
+from fedavg_core.errors import RefusedUpdate, UsageError, quoted
+from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
-from fedavg_core.norm import sum_of_squares
-from fedavg_core.robust_mean import RobustMean, check_finite
-from fedavg_core.weight import Weight, exact_weight, is_whole
+from fedavg_core.norm import scale_of, sum_of_squares
+from fedavg_core.robust_mean import RobustMean, is_number
+from fedavg_core.weight import Weight, is_whole
 
 __all__ = [
     "ROBUST_MEANS",
@@ -53,11 +54,13 @@ __all__ = [
     "MultiKrum",
     "TrimmedMean",
     "accumulator_for",
+    "accumulator_from_state",
     "kind_of",
     "robust_mean",
 ]
 
-_LARGEST_SCALE = 1000  # exponents of two; the square of what is left over is nothing
+Array: TypeAlias = npt.NDArray[Any]
+
 _SMALLEST_NORMAL = 2.0**-1022
 
 
@@ -97,7 +100,7 @@ class TrimmedMean(CoordinateWise):
     options = ("trim",)
 
     def __init__(self, trim: float = 0.1, spec: ModelSpec | None = None) -> None:
-        if not _is_number(trim) or not 0 <= trim < 0.5:
+        if not is_number(trim) or not 0 <= trim < 0.5:
             raise UsageError(f"trim: expected a number from 0 to below 0.5, got {quoted(trim)}")
         self.trim = trim
         super().__init__(spec)
@@ -141,7 +144,7 @@ class Krum(WholeVector):
     def weights(self) -> list[Weight]:
         """See `WholeVector.weights`."""
         models = [update.params for update in self.updates]
-        scale = _scale(models)
+        scale = scale_of(models)
         squares = [[0.0] * len(models) for _ in models]
         for i, one in enumerate(models):
             for j in range(i):
@@ -186,8 +189,9 @@ class GeometricMedian(WholeVector):
 
     It begins with the coordinate-wise median z, which is near already, however far off a few
     updates are. In each iteration an update at the distance d from z gets its weight divided by d,
-    or by the smoothing ν where d is smaller, and z becomes the mean with these weights. Each z is
-    an exact mean, rounded to float64; the last is rounded to the dtypes of the result instead.
+    or by the smoothing ν where d is smaller, and z becomes the mean with these weights: the exact
+    one in the last iteration, and before that one in float64, added up in an order that the
+    updates' digests fix.
 
     Args:
         iterations: How many iterations to make; it stops before where nothing changes any more.
@@ -208,7 +212,7 @@ class GeometricMedian(WholeVector):
             raise UsageError(
                 f"iterations: expected a whole number from 1 on, got {quoted(iterations)}"
             )
-        if not _is_number(smoothing) or not 0 < smoothing <= 1:
+        if not is_number(smoothing) or not 0 < smoothing <= 1:
             raise UsageError(
                 f"smoothing: expected a number above 0 and up to 1, got {quoted(smoothing)}"
             )
@@ -219,124 +223,28 @@ class GeometricMedian(WholeVector):
     def weights(self) -> list[Weight]:
         """See `WholeVector.weights`."""
         models = [update.params for update in self.updates]
-        scale = _scale(models)
+        scale = scale_of(models)
         shares = [float(update.weight / self.total_weight) for update in self.updates]
         least = max(self.smoothing * scale, _SMALLEST_NORMAL)
         targets = {
             key: ArraySpec(array.shape, np.dtype(np.float64)) for key, array in models[0].items()
         }
-        weights: list[Weight] = []
+        center = self._means(of_the_sorted(_middle), targets)
+        order = sorted(
+            range(len(models)), key=lambda i: (digest(fingerprints(models[i])), shares[i])
+        )
+        weights: list[float] = []
         for _ in range(self.iterations):
-            plan = of_all(weights) if weights else of_the_sorted(_middle)
-            center = self._means(plan, targets)
+            if weights:
+                center = _plain_mean([models[i] for i in order], [weights[i] for i in order])
             far = [math.sqrt(sum_of_squares(model, center, scale)) for model in models]
-            divided = [
-                Fraction(share / max(least, distance))
-                for share, distance in zip(shares, far, strict=True)
-            ]
-            if divided == weights:
+            before, weights = (
+                weights,
+                [share / max(least, distance) for share, distance in zip(shares, far, strict=True)],
+            )
+            if weights == before:
                 break
-            weights = list(divided)
-        return weights
-
-
-class ClippedMean(RobustMean):
-    """The weighted mean of differences that are cut down to a norm.
-
-    A difference whose L2 norm, over all its parameters together, is larger than the limit is
-    multiplied by limit / norm (R. Pascanu, T. Mikolov and Y. Bengio, "On the Difficulty of Training
-    Recurrent Neural Networks", 2013); then all are averaged with their weights, exactly. The
-    factor is a float64. A cut difference counts with its whole weight in the denominator.
-
-    It keeps no updates: its memory is that of a `WeightedMean`.
-
-    Args:
-        limit: The largest norm.
-        spec: See `RobustMean`.
-
-    Raises:
-        UsageError: The limit is no finite number above 0.
-    """
-
-    name = "clipped-mean"
-    options = ("limit",)
-
-    def __init__(self, limit: float = 1.0, spec: ModelSpec | None = None) -> None:
-        if not _is_number(limit) or not 0 < limit < math.inf:
-            raise UsageError(f"limit: expected a finite number above 0, got {quoted(limit)}")
-        self.limit = limit
-        super().__init__(spec)
-        self._mean = WeightedMean(spec)
-        self._count = 0
-
-    @property
-    def needs_differences(self) -> bool:
-        """True: the norm of a whole model says nothing of an update."""
-        return True
-
-    @property
-    def count(self) -> int:
-        """See `RobustMean.count`."""
-        return self._count
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """See `RobustMean.keys`."""
-        return self._mean.keys
-
-    @property
-    def total_weight(self) -> Fraction:
-        """See `RobustMean.total_weight`."""
-        return self._mean.total_weight
-
-    @property
-    def nbytes(self) -> int:
-        """0: no updates are kept."""
-        return 0
-
-    def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
-        """See `RobustMean.add_many`."""
-        terms: list[tuple[Params, Any]] = []
-        count = 0
-        for given, weight in updates:
-            exact = exact_weight(weight)
-            params = check_update(given, self._given or {}, self._fixed)
-            check_finite(params)
-            factor = self._factor(params)
-            if factor == 1:
-                terms.append((params, exact))
-            else:
-                # What was cut off counts as zeros, so that the weight remains whole.
-                nothing = {key: np.broadcast_to(_zero(a), a.shape) for key, a in params.items()}
-                terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
-            count += 1
-        self._mean.add_many(terms)
-        self._count += count
-
-    def _factor(self, params: Params) -> Fraction:
-        scale = _scale([params])
-        norm = math.sqrt(sum_of_squares(params, {}, scale))
-        limit = self.limit * scale
-        return Fraction(limit / norm) if norm > limit else Fraction(1)
-
-    def merge(self, other: ClippedMean) -> None:
-        """See `RobustMean.merge`."""
-        self._check_alike(other)
-        self._mean.merge(other._mean)
-        self._count += other._count
-
-    def mean(self, base: Params | None = None) -> dict[str, npt.NDArray[Any]]:
-        """See `RobustMean.mean`."""
-        return self._mean.mean(base)
-
-    def digest(self) -> str:
-        """See `RobustMean.digest`."""
-        return self._mean.digest()
-
-    def reset(self) -> None:
-        """See `RobustMean.reset`."""
-        self._mean.reset()
-        self._count = 0
+        return [Fraction(weight) for weight in weights]
 
 
 ROBUST_MEANS: dict[str, type[RobustMean]] = {
@@ -399,6 +307,36 @@ def accumulator_for(
     return WeightedMean(spec, accumulator=kind)
 
 
+def accumulator_from_state(
+    meta: Mapping[str, Any], arrays: Params, spec: ModelSpec | None
+) -> WeightedMean | RobustMean:
+    """An accumulator of any kind that goes on from a state.
+
+    Args:
+        meta: The dictionary that its `state` gave.
+        arrays: The arrays that it gave; copied.
+        spec: As for a new one.
+
+    Returns:
+        A new accumulator, which holds the same.
+
+    Raises:
+        UsageError: This is no such state, or one of a robust mean that `robust_mean` does not know.
+    """
+    try:
+        if isinstance(meta["accumulator"], str):
+            return WeightedMean.from_state(meta, arrays, spec)
+        mean = robust_mean(**meta["accumulator"], spec=spec)
+        mean.take_up(meta, arrays)
+        return mean
+    except (
+        AttributeError, ArithmeticError, LookupError, RefusedUpdate, TypeError, ValueError
+    ) as error:  # fmt: skip
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
+
+
 def kind_of(mean: WeightedMean | RobustMean) -> Accumulator | dict[str, Any]:
     """What `accumulator_for` makes another one like this of, as JSON can hold it.
 
@@ -415,23 +353,11 @@ def _middle(count: int) -> slice:
     return slice((count - 1) // 2, count // 2 + 1)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _zero(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.zeros((), array.dtype)
-
-
-def _scale(models: Sequence[Params]) -> float:
-    """A power of two that brings all numbers of some models to below about 1."""
-    largest = max(
-        (
-            max(float(array.max()), -float(array.min()))
-            for model in models
-            for array in model.values()
-            if array.size
-        ),
-        default=0.0,
-    )
-    return 2.0 ** -max(-_LARGEST_SCALE, min(_LARGEST_SCALE, math.frexp(largest)[1]))
+def _plain_mean(models: Sequence[Params], weights: Sequence[float]) -> dict[str, Array]:
+    """The weighted mean in float64, added up in the order that is given."""
+    total = math.fsum(weights)
+    mean = {key: np.zeros(array.shape) for key, array in models[0].items()}
+    for model, weight in zip(models, weights, strict=True):
+        for key, array in model.items():
+            mean[key] += array.astype(np.float64) * (weight / total)
+    return mean

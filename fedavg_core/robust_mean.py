@@ -13,7 +13,7 @@ What it costs is not: see `nbytes`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -24,9 +24,11 @@ from fedavg_core.errors import UsageError
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.sums import not_finite
 
-__all__ = ["RobustMean", "check_finite"]
+__all__ = ["RobustMean", "State", "check_finite", "is_number"]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
 _Self = TypeVar("_Self", bound="RobustMean")
 
@@ -168,12 +170,46 @@ class RobustMean(ABC):
         """
 
     @abstractmethod
+    def state(self) -> State:
+        """All that this holds, fit to be stored.
+
+        Returns:
+            A dictionary that JSON can hold, and arrays; they may be those that are kept, and are to
+            be read only.
+        """
+
+    @abstractmethod
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Take up what another one of the same rule held; to be asked of an empty one.
+
+        Args:
+            meta: The dictionary that `state` gave.
+            arrays: The arrays that it gave; copied.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: This is no such state.
+            RefusedUpdate: It holds what could not have been added.
+        """
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget every update, and give back the memory that they took."""
 
     def _check_alike(self, other: RobustMean) -> None:
         if type(self) is not type(other) or self.settings() != other.settings():
             raise UsageError(f"expected a {self.settings()} to merge, got a {other.settings()}")
+
+
+def is_number(value: object) -> bool:
+    """Whether something is a plain number, which truth values are not.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for an int or a float, finite or not.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_finite(params: Params) -> None:

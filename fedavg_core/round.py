@@ -52,7 +52,7 @@ from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, qu
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
-from fedavg_core.robust import accumulator_for, kind_of
+from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer, mean_change
 from fedavg_core.update import TransferType, Update
@@ -297,7 +297,7 @@ class Round:
                 Receipt.from_json(entry, round._number) for entry in meta["receipts"]
             ]
             round._contributors = {receipt.contributor for receipt in round.accepted}
-            round._mean = WeightedMean.from_state(
+            round._mean = accumulator_from_state(
                 meta["mean"], arrays, round._gate.spec if round._model else None
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -460,11 +460,6 @@ class Round:
         return {key: mean[key] if key in mean else kept[key] for key in self._model}
 
     def _save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        if isinstance(self._mean, RobustMean):
-            raise UsageError(
-                f"round {self._number}: the state of an open round over a {self._mean.name} cannot "
-                "be had; offer its updates again"
-            )
         mean, arrays = self._mean.state()
         meta = {
             "format": _STATE_FORMAT,

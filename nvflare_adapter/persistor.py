@@ -37,8 +37,8 @@ class CheckpointPersistor(ModelPersistor):
     """Loads the model that a job starts from, and stores the global model after each round.
 
     Args:
-        initial_file: The name of the file that was shipped with the job, or the path of one that
-            the server has; empty if clients start from their own model.
+        initial_file: The name of the checkpoint that was shipped with the job, or the path of a
+            model's file that the server has; empty if clients start from their own model.
         folder: Where to store, below the job's result folder.
         keep: How many checkpoints to keep, the newest.
         best_model_filename: The name of the best model's file, in that folder.
@@ -99,8 +99,12 @@ class CheckpointPersistor(ModelPersistor):
         """
         if not self.initial_file:
             return global_model.learnable({})
-        path = self._shipped(self.initial_file, fl_ctx)
-        start = read_start(path)
+        path = Path(self.initial_file)
+        if path.is_absolute():
+            start = read_start(path)
+        else:
+            path = self._shipped(self.initial_file, fl_ctx)
+            start = fc.load_checkpoint(path)
         if start.round:
             self._store(fl_ctx).save(start)
         if self.best_file:

@@ -91,26 +91,28 @@ def as_optimizer(given: Any) -> fc.ServerOptimizer | None:
 
 
 def read_start(path: Path) -> fc.Checkpoint:
-    """Read what a job is to start from.
+    """Read the model that round 0 is to start from.
 
     Args:
-        path: A checkpoint, or another program's npy or npz file.
+        path: A checkpoint of any round, or another program's npy or npz file.
 
     Returns:
-        The checkpoint. A model without one is that of round 0.
+        The model, as a checkpoint of round 0.
 
     Raises:
-        CheckpointError: The file is missing or damaged.
+        CheckpointError: The file is missing or damaged, or holds no model.
     """
     try:
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            return fc.Checkpoint({SINGLE_ARRAY_KEY: array}, round=0)
-        with open(path, "rb") as file:
-            arrays, meta = read_npz(file)
+            given: Any = np.load(path, allow_pickle=False)
+        else:
+            with open(path, "rb") as file:
+                given, meta = read_npz(file)
+            if "checkpoint" in meta:
+                given = fc.load_checkpoint(path).model
+        return fc.Checkpoint(as_model(given) or {}, round=0)
     except (OSError, EOFError, ValueError) as error:
         raise fc.CheckpointError(path, f"could not be read ({quoted(str(error))})") from error
-    return fc.load_checkpoint(path) if "checkpoint" in meta else fc.Checkpoint(arrays, round=0)
 
 
 def resumed(

@@ -8,8 +8,10 @@ import os
 import pty
 import random
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,41 @@ def test_an_output_is_replaced_only_by_force_and_only_when_all_went_well(
         write_model(tmp_path / "new", "npz", {"w": np.ones(3)}).rename(out)
         assert run(capsys, *command, "-o", out, "--force")[0] == 0
     assert sorted(read_model(out)) == ["w"]
+
+
+def test_what_is_no_file_is_never_replaced(
+    tmp_path: Path, sites: list[Path], capsys: Capture
+) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("folder.npz", "pipe.npz"):
+        for command in (["aggregate", sites[0]], ["diff", sites[1], sites[0]]):
+            told = fails(capsys, *command, "-o", tmp_path / name, "--force")
+            assert told.endswith(": expected a file to write, got a folder or a device")
+
+
+def test_ctrl_c_leaves_what_was_there(tmp_path: Path, sites: list[Path]) -> None:
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"precious")
+    big = write_model(tmp_path / "big", "npz", {"w": np.ones(1 << 20, np.float32)})
+    before = sorted(os.listdir(tmp_path))
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fedavg_core.cli", "aggregate"),
+            *[str(big)] * 400,
+            *("-o", str(out), "--force"),
+        ],
+        stderr=subprocess.PIPE,
+    ) as process:
+        end = time.monotonic() + 60
+        while len(os.listdir(tmp_path)) == len(before) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == b"fedavg: interrupted\n"
+    assert process.returncode == 130
+    assert sorted(os.listdir(tmp_path)) == before
+    assert out.read_bytes() == b"precious"
 
 
 def test_a_link_that_leads_nowhere_is_an_output_that_is_there(

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.examples import read_blocks
+from tests.examples import run_alone as run
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def run(example: str, folder: Path) -> str:
-    (folder / "example.py").write_text(example, encoding="utf-8")
-    command = [sys.executable, "example.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return [block.text for block in read_blocks(README) if block.kind == kind]
 
 
 def test_there_are_five_examples() -> None:

@@ -31,6 +31,7 @@ from fedavg_core.robust import (
     Krum,
     MultiKrum,
     TrimmedMean,
+    accumulator_from_state,
     robust_mean,
 )
 from fedavg_core.robust_mean import RobustMean
@@ -539,9 +540,11 @@ class TestAsAnAccumulator:
             mean.add_many([(update, 1) for update in updates])
         expected = [(mean.mean(), mean.mean(base)) for mean in made]
         monkeypatch.setattr("fedavg_core.kept_updates._CELLS", 20)
-        for mean, (alone, added) in zip(made, expected, strict=True):
-            assert fc.same_bits(mean.mean(), alone)
-            assert fc.same_bits(mean.mean(base), added)
+        for few in (256, 1):
+            monkeypatch.setattr("fedavg_core.kept_updates._FEW", few)
+            for mean, (alone, added) in zip(made, expected, strict=True):
+                assert fc.same_bits(mean.mean(), alone)
+                assert fc.same_bits(mean.mean(base), added)
         kept = CoordinateMedian()
         kept.add_many([({"a": np.arange(9.0)}, 1)] * 5)
         with pytest.raises(fc.OutOfRange, match=r"key 'a': the result at \[8\]"):
@@ -592,6 +595,29 @@ class Largest(CoordinateWise):
 
     def rows(self, count: int) -> slice:
         return slice(count - 1, count)
+
+
+class Rank(CoordinateWise):
+    """The values of one place in the order."""
+
+    name = "rank"
+    options = ("rank",)
+
+    def __init__(self, rank: int = 0, spec: fc.ModelSpec | None = None) -> None:
+        self.rank = rank
+        super().__init__(spec)
+
+    def rows(self, count: int) -> slice:
+        return slice(self.rank, self.rank + 1)
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 33, 64, 257])
+def test_columns_of_any_length_are_sorted(count: int) -> None:
+    values = np.random.default_rng(count).integers(-count, count, (count, 40)).astype(np.float32)
+    ordered = np.sort(values, axis=0)
+    for rank in {0, 1 % count, count // 2, count - 1}:
+        found = mean_of(Rank(rank), [{"a": row} for row in values])
+        assert np.array_equal(found["a"], ordered[rank])
 
 
 class TestRulesOfOnesOwn:
@@ -797,10 +823,63 @@ class TestInARound:
         play(given, updates, updates[0])
         assert given.count == 1
 
-    def test_the_state_of_an_open_round_cannot_be_had(self) -> None:
-        round = fc.Round(updates_of(1)[0], 0, accumulator=CoordinateMedian())
-        with pytest.raises(fc.UsageError, match="round 0: the state of an open round over a medi"):
-            round.state()
+    @pytest.mark.parametrize("mean", EVERY, ids=named)
+    def test_an_open_round_goes_on_in_another_process_to_the_same_bits(
+        self, mean: RobustMean, tmp_path: Path
+    ) -> None:
+        model, *updates = updates_of(7, dtypes=("float32", "float16", "int64"))
+        expected = play(mean, updates, model, transfer=fc.TransferType.DIFF)
+        sent = [
+            fc.Update(f"site-{n}", 0, fc.diff(u, model), 1 + n, fc.TransferType.DIFF)
+            for n, u in enumerate(updates)
+        ]
+        round = fc.Round(model, 0, transfer=fc.TransferType.DIFF, accumulator=mean)
+        for update in sent[:3]:
+            round.offer(update)
+        meta, arrays = round.state()
+        path = tmp_path / "round.npz"
+        fc.save_checkpoint(path, fc.Checkpoint(model, 0, extra={"round": meta}, arrays=arrays))
+        found = fc.load_checkpoint(path)
+        rest = fc.Round.from_state(found.extra["round"], found.arrays, found.model)
+        assert len(rest.accepted) == 3
+        for update in sent[3:]:
+            assert rest.offer(update).accepted
+        outcome = rest.close()
+        assert fc.same_bits(outcome.model, expected.model)
+        assert outcome.total_weight == expected.total_weight
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"accumulator": 3},
+            {"accumulator": {"name": "mode"}},
+            {"accumulator": {"name": "krum", "faulty": "x"}},
+            {"updates": 3},
+            {"updates": [{"weight": "1/1"}]},
+            {"updates": [{"weight": "0/1", "keys": ["a"]}]},
+            {"updates": [{"weight": "1/0", "keys": ["a"]}]},
+            {"updates": [{"weight": "1/1", "keys": ["a", "b"]}]},
+            {"updates": [{"weight": 1, "keys": ["a"]}]},
+            {"updates": [{"weight": "1/1", "keys": ["b"]}]},
+        ],
+    )
+    def test_another_state_is_a_usage_error(self, change: dict[str, Any]) -> None:
+        kept = CoordinateMedian()
+        kept.add({"a": np.ones(2)}, 1)
+        meta, arrays = kept.state()
+        spec = fc.ModelSpec.of({"a": np.ones(2)})
+        assert accumulator_from_state(meta, arrays, spec).count == 1
+        with pytest.raises(fc.UsageError):
+            accumulator_from_state({**meta, **change}, arrays, spec)
+
+    @pytest.mark.parametrize("count", [-1, 3, True, "1", None])
+    def test_another_state_of_a_clipped_mean_is_a_usage_error(self, count: Any) -> None:
+        kept = ClippedMean()
+        kept.add({"a": np.ones(2)}, 1)
+        meta, arrays = kept.state()
+        assert accumulator_from_state(meta, arrays, None).count == 1
+        with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+            accumulator_from_state({**meta, "count": count}, arrays, None)
 
     @pytest.mark.parametrize("mean", EVERY, ids=named)
     def test_a_server_optimizer_steps_towards_it(self, mean: RobustMean) -> None:

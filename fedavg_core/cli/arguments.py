@@ -156,9 +156,10 @@ def check_new(path: Path, force: bool) -> None:
         force: Whether what is there may be replaced.
 
     Raises:
-        UsageError: Something is there that may not be replaced.
+        UsageError: Something is there that may not be replaced, or is no file.
     """
+    shown = quoted(str(path), _PATH_LENGTH)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{shown}: expected a file to write, got a folder or a device")
     if not force and (path.exists() or path.is_symlink()):
-        raise UsageError(
-            f"{quoted(str(path), _PATH_LENGTH)} is there already; --force would replace it"
-        )
+        raise UsageError(f"{shown} is there already; --force would replace it")

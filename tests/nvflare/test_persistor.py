@@ -89,12 +89,20 @@ def test_another_programs_file_on_the_server_is_a_start(server: Server, tmp_path
     app_folder(server, "config")
     np.savez(tmp_path / "start.npz", a=np.arange(3.0))
     np.save(tmp_path / "start.npy", np.arange(2, dtype=np.int16))
+    ended = fc.Checkpoint({"a": np.arange(4.0)}, round=7, extra={"searches": {"accuracy": [1, 2]}})
+    fc.save_checkpoint(tmp_path / "start.ckpt", ended)
     held = [
         CheckpointPersistor(str(tmp_path / f"start.{kind}")).load_model(server.context())
-        for kind in ("npz", "npy")
+        for kind in ("npz", "npy", "ckpt")
     ]
     assert fc.same_bits(global_model.model_of(held[0]), {"a": np.arange(3.0)})
     assert fc.same_bits(global_model.model_of(held[1]), {"numpy_key": np.arange(2, dtype=np.int16)})
+    assert fc.same_bits(global_model.model_of(held[2]), ended.model)
+    assert all(global_model.extra_of(one) == {"arrays": {}} for one in held)
+    assert stored(server).paths() == ()
+    (tmp_path / "start.npz").write_bytes(b"")
+    with pytest.raises(fc.CheckpointError, match="start"):
+        CheckpointPersistor(str(tmp_path / "start.npz")).load_model(server.context())
 
 
 def test_a_job_that_goes_on_has_what_the_other_left_in_its_own_folder(server: Server) -> None:
@@ -129,8 +137,8 @@ def test_what_is_no_json_is_stored_in_its_place(server: Server) -> None:
     checkpoint = stored(server).load()
     assert fc.same_bits(checkpoint.arrays, state)
     assert checkpoint.extra == {"report": {"round": 0}}
-    app_folder(server, "config")
-    again = CheckpointPersistor(str(stored(server).paths()[-1])).load_model(server.context())
+    (app_folder(server, "config") / "start").write_bytes(stored(server).paths()[-1].read_bytes())
+    again = CheckpointPersistor("start").load_model(server.context())
     assert fc.same_bits(global_model.extra_of(again)["arrays"], state)
 
 

@@ -551,12 +551,15 @@ def test_a_file_that_is_here_is_the_model_that_the_job_starts_from(
     elif suffix == "npz":
         np.savez(path, numpy_key=model["numpy_key"])
     else:
-        fc.save_checkpoint(path, fc.Checkpoint(model, round=0))
+        fc.save_checkpoint(path, fc.Checkpoint(model, round=9, extra={"job": {"seed": 8}}))
     app = exported(tmp_path / "job", initial_ckpt=str(path), model=MODEL)
     assert fc.same_bits(start_of(app).model, model)
+    assert (start_of(app).round, start_of(app).extra) == (0, {})
     (tmp_path / "bad.npy").write_bytes(b"nothing")
-    with pytest.raises(fc.CheckpointError, match="bad"):
-        recipe(initial_ckpt="bad.npy")
+    np.savez("bad.npz", w=np.array(["no number"]))
+    for bad in ("bad.npy", "bad.npz"):
+        with pytest.raises(fc.CheckpointError, match="bad"):
+            recipe(initial_ckpt=bad)
 
 
 def test_a_file_that_is_the_servers_is_named_to_it(tmp_path: Path) -> None:

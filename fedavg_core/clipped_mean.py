@@ -1,0 +1,137 @@
+"""The mean of differences that are cut down to a norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedavg_core.accumulator import WeightedMean, check_update
+from fedavg_core.errors import UsageError, quoted
+from fedavg_core.model import ModelSpec, Params
+from fedavg_core.norm import scale_of, sum_of_squares
+from fedavg_core.robust_mean import RobustMean, State, check_finite, is_number
+from fedavg_core.weight import exact_weight, is_whole
+
+__all__ = ["ClippedMean"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class ClippedMean(RobustMean):
+    """The weighted mean of differences that are cut down to a norm.
+
+    A difference whose L2 norm, over all its parameters together, is larger than the limit is
+    multiplied by limit / norm (R. Pascanu, T. Mikolov and Y. Bengio, "On the Difficulty of Training
+    Recurrent Neural Networks", 2013); then all are averaged with their weights, exactly. The
+    factor is a float64. A cut difference counts with its whole weight in the denominator.
+
+    It keeps no updates: its memory is that of a `WeightedMean`.
+
+    Args:
+        limit: The largest norm.
+        spec: See `RobustMean`.
+
+    Raises:
+        UsageError: The limit is no finite number above 0.
+    """
+
+    name = "clipped-mean"
+    options = ("limit",)
+
+    def __init__(self, limit: float = 1.0, spec: ModelSpec | None = None) -> None:
+        if not is_number(limit) or not 0 < limit < math.inf:
+            raise UsageError(f"limit: expected a finite number above 0, got {quoted(limit)}")
+        self.limit = limit
+        super().__init__(spec)
+        self._mean = WeightedMean(spec)
+        self._count = 0
+
+    @property
+    def needs_differences(self) -> bool:
+        """True: the norm of a whole model says nothing of an update."""
+        return True
+
+    @property
+    def count(self) -> int:
+        """See `RobustMean.count`."""
+        return self._count
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See `RobustMean.keys`."""
+        return self._mean.keys
+
+    @property
+    def total_weight(self) -> Fraction:
+        """See `RobustMean.total_weight`."""
+        return self._mean.total_weight
+
+    @property
+    def nbytes(self) -> int:
+        """0: no updates are kept."""
+        return 0
+
+    def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
+        """See `RobustMean.add_many`."""
+        terms: list[tuple[Params, Any]] = []
+        count = 0
+        for given, weight in updates:
+            exact = exact_weight(weight)
+            params = check_update(given, self._given or {}, self._fixed)
+            check_finite(params)
+            factor = self._factor(params)
+            if factor == 1:
+                terms.append((params, exact))
+            else:
+                # What was cut off counts as zeros, so that the weight remains whole.
+                nothing = {
+                    key: np.broadcast_to(np.zeros((), a.dtype), a.shape)
+                    for key, a in params.items()
+                }
+                terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
+            count += 1
+        self._mean.add_many(terms)
+        self._count += count
+
+    def _factor(self, params: Params) -> Fraction:
+        scale = scale_of([params])
+        norm = math.sqrt(sum_of_squares(params, {}, scale))
+        limit = self.limit * scale
+        return Fraction(limit / norm) if norm > limit else Fraction(1)
+
+    def merge(self, other: ClippedMean) -> None:
+        """See `RobustMean.merge`."""
+        self._check_alike(other)
+        self._mean.merge(other._mean)
+        self._count += other._count
+
+    def mean(self, base: Params | None = None) -> dict[str, Array]:
+        """See `RobustMean.mean`."""
+        return self._mean.mean(base)
+
+    def digest(self) -> str:
+        """See `RobustMean.digest`."""
+        return self._mean.digest()
+
+    def state(self) -> State:
+        """See `RobustMean.state`."""
+        mean, arrays = self._mean.state()
+        return {"accumulator": self.settings(), "count": self._count, "mean": mean}, arrays
+
+    def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """See `RobustMean.take_up`."""
+        count = meta["count"]
+        if not is_whole(count) or not 0 <= count <= meta["mean"]["count"]:
+            raise ValueError(f"the count {quoted(count)}")
+        self._mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
+        self._count = count
+
+    def reset(self) -> None:
+        """See `RobustMean.reset`."""
+        self._mean.reset()
+        self._count = 0
