@@ -64,6 +64,7 @@ def save_plots(results: Sequence[Result], folder: Path) -> list[Path]:
 
 def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
     names = list(dict.fromkeys(row.name for timing in timings for row in timing.rows))
+    ours = {row.name for timing in timings for row in timing.rows if row.kind == "ours"}
     columns = min(_COLUMNS, len(timings))
     lines = -(-len(timings) // columns)
     figure.set_size_inches(1.6 + 3.1 * columns, 0.9 + (0.7 + 0.24 * len(names)) * lines)
@@ -73,8 +74,11 @@ def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
             panel.set_visible(False)
             continue
         timing = timings[number]
-        shown = [name for name in names if timing.row(name)]
-        for place, row in enumerate(row for name in shown if (row := timing.row(name))):
+        for place, name in enumerate(names):  # the same place in every panel
+            row = timing.row(name)
+            if row is None:
+                panel.text(0, place, " not run", va="center", fontsize=7.5, color="#777777")
+                continue
             low, mid, high = _speeds(timing, row)
             panel.barh(
                 place,
@@ -84,11 +88,10 @@ def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
                 error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
             )
             panel.text(high, place, f" {mid:.2g}", va="center", fontsize=7.5)
-        panel.set_yticks(range(len(shown)), shown if number % columns == 0 else [])
-        if number % columns == 0:
-            for label, name in zip(panel.get_yticklabels(), shown, strict=True):
-                row = timing.row(name)
-                label.set_fontweight("bold" if row is not None and row.kind == "ours" else "normal")
+        panel.set_yticks(range(len(names)), names if number % columns == 0 else [])
+        for label, name in zip(panel.get_yticklabels(), names, strict=False):
+            label.set_fontweight("bold" if name in ours else "normal")
+        panel.set_ylim(-0.6, len(names) - 0.4)
         panel.invert_yaxis()
         panel.set_title(fill(timing.title, _TITLE_WIDTH), fontsize=9)
         panel.margins(x=0.16)
