@@ -289,6 +289,19 @@ def test_a_run_in_which_nothing_was_learned_is_an_error(tmp_path: Path, capsys: 
     assert len(read_log(tmp_path / "run")) == 2
 
 
+def test_a_run_that_goes_on_and_learns_nothing_more_keeps_what_it_had(
+    training: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    shared = ["run", training, "--clients", 2, "--checkpoint", folder, "--resume"]
+    assert run(capsys, *shared, "--rounds", 1)[0] == 0
+    before = final(folder)
+    training.write_text(training.read_text().replace("rng = np", "1 / 0; rng = np"))
+    assert run(capsys, *shared, "--rounds", 2)[0] == 0
+    assert fc.same_bits(final(folder), before)
+    assert read_log(folder)[1].problem is not None
+
+
 def test_what_a_training_file_prints_does_not_get_between_the_json(
     training: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -587,7 +600,7 @@ def test_on_a_terminal_a_bar_moves_while_clients_train(
     given = ["--clients", 3, "--rounds", 2, "--checkpoint", tmp_path / "run"]
     code, out, err = run(capsys, "run", training, *given)
     assert (code, err) == (0, "")
-    assert "round 1 of 0 to 1" in out
+    assert "round 1 (0 to 1)" in out
     assert "3/3" in out
 
 

@@ -131,7 +131,7 @@ def _run(read: argparse.Namespace) -> int:
         checkpoint=folder,
         resume=read.resume,
     )
-    done = federation.round
+    before = done = federation.round
     try:
         with display:
             for _ in federation:
@@ -142,7 +142,7 @@ def _run(read: argparse.Namespace) -> int:
             f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes on "
             f"with them, with --checkpoint {folder} --resume"
         ) from None
-    if recorder.problems and all(recorder.problems):
+    if before == 0 and all(recorder.problems):
         raise FedAvgError(f"no round changed the model: {recorder.problems[-1]}")
     with replacing(folder / MODEL) as file:
         write_npz(file, federation.model)
@@ -259,7 +259,7 @@ class _Table(contextlib.ExitStack):
         """Move the bar."""
         self._bar.update(
             self._task,
-            description=f"round {round} of 0 to {self._last}",
+            description=f"round {round} (0 to {self._last})",
             completed=done,
             total=selected,
         )
