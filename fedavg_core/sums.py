@@ -13,6 +13,7 @@ with the opposite weight, exactly. Ordinary arithmetic is in `plain_sums`.
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -185,35 +186,41 @@ class Sums(ABC, Generic[Total]):
         threads = min(self._threads, size // _THREAD_SHARE, len(self._blocks))
         numbers = iter(range(len(self._blocks)))
         failed: list[tuple[int, BaseException]] = []
+        busy: list[None] = []
 
-        def run(buffers: Buffers) -> None:
+        def run(buffers: Buffers, busy: list[None]) -> None:
+            busy.append(None)  # before it looks whether something failed: see below
             number: int | None = None
-            while not failed:
-                try:
+            try:
+                while not failed:
                     number = next(numbers, None)
                     if number is None:
                         return
                     work(number, buffers)
-                except BaseException as error:
-                    failed.append((len(self._blocks) if number is None else number, error))
+            except BaseException as error:
+                failed.append((len(self._blocks) if number is None else number, error))
+            finally:
+                busy.pop()
 
         others = [
-            threading.Thread(target=run, args=(buffers,), daemon=True)
+            threading.Thread(target=run, args=(buffers, busy), daemon=True)
             for buffers in self._buffers[1:threads]
         ]
         try:
             for other in others:
                 other.start()
             if self._blocks:
-                run(self._buffers[0])
+                run(self._buffers[0], [])
+            for other in others:
+                other.join()
         except BaseException as error:  # pragma: no cover  (an interruption)
             failed.append((len(self._blocks), error))
-        while any(other.is_alive() for other in others):
+        # A thread whose start or join was interrupted may say that it is not alive, and be at work.
+        # It is busy by now, or will see that something failed before it does anything.
+        while busy:  # pragma: no cover  (after an interruption)
             try:
-                for other in others:
-                    if other.is_alive():
-                        other.join()
-            except BaseException as error:  # pragma: no cover  (an interruption)
+                time.sleep(0.001)
+            except BaseException as error:
                 failed.append((len(self._blocks), error))
         if failed:
             raise min(failed, key=itemgetter(0))[1]
