@@ -28,7 +28,8 @@ class ClippedMean(RobustMean):
     A difference whose L2 norm, over all its parameters together, is larger than the limit is
     multiplied by limit / norm (R. Pascanu, T. Mikolov and Y. Bengio, "On the Difficulty of Training
     Recurrent Neural Networks", 2013); then all are averaged with their weights, exactly. The
-    factor is a float64. A cut difference counts with its whole weight in the denominator.
+    factor has the precision of a float64. A cut difference counts with its whole weight in the
+    denominator.
 
     It keeps no updates: its memory is that of a `WeightedMean`.
 
@@ -99,10 +100,15 @@ class ClippedMean(RobustMean):
         self._count += count
 
     def _factor(self, params: Params) -> Fraction:
+        """What a difference is multiplied by: limit / norm, of the precision of a float64."""
         scale = scale_of([params])
         norm = math.sqrt(sum_of_squares(params, {}, scale))
-        limit = self.limit * scale
-        return Fraction(limit / norm) if norm > limit else Fraction(1)
+        if norm == 0:
+            return Fraction(1)
+        # The quotient itself may be too small for a float64.
+        fraction, exponent = math.frexp(self.limit)
+        factor = Fraction(fraction / norm) * Fraction(2) ** exponent * Fraction(scale)
+        return min(factor, Fraction(1))
 
     def merge(self, other: ClippedMean) -> None:
         """See `RobustMean.merge`."""

@@ -311,9 +311,26 @@ def test_what_a_training_file_prints_does_not_get_between_the_json(
     code, out, err = run(capsys, "run", training, *given, "--json")
     assert (code, err) == (0, "hello\n" * 2)
     assert len(list(map(json.loads, out.splitlines()))) == 1
-    assert sys.stdout is not sys.stderr
     out = run(capsys, "run", training, "--rounds", 1, "--checkpoint", tmp_path / "2")[1]
     assert out.count("hello") == 10
+
+
+def test_an_error_leaves_standard_output_and_the_terminal_as_they_were(
+    training: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.write_text("print('hello'); raise ValueError('no')")
+    before = sys.stdout
+    given = ["run", training, "--checkpoint", tmp_path / "run"]
+    code, out, err = run(capsys, *given, "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("hello\nfedavg: ")
+    assert sys.stdout is before
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    code, out, _ = run(capsys, *given)
+    assert code == 2
+    assert out.count("\x1b[?25l") == out.count("\x1b[?25h") == 1  # the cursor hidden, and shown
+    assert sys.stdout is before
 
 
 def test_without_a_folder_there_is_a_new_one(

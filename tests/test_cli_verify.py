@@ -158,12 +158,11 @@ def test_a_run_can_be_audited(tmp_path: Path, capsys: Capture) -> None:
     names: dict[str, Any] = {}
     exec(training.read_text(), names)
     before = fc.CheckpointStore(folder).paths()[0]
-    base = write_model(tmp_path / "base", "npz", fc.load_checkpoint(before).model)
     updates = []
     for index, name in enumerate(("site-1", "site-2")):
         context = fc.Context(name, index, 2, 1, 2, fc.contributor_seed(0, 1, name))
         trained = names["train"](dict(fc.load_checkpoint(before).model), context)
         updates.append(write_model(tmp_path / name, "npz", trained.params))
     audit = folder / "audit-00000001.json"
-    assert run(capsys, "verify", audit, *updates, "--base", base)[0] == 0
+    assert run(capsys, "verify", audit, *updates, "--base", before)[0] == 0
     assert run(capsys, "verify", folder / "audit-00000000.json", *updates)[0] == 1

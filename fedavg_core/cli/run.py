@@ -41,6 +41,7 @@ from fedavg_core.cli.watch import Watch
 from fedavg_core.codec import write_npz
 from fedavg_core.errors import FedAvgError, UsageError
 from fedavg_core.federation import Federation
+from fedavg_core.model import Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
 from fedavg_core.robust_mean import RobustMean
@@ -107,8 +108,19 @@ def add_commands(commands: Subparsers) -> None:
 
 def _run(read: argparse.Namespace) -> int:
     folder = _folder(read)
+    with _Lines() if read.json else _Table(read) as display:
+        model = _play(read, folder, display)
+    with replacing(folder / MODEL) as file:
+        write_npz(file, model)
+    if not read.json:
+        print_line(f"model: {folder / MODEL}")
+        print_line(f"to see how it went: fedavg report {folder} -o report.html")
+    return 0
+
+
+def _play(read: argparse.Namespace, folder: Path, display: _Lines | _Table) -> Params:
+    """Play the rounds that are left; the model."""
     training = read_training_file(read.train)
-    display = _Lines() if read.json else _Table(read)
     watch = Watch(display.progress)
     recorder = _Recorder(folder, read, watch)
     federation = Federation(
@@ -133,10 +145,9 @@ def _run(read: argparse.Namespace) -> int:
     )
     before = done = federation.round
     try:
-        with display:
-            for _ in federation:
-                done += 1
-                display.round(recorder.record)
+        for _ in federation:
+            done += 1
+            display.round(recorder.record)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes on "
@@ -144,10 +155,7 @@ def _run(read: argparse.Namespace) -> int:
         ) from None
     if before == 0 and all(recorder.problems):
         raise FedAvgError(f"no round changed the model: {recorder.problems[-1]}")
-    with replacing(folder / MODEL) as file:
-        write_npz(file, federation.model)
-    display.end(folder)
-    return 0
+    return federation.model
 
 
 def _folder(read: argparse.Namespace) -> Path:
@@ -230,9 +238,6 @@ class _Lines(contextlib.ExitStack):
         """Print a round."""
         print_json(record.to_json(), self._out)
 
-    def end(self, folder: Path) -> None:
-        """All is said."""
-
 
 class _Table(contextlib.ExitStack):
     """A line for each round; on a terminal also a bar while its clients train."""
@@ -278,11 +283,6 @@ class _Table(contextlib.ExitStack):
             cell.rjust(max(_WIDTH, len(title)))
             for title, cell in zip(self._columns, cells, strict=True)
         )
-
-    def end(self, folder: Path) -> None:
-        """Say what there is now."""
-        print_line(f"model: {folder / MODEL}")
-        print_line(f"to see how it went: fedavg report {folder} -o report.html")
 
 
 def _columns(record: RoundRecord) -> dict[str, Callable[[RoundRecord], str]]:

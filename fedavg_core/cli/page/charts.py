@@ -191,9 +191,10 @@ def bars(places: Places, stacks: Sequence[Curve], tell: Tell, label: str) -> Ele
         The drawing.
     """
     tops = [0.0] * len(places.rounds)
-    edges = [
-        tops := [top + (at or 0.0) for top, at in zip(tops, s.values, strict=True)] for s in stacks
-    ]
+    edges = []
+    for stack in stacks:
+        tops = [top + (value or 0.0) for top, value in zip(tops, stack.values, strict=True)]
+        edges.append(tops)
     frame = Frame(places, linear([0.0, *tops], tell))
     width = min(26.0, 0.72 * frame.step)
     drawn = (
@@ -229,7 +230,7 @@ def figure(
         title: What it shows.
         unit: In which unit, or otherwise how it is to be read.
         legend: For each thing that is drawn its name, its style, and its shape: ``"line"``,
-            ``"dot"``, ``"cross"``, ``"bar"``, ``"empty"`` or ``"mark"``.
+            ``"dot"``, ``"cross"``, ``"bar"`` or ``"empty"``.
         drawing: The chart.
 
     Returns:
