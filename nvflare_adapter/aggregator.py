@@ -60,7 +60,7 @@ class FedAvgAggregator(ModelAggregator):
 
     Args:
         transfer: ``"FULL"`` or ``"DIFF"``: what clients are to send; results of the other kind
-            are refused.
+            are refused. None: what the round's first accepted result is.
         min_updates: How many accepted updates it takes to change the model.
         accumulator: ``"exact"``, ``"float64"`` or ``"float32"``.
         limits: What else is asked of an update: the fields of `fedavg_core.Limits`, by name.
@@ -74,7 +74,7 @@ class FedAvgAggregator(ModelAggregator):
 
     def __init__(
         self,
-        transfer: str = "FULL",
+        transfer: str | None = None,
         min_updates: int = 1,
         accumulator: Accumulator = "exact",
         limits: Mapping[str, Any] | None = None,
@@ -146,7 +146,7 @@ class FedAvgAggregator(ModelAggregator):
             model,
             number,
             min_updates=self.min_updates,
-            transfer=fc.TransferType(self.transfer),
+            transfer=None if self.transfer is None else fc.TransferType(self.transfer),
             limits=self._asked(),
             accumulator=self._mean if model and self._mean is not None else self.accumulator,
             audit=self.audit,

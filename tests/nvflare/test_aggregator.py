@@ -317,7 +317,7 @@ def test_nvflares_fedavg_controller_is_told_of_a_refusal_by_an_exception(server:
 
 
 def test_nvflares_fedavg_controller_gets_a_difference_as_a_whole_model(server: Server) -> None:
-    aggregator, _ = opened(server, transfer="DIFF")
+    aggregator, _ = opened(server)
     for name in ("site-1", "site-2"):
         tiny = {"w": np.full(3, 2.0**-25, dtype=np.float32)}
         aggregator.accept_model(fl_model(tiny, name, "DIFF"))
@@ -380,7 +380,7 @@ def test_a_bad_result_is_refused_in_one_line_and_changes_no_bit(
     message, reason = BAD[what]
     if not what.endswith(("round's", "message")):
         message.add_cookie(AppConstants.CONTRIBUTION_ROUND, 2)
-    aggregator, fl_ctx = opened(server, round=2)
+    aggregator, fl_ctx = opened(server, round=2, transfer="FULL")
     alone, alone_ctx = opened(server, round=2)
     good = result(params(0.1, 0.2, 0.3), "site-1", round=2, weight=7)
     assert aggregator.accept(good, fl_ctx)
