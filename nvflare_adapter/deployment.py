@@ -98,14 +98,18 @@ def _wait_for_clients(session: Session, clients: int, watch: Callable[[str], Pat
 def _wait_for_the_end(
     session: Session, number: str, models: Path, watch: Callable[[str], Path | None]
 ) -> str:
-    parent = os.getppid()
+    parent, status, heard = os.getppid(), "", time.monotonic()
     while True:
         stored = watch(number)
         if stored is not None:
             with contextlib.suppress(fc.CheckpointError):  # the server clears up at the end
                 _store(stored, models)
-        status: str = session.get_job_meta(number)["status"]
-        if status not in _UNDER_WAY:
+        try:
+            status, heard = session.get_job_meta(number)["status"], time.monotonic()
+        except Exception:  # the job goes on where its server cannot be reached for a while
+            if time.monotonic() - heard > _CONNECT_SECONDS:
+                raise
+        if status and status not in _UNDER_WAY:
             return status
         if os.getppid() != parent:
             raise KeyboardInterrupt

@@ -80,12 +80,7 @@ class Poc:
         Returns:
             Those that run now.
         """
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(_MARK) == self.mark:
-                    found.append(process)
-        return found
+        return _marked(self.mark)
 
 
 def run(job: Job) -> None:
@@ -111,19 +106,27 @@ def deployed(clients: Sequence[str]) -> Iterator[Poc]:
     with tempfile.TemporaryDirectory(prefix="fedavg-poc-", ignore_cleanup_errors=True) as folder:
         sites = _provision(Path(folder), clients)
         mark = uuid.uuid4().hex
-        poc = None
+        started: list[subprocess.Popen[bytes]] = []
         try:
-            poc = Poc(sites, _start(sites / "server", "server", mark), mark)
-            for name in clients:
-                _start(sites / name, "client", mark)
-            yield poc
+            started.extend(_start(sites / name, mark) for name in ("server", *clients))
+            yield Poc(sites, started[0], mark)
         finally:
-            if poc is not None:
-                while left := poc.processes():
-                    for process in left:
-                        with contextlib.suppress(psutil.Error):
-                            process.kill()
-                    psutil.wait_procs(left, timeout=5)
+            while left := _marked(mark):
+                for process in left:
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+                psutil.wait_procs(left, timeout=5)
+            for one in started:
+                one.wait()
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
 
 
 def _provision(folder: Path, clients: Sequence[str]) -> Path:
@@ -175,7 +178,8 @@ def _configure(local: Path, storage: Path) -> None:
     (local / "resources.json").write_text(json.dumps(resources))
 
 
-def _start(site: Path, role: str, mark: str) -> subprocess.Popen[bytes]:
+def _start(site: Path, mark: str) -> subprocess.Popen[bytes]:
+    role = "server" if site.name == "server" else "client"
     program = f"nvflare.private.fed.app.{role}.{role}_train"
     settings = ["secure_train=true", "org=poc", "config_folder=config", f"uid={site.name}"]
     arguments = ["-m", str(site), "-s", f"fed_{role}.json", "--set", *settings]

@@ -57,7 +57,11 @@ def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any
 
 @pytest.mark.parametrize("transfer", list(fc.TransferType))
 @pytest.mark.parametrize(
-    ("path", "arguments", "clients"), [(DIGITS, "--alpha 0.3", 4), (FILES / "mixed.py", "", 3)]
+    ("path", "arguments", "clients"),
+    [
+        (DIGITS, "--alpha 0.3", 4),
+        pytest.param(FILES / "mixed.py", "", 3, marks=pytest.mark.sample),
+    ],
 )
 def test_every_round_ends_in_the_bits_of_the_federation_in_process(
     tmp_path: Path, path: Any, arguments: Any, clients: Any, transfer: fc.TransferType
