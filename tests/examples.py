@@ -10,7 +10,9 @@ A page is read as a reader would go through it: its blocks follow one another, a
 A comment in the line above a block says what else is to be done with it:
 
     <!-- file: train.py -->      save it under this name, and do not run it
-    <!-- needs: nvflare -->      run it where NVFlare is; "simulator" where it starts one
+    <!-- needs: nvflare -->      run it where NVFlare is
+    <!-- needs: simulator -->    run it alone where NVFlare's simulator may be started, which
+                                 prints more, and that before
     <!-- exit code: 1 -->        what the last command of a console gives back
     <!-- not run: the reason --> nothing
 
@@ -25,6 +27,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,8 @@ from typing import Any
 __all__ = ["Block", "Page", "read_blocks", "run_alone"]
 
 _BLOCK = re.compile(
-    r"^(?:<!-- (?P<note>.+?) -->\n)?```(?P<kind>[^\n`]*)\n(?P<text>.*?)^```$",
+    r"^(?P<margin> *)(?:<!-- (?P<note>.+?) -->\n(?P=margin))?```(?P<kind>[^\n`]*)\n"
+    r"(?P<text>.*?)^(?P=margin)```$",
     re.MULTILINE | re.DOTALL,
 )
 _COMMANDS = {"fedavg": [sys.executable, "-m", "fedavg_core.cli"], "python": [sys.executable]}
@@ -65,7 +69,7 @@ def read_blocks(markdown: str) -> list[Block]:
     return [
         Block(
             found["kind"],
-            found["text"],
+            textwrap.dedent(found["text"]),
             1 + markdown.count("\n", 0, found.start("text")),
             found["note"] or "",
         )
@@ -110,7 +114,8 @@ class Page:
             if name := block.noted("file"):
                 (folder / name).write_text(block.text, encoding="utf-8")
             elif block.kind == "python" and need == "simulator":
-                played.append((block, shown, run_alone(block.text, folder)))
+                printed = run_alone(block.text, folder)
+                played.append((block, shown, printed[-len(shown) :]))
             elif block.kind == "python":
                 played.append((block, shown, self._run(block)))
             elif block.kind == "console":

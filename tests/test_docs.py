@@ -108,6 +108,8 @@ class TestThePlayer:
     def test_a_block_that_is_neither_run_nor_excused_is_noticed(self, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"page\.md, line 4: neither run nor excused"):
             play(written(folder, "Text.\n\n```yaml\na: 1\n```\n"), folder)
+        with pytest.raises(ValueError, match=r"page\.md, line 4: neither run nor excused"):
+            play(written(folder, "1. One\n\n    ```yaml\n    a: 1\n    ```\n"), folder)
 
     def test_an_error_names_the_line_of_the_page(self, folder: Path) -> None:
         path = written(folder, "Text.\n\n```python\nx = 1\nx.nothing\n```\n")
