@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedavg_core as fc
@@ -16,6 +16,8 @@ from fedavg_core.robust_mean import RobustMean
 from fedavg_core.testing import fractions_of, round_fraction, weighted_models
 
 Weighted = tuple[list[dict[str, Any]], list[float]]
+
+FEW = settings(max_examples=settings().max_examples // 4)
 
 MAKERS: list[Callable[[], RobustMean]] = [
     fc.CoordinateMedian,
@@ -58,6 +60,7 @@ def test_coordinate_wise_rules_give_the_correctly_rounded_mean_of_the_middle(
 
 
 @pytest.mark.parametrize("make", MAKERS)
+@FEW
 @given(data=st.data(), weighted=weighted_models(min_models=5, max_models=7))
 def test_no_order_and_no_grouping_shows_in_a_bit(
     make: Callable[[], RobustMean], weighted: Weighted, data: st.DataObject
@@ -80,6 +83,7 @@ def test_no_order_and_no_grouping_shows_in_a_bit(
 
 
 @pytest.mark.parametrize("make", MAKERS[:5])
+@FEW
 @given(weighted=weighted_models(min_models=5, max_models=7))
 def test_the_result_is_within_the_hull_of_the_updates(
     make: Callable[[], RobustMean], weighted: Weighted
@@ -94,6 +98,7 @@ def test_the_result_is_within_the_hull_of_the_updates(
 
 
 @pytest.mark.parametrize("make", MAKERS[:5])
+@FEW
 @given(weighted=weighted_models(max_models=1), count=st.integers(5, 7))
 def test_equal_updates_give_that_update(
     make: Callable[[], RobustMean], weighted: Weighted, count: int
