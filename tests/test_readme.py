@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from fedavg_core.cli.main import main as fedavg
 from tests.examples import read_blocks
 from tests.examples import run_alone as run
 
@@ -55,3 +57,21 @@ def test_the_examples_parse_on_every_python() -> None:
 def test_there_is_one_command_for_the_main_job_and_one_for_the_tests() -> None:
     for purpose in ("main job", "tests"):
         assert re.search(rf"^<!-- command: {purpose} -->\n```sh\n.+\n```$", README, re.MULTILINE)
+
+
+def test_the_command_line_does_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(blocks("python")[2], encoding="utf-8")
+    found = re.search(
+        r"^<!-- command line -->\n```sh\n(.+?)\n```$", README, re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    commands = [shlex.split(line, comments=True) for line in found.group(1).splitlines()]
+    assert {command[0] for command in commands} == {"fedavg"}
+    assert len(commands) == 5
+    for command in commands:
+        assert fedavg(command[1:]) == 0, command
+    assert Path("report.html").stat().st_size > 10_000
+    assert "same" in capsys.readouterr().out.splitlines()[-1]
