@@ -2,13 +2,13 @@
 
 Each round, the selected clients are given their own copy of the model and trained, one after the
 other or on any `concurrent.futures.Executor`. What they give back is offered to the round in the
-contributors' natural order, whichever was ready first, so that a run's outcomes, receipts and bits
-are the same in line, on threads and on processes.
+contributors' natural order (the spare ones last), whichever was ready first, so that a run's
+outcomes, receipts and bits are the same in line, on threads and on processes.
 
 What is promised:
 
-* The outcome of a round depends on the model, the clients, the settings and the round's number,
-  and on nothing that happened before. So a run that was stopped at any moment and resumed from its
+* The outcome of a round depends on the model, the server optimizer's state, the clients, the
+  settings and the round's number, and on nothing else that happened before. So a run that was stopped at any moment and resumed from its
   checkpoints ends with the bits of one that was not, provided that its clients take all randomness
   from their context and keep nothing from one round to the next.
 * A client that raises or exits, or gives no `TrainResult`, is reported in the outcome's `failed`

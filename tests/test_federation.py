@@ -29,6 +29,7 @@ from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.server_optimizer import FedAdam
 from fedavg_core.update import TransferType
 from tests.conftest import THOROUGH
 
@@ -755,6 +756,7 @@ class TestStoringAndResuming:
 
 RUN = """
 import json, sys, time
+from fedavg_core.server_optimizer import FedAdam
 from tests.test_federation import federation, train
 def slow(params, context):
     time.sleep(0.002)
@@ -762,7 +764,7 @@ def slow(params, context):
 names = [f"site-{number}" for number in range(1, 11)]
 fed = federation(
     30, clients=dict.fromkeys(names, slow), participation=0.5, seed=8, monitor="loss",
-    checkpoint=sys.argv[1], resume=True, keep=2,
+    checkpoint=sys.argv[1], resume=True, keep=2, server_optimizer=FedAdam(),
 )
 print(fed.round, flush=True)
 fed.run()
@@ -773,7 +775,7 @@ print("done", flush=True)
 def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:
-    whole = federation(30, participation=0.5, seed=8, monitor="loss")
+    whole = federation(30, participation=0.5, seed=8, monitor="loss", server_optimizer=FedAdam())
     whole.run()
     choice = random.Random(3)
     kills, number = 0, 0
