@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -161,6 +162,15 @@ class TestReference:
                 assert home(package.__name__, name) in told, name
         for name in nvflare_adapter.__all__:
             assert home("nvflare_adapter", name) in told, name
+
+    @pytest.mark.nvflare
+    def test_every_argument_of_the_recipe_is_on_its_page(self) -> None:
+        text = (DOCS / "nvflare.md").read_text(encoding="utf-8")
+        table = text[text.index("| purpose |") : text.index("Wrong arguments")]
+        told = re.findall(r"`(\w+)`", table)
+        assert sorted(told) == sorted(
+            inspect.signature(nvflare_adapter.NumpyFedAvgRecipe).parameters
+        )
 
     def test_every_module_it_tells_of_is_there(self) -> None:
         for module in modules_told_of():
