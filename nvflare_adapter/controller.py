@@ -110,6 +110,7 @@ class FedAvgController(ScatterAndGather):
         self.stop_cond = stop_cond
         self.patience = patience
         self._searches: dict[str, _Search] = {}
+        self._watched = key_metric
         self._stopped: str | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -133,8 +134,8 @@ class FedAvgController(ScatterAndGather):
         if self.key_metric:
             self._searches[self.key_metric] = _Search(self.key_metric_mode)
         if self.stop_cond:
-            name, mode = direction(self.stop_cond)
-            self._searches.setdefault(name, _Search(mode))
+            self._watched, mode = direction(self.stop_cond)
+            self._searches.setdefault(self._watched, _Search(mode))
         for name, (best, waited) in extra.get("searches", {}).items():
             if name in self._searches:
                 self._searches[name].best, self._searches[name].waited = best, waited
@@ -153,12 +154,9 @@ class FedAvgController(ScatterAndGather):
             if name in metrics
         }
         extra["searches"] = {name: [one.best, one.waited] for name, one in self._searches.items()}
-        missing = sorted(set(self._searches) - set(better))
-        if metrics and missing and (self.stop_cond or self.patience):
-            given = sorted(metrics)
-            self.log_warning(
-                fl_ctx, f"expected the metrics {missing} from the clients, got {given}"
-            )
+        if metrics and self._watched not in metrics and (self.stop_cond or self.patience):
+            expected = f"expected the metric {self._watched!r} from the clients"
+            self.log_warning(fl_ctx, f"{expected}, got {sorted(metrics)}")
         self._stopped = self._reason_to_stop(metrics)
         if better.get(self.key_metric):
             self._announce(metrics[self.key_metric], fl_ctx)
@@ -177,8 +175,7 @@ class FedAvgController(ScatterAndGather):
         self.fire_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, fl_ctx)
 
     def _reason_to_stop(self, metrics: dict[str, float]) -> str | None:
-        watched = direction(self.stop_cond)[0] if self.stop_cond else self.key_metric
-        search = self._searches.get(watched)
+        watched, search = self._watched, self._searches.get(self._watched)
         if self.patience and search is not None and search.waited >= self.patience:
             return f"{watched} was not better for {search.waited} rounds"
         if self.stop_cond and watched in metrics:
