@@ -126,10 +126,13 @@ def _hash(purpose: str, seed: int, round: int, contributor: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    parts = []
-    for part in re.findall("[0-9]+|[^0-9]+", name):
-        # Compared by length and then by digits, a number of any length is in order.
-        digits = part.lstrip("0") if part[0] in "0123456789" else None
-        parts.append((1, 0, part) if digits is None else (0, len(digits), digits))
-    return parts, name
+def _natural_key(name: str) -> tuple[str, str]:
+    # A number is its length and then its digits: so, one of any length is in order. The mark
+    # before it is below every character that a name may have.
+    marked = re.sub("[0-9]+", _marked, name)
+    return marked, name
+
+
+def _marked(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0")
+    return f"\0{chr(len(digits))}{digits}"

@@ -8,9 +8,10 @@ outcomes, receipts and bits are the same in line, on threads and on processes.
 What is promised:
 
 * The outcome of a round depends on the model, the server optimizer's state, the clients, the
-  settings and the round's number, and on nothing else that happened before. So a run that was stopped at any moment and resumed from its
-  checkpoints ends with the bits of one that was not, provided that its clients take all randomness
-  from their context and keep nothing from one round to the next.
+  settings and the round's number, and on nothing else that happened before.
+  So a run that was stopped at any moment and resumed from its checkpoints ends with the bits of
+  one that was not, provided that its clients take all randomness from their context and keep
+  nothing from one round to the next.
 * A client that raises or exits, or gives no `TrainResult`, is reported in the outcome's `failed`
   and left out; one that gives an unfit update is refused by the round. Neither ends the run. What
   the caller's own functions raise (`evaluate`, `stop_when`, observers) ends it.
