@@ -39,19 +39,46 @@ class Reason(str, Enum):
     """Why an update was refused."""
 
     BAD_NAME = "BAD_NAME"
+    """A contributor's or a parameter's name is not a string of 1 to 256 printable characters."""
+
     BAD_WEIGHT = "BAD_WEIGHT"
+    """The weight is not a finite number above zero, or is above the limit."""
+
     DTYPE = "DTYPE"
+    """A value is not an array of real numbers, or the parameters are no mapping of such."""
+
     DUPLICATE = "DUPLICATE"
+    """Of this contributor an update was already accepted."""
+
     FUTURE_ROUND = "FUTURE_ROUND"
+    """The update is for a round that is still to come."""
+
     MISSING_KEYS = "MISSING_KEYS"
+    """The update lacks parameters that it must have, or has none at all."""
+
     NON_FINITE = "NON_FINITE"
+    """A value is a NaN or an infinity."""
+
     NORM = "NORM"
+    """The update is farther from the model than the limit."""
+
     ROUND_CLOSED = "ROUND_CLOSED"
+    """The round has given its outcome already."""
+
     SHAPE = "SHAPE"
+    """An array has another shape than that parameter."""
+
     STALE_ROUND = "STALE_ROUND"
+    """The update is for a round that is past, or for no round."""
+
     TRANSFER = "TRANSFER"
+    """The arrays are whole models where differences are wanted, or the other way round."""
+
     UNEXPECTED_KEYS = "UNEXPECTED_KEYS"
+    """The update has a parameter that the model lacks."""
+
     UNKNOWN_CONTRIBUTOR = "UNKNOWN_CONTRIBUTOR"
+    """The contributor is not on the roster."""
 
     def __str__(self) -> str:
         """The bare name, the same on every Python version."""
