@@ -51,7 +51,14 @@ _RUNNER_NAMES = {
 }
 """What NVFlare's runner of a client's file calls arguments that have other names there."""
 
-_OURS = "exclude_vars aggregation_weights max_norm server_optimizer audit keep_open".split()
+_OURS = [
+    "exclude_vars",
+    "aggregation_weights",
+    "max_norm",
+    "server_optimizer",
+    "audit",
+    "keep_open",
+]
 """What the exact mean can do, and another aggregator is not asked to."""
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
