@@ -28,11 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -52,6 +51,7 @@ from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
+from fedavg_core.progress import Best, Progress
 from fedavg_core.robust import kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
@@ -71,21 +71,6 @@ __all__ = [
 ]
 
 _FOLDER_LENGTH = 200
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    """The best model of a run so far.
-
-    Attributes:
-        round: The round that it came out of.
-        value: The monitored metric's value.
-        model: The model; a copy.
-    """
-
-    round: int
-    value: float
-    model: dict[str, npt.NDArray[Any]]
 
 
 class Federation:
@@ -176,12 +161,6 @@ class Federation:
             ("checkpoint_every", checkpoint_every, 1),
         ):
             check_whole(name, value, least)
-        if patience is not None:
-            check_whole("patience", patience, 1)
-            if monitor is None:
-                raise UsageError("patience: expected the name of the metric to monitor as well")
-        if mode not in ("max", "min"):
-            raise UsageError(f"mode: expected 'max' or 'min', got {quoted(mode)}")
         if not isinstance(clients, Mapping) or not clients or not all(map(is_name, clients)):
             raise UsageError(
                 "clients: expected a mapping of at least one printable name to a client, "
@@ -193,9 +172,8 @@ class Federation:
                 f"clients: expected a function for each name, got {quoted(clients[idle[0]])} "
                 f"for {quoted(idle[0])}"
             )
-        for name, function in (("evaluate", evaluate), ("stop_when", stop_when)):
-            if function is not None and not callable(function):
-                raise UsageError(f"{name}: expected a function or None, got {quoted(function)}")
+        if evaluate is not None and not callable(evaluate):
+            raise UsageError(f"evaluate: expected a function or None, got {quoted(evaluate)}")
         self._clients = clients
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
@@ -207,10 +185,7 @@ class Federation:
         self._dispatch = Dispatch(executor, in_flight, retries, deadline, first_come)
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
-        self._monitor = monitor
-        self._mode = mode
-        self._patience = patience
-        self._stop_when = stop_when
+        self._progress = Progress(monitor, mode, patience, stop_when)
         self._limits = limits
         self._accumulator = accumulator
         self._audit = audit
@@ -239,9 +214,6 @@ class Federation:
             )
         self._model = copy_params(model or {})
         self._next = 0
-        self._best: Best | None = None
-        self._waited = 0
-        self._stopped: str | None = None
         self._store = None if checkpoint is None else CheckpointStore(checkpoint, keep)
         if self._store is not None and self._store.paths():
             if not resume:
@@ -264,16 +236,16 @@ class Federation:
     @property
     def best(self) -> Best | None:
         """The best model by the monitored metric; None while there is none."""
-        return self._best
+        return self._progress.best
 
     @property
     def stopped(self) -> str | None:
         """Why the run stopped before its last round; None if it did not."""
-        return self._stopped
+        return self._progress.stopped
 
     def __iter__(self) -> Iterator[Outcome]:
         with contextlib.nullcontext() if self._store is None else self._store:
-            while self._next < self._rounds and self._stopped is None:
+            while self._next < self._rounds and self.stopped is None:
                 yield self._play()
 
     def run(self) -> list[Outcome]:
@@ -329,9 +301,8 @@ class Federation:
         self._model = copy_params(outcome.model)
         self._optimizer_state = outcome.optimizer_state
         self._next += 1
-        is_best = self._track(outcome)
-        self._stopped = self._reason_to_stop(outcome)
-        last = self._next == self._rounds or self._stopped is not None
+        is_best = self._progress.note(outcome)
+        last = self._next == self._rounds or self.stopped is not None
         if is_best or last or self._next % self._checkpoint_every == 0:
             self._save(outcome, is_best)
         for observer in self._observers:
@@ -372,28 +343,6 @@ class Federation:
                 f"evaluate: expected a mapping from names to numbers, got {quoted(given)}"
             ) from None
 
-    def _track(self, outcome: Outcome) -> bool:
-        """Take note of the monitored metric; say whether this model is the best so far."""
-        if self._monitor is None:
-            return False
-        value = {**outcome.metrics, **outcome.evaluation}.get(self._monitor)
-        if value is None:
-            return False
-        sign = 1.0 if self._mode == "max" else -1.0
-        if math.isnan(value) or (self._best and not sign * value > sign * self._best.value):
-            self._waited += 1
-            return False
-        self._best = Best(outcome.round, value, copy_params(outcome.model))
-        self._waited = 0
-        return True
-
-    def _reason_to_stop(self, outcome: Outcome) -> str | None:
-        if self._stop_when is not None and self._stop_when(outcome):
-            return f"stop_when said so after round {outcome.round}"
-        if self._patience is not None and self._waited >= self._patience:
-            return f"{self._monitor} was not better for {self._waited} rounds"
-        return None
-
     def _settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
         names = "\n".join(self._order)
@@ -408,26 +357,19 @@ class Federation:
             "accumulator": kind,
             "limits": self._limits.to_json(),
             "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
-            "monitor": self._monitor,
-            "mode": self._mode,
+            **self._progress.settings(),
             "server_optimizer": None if self._optimizer is None else self._optimizer.settings(),
         }
 
     def _save(self, outcome: Outcome, is_best: bool) -> None:
         if self._store is None:
             return
-        best = None if self._best is None else [self._best.round, self._best.value]
         self._store.save(
             Checkpoint(
                 model=self._model,
                 round=self._next,
                 metrics={**outcome.metrics, **outcome.evaluation},
-                extra={
-                    "settings": self._settings(),
-                    "best": best,
-                    "waited": self._waited,
-                    "stopped": self._stopped,
-                },
+                extra={"settings": self._settings(), **self._progress.to_json()},
                 arrays=self._optimizer_state,
                 best=is_best,
             )
@@ -448,48 +390,10 @@ class Federation:
             raise UsageError(f"{store.folder}: the stored model has other parameters")
         self._model = copy_params(found.model)
         self._next = found.round
-        waited, stopped, marked = (
-            found.extra.get(name, False) for name in ("waited", "stopped", "best")
-        )
-        if not (
-            _is_count(waited)
-            and (stopped is None or isinstance(stopped, str))
-            and (marked is None or _is_best(marked, found.round))
-        ):
-            raise CheckpointError(
-                store.paths()[-1],
-                "it does not tell as a federation does how the run was going: "
-                f"waited {quoted(waited)}, stopped {quoted(stopped)}, best {quoted(marked)}",
-            )
         try:
             if self._optimizer is not None:
                 self._optimizer.check_state(ModelSpec.of(found.model), found.arrays)
         except UsageError as error:
             raise CheckpointError(store.paths()[-1], str(error)) from None
         self._optimizer_state = found.arrays
-        self._waited = waited
-        self._stopped = stopped
-        if marked is not None:
-            round, value = marked
-            best = store.load_best()
-            if best is None or best.round != round + 1:
-                raise CheckpointError(
-                    store.folder, f"the best model of the run, that of round {round}, is not there"
-                )
-            self._best = Best(round, value, copy_params(best.model))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_best(value: object, rounds: int) -> bool:
-    """Whether this is one of so many rounds, and the value of a metric."""
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and _is_count(value[0])
-        and value[0] < rounds
-        and isinstance(value[1], float)
-        and not math.isnan(value[1])
-    )
+        self._progress.take_up(store, found)
