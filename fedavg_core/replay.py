@@ -32,8 +32,9 @@ from fedavg_core.audit import Audit
 from fedavg_core.digest import Fingerprint, digest, fingerprints
 from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, one_line, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
+from fedavg_core.next_model import mean_change
 from fedavg_core.robust import accumulator_for
-from fedavg_core.server_optimizer import ServerOptimizer, mean_change, optimizer_named
+from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 from fedavg_core.update import TransferType
 
 __all__ = ["Source", "Verdict", "verify"]

@@ -51,10 +51,11 @@ from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import ModelSpec, Params, copy_params
+from fedavg_core.next_model import next_model
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
-from fedavg_core.server_optimizer import ServerOptimizer, mean_change
+from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
@@ -389,7 +390,14 @@ class Round:
         problem = None
         if enough:
             try:
-                model, state = self._step(self._average())
+                model, state = next_model(
+                    self._mean,
+                    self._model,
+                    self._gate.spec,
+                    self._transfer,
+                    self._optimizer,
+                    self._optimizer_state,
+                )
             except OutOfRange as error:
                 problem = str(error)
         else:
@@ -411,16 +419,6 @@ class Round:
             optimizer_state=state,
         )
 
-    def _step(
-        self, mean: dict[str, npt.NDArray[Any]]
-    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-        """The next model, and the server optimizer's next state."""
-        optimizer = self._optimizer
-        if optimizer is None or optimizer.is_plain or not self._model:
-            return mean, {}
-        change = mean_change(self._mean, self._model, self._transfer)
-        return optimizer.update(self._model, mean, change, self._optimizer_state)
-
     def _optimizer_facts(self) -> list[Any] | None:
         """What tells one server optimizer with its state from another."""
         if self._optimizer is None:
@@ -441,23 +439,6 @@ class Round:
             state=fingerprints(self._optimizer_state),
             output_state=fingerprints(state),
         )
-
-    def _average(self) -> dict[str, npt.NDArray[Any]]:
-        if not self._model:
-            mean = self._mean.mean()
-            return {key: mean[key] for key in sorted(mean)}
-        if self._transfer is TransferType.DIFF:
-            mean = self._mean.mean(base={key: self._model[key] for key in self._gate.spec})
-        else:
-            mean = self._mean.mean()
-        for key, array in mean.items():
-            if array.dtype != self._gate.spec[key].dtype:
-                raise UsageError(
-                    f"key {quoted(key)}: the accumulator gives {array.dtype}, and the model has "
-                    f"{self._gate.spec[key].dtype}; make it with the spec of the model"
-                )
-        kept = copy_params({k: value for k, value in self._model.items() if k not in mean})
-        return {key: mean[key] if key in mean else kept[key] for key in self._model}
 
     def _save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         mean, arrays = self._mean.state()

@@ -52,12 +52,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import WeightedMean
 from fedavg_core.errors import OutOfRange, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import RobustMean
 from fedavg_core.transfer import apply
-from fedavg_core.update import TransferType
 
 __all__ = [
     "SERVER_OPTIMIZERS",
@@ -67,7 +64,6 @@ __all__ = [
     "FedAvgM",
     "FedYogi",
     "ServerOptimizer",
-    "mean_change",
     "optimizer_named",
 ]
 
@@ -361,36 +357,6 @@ def optimizer_named(name: str, **settings: Any) -> ServerOptimizer:
                 f"got {quoted(setting)}"
             )
     return kind(**settings)
-
-
-def mean_change(
-    sums: WeightedMean | RobustMean, model: Params, transfer: TransferType | None
-) -> dict[str, Array]:
-    """By how much the mean of some updates differs from the model that they were made from.
-
-    It comes from the sums, since a mean that is rounded to the model's dtype says less of it.
-
-    Args:
-        sums: The updates; only read.
-        model: The model, which has their parameters; only read.
-        transfer: What the updates' arrays are.
-
-    Returns:
-        For each parameter that some update brought, and that is no integer, Δ, rounded once to
-        float64; new arrays.
-
-    Raises:
-        OutOfRange: A difference is beyond the largest number of float64.
-    """
-    start = {}
-    spec = ModelSpec.of({key: model[key] for key in sums.keys})
-    for key, one in spec.items():
-        if transfer is TransferType.DIFF or one.number.kind == "integer":
-            start[key] = np.zeros(one.shape)
-        else:
-            start[key] = -np.asarray(model[key], np.float64)
-    change = sums.mean(base=start)
-    return {key: change[key] for key, one in spec.items() if one.number.kind == "float"}
 
 
 def _rounded(key: str, values: Floats, spec: ArraySpec) -> Array:
