@@ -259,7 +259,7 @@ class FedAvgAggregator(ModelAggregator):
             outcome = replace(outcome, failed=tuple(failed))
             told = statistics(outcome, self._received, self._asked())
         if outcome.problem is not None:
-            self.log_warning(fl_ctx, f"round {outcome.round}: {outcome.problem}")
+            self.log_warning(fl_ctx, outcome.problem)
         fl_ctx.set_prop(_STATISTICS, told, private=True, sticky=False)
         self._state = outcome.optimizer_state
         extra: dict[str, Any] = {"report": report_of_outcome(outcome), "arrays": self._state}

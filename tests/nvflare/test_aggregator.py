@@ -472,6 +472,7 @@ def test_too_few_updates_keep_the_model_and_say_so(
     assert fc.same_bits(model, MODEL)
     assert extra["report"]["problem"] is not None
     assert extra["report"]["problem"] in caplog.text
+    assert caplog.text.count("round 0") == 1
 
 
 def test_the_next_round_starts_from_nothing(server: Server) -> None:
