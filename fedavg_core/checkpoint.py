@@ -114,18 +114,23 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, old: bool = True) -> Iterator[IO[bytes]]:
     """Write a file in one commit: when the context is left without an error, and not before.
 
     Args:
-        path: The file; an old one of that name is replaced. Its folder must be there.
+        path: The file. Its folder must be there.
+        old: Whether an old file of that name is replaced. If not, what has that name at the commit
+            stays as it is, and there is an error: the new name is a hard link, which no system
+            puts in the place of another. Where the file system has no hard links, an empty file is
+            made under the name, which is as exclusive, and then replaced; only there may a loss of
+            power between the two leave it empty.
 
     Yields:
         An empty file beside it to write to, open for reading and writing.
 
     Raises:
-        CheckpointError: It could not be written; an old file is as it was, unless the message says
-            that the new one is in place.
+        CheckpointError: It could not be written, or may not be replaced; an old file is as it was,
+            unless the message says that the new one is in place.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     committed = False
@@ -135,13 +140,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if old:
+                os.replace(temporary, path)
+            else:
+                _name_new(temporary, path)
             committed = True
         finally:
-            if not committed:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         _flush_folder(path.parent)
+    except FileExistsError as error:
+        raise CheckpointError(
+            path, "it came to be while this was written, and is not replaced"
+        ) from error
     except OSError as error:
         state = (
             "it is in place, but may not outlast a loss of power"
@@ -399,6 +410,26 @@ def _number(value: object) -> float:
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file without waiting for whoever might be at the other end of it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    """Give a file a name that nothing else has; the old one may stay.
+
+    Raises:
+        FileExistsError: Something has it.
+        OSError: The system does not do it.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # there are no hard links, or something else is wrong, which will show
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(path)
+            raise
 
 
 def _is_whole(path: Path) -> bool:

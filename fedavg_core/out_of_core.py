@@ -87,6 +87,7 @@ def aggregate_files(
     output: PathLike,
     *,
     base: PathLike | None = None,
+    replace: bool = True,
     memory_limit: int = 256 * 2**20,
     scratch: PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -100,11 +101,13 @@ def aggregate_files(
     Args:
         paths: The files; only read. They must not change meanwhile.
         weights: As many weights: finite numbers above zero, taken at their exact values.
-        output: The file for the result: npz or safetensors, as its suffix says. An old one is
-            replaced, at the end and in one commit; it may be one of the inputs.
+        output: The file for the result: npz or safetensors, as its suffix says. It comes to be at
+            the end, in one commit.
         base: The file of a model that the others are differences from. The result is then the base
             plus their mean, rounded once, with the base's parameters and dtypes; those that no file
             has are copied. Without it a parameter has the dtype of the first file that has it.
+        replace: Whether the output may replace a file, which may be one of the inputs. If not, a
+            file that is there at the end stays as it is, and there is an error.
         memory_limit: The most bytes of memory to take, beyond those that the process has already.
         scratch: A folder for files that serve as scratch, which some compressed inputs need (see
             `model_file`); by default that of the output. Nothing is left in it.
@@ -120,7 +123,7 @@ def aggregate_files(
         RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`. The
             contributor is the name of the file (its whole path where two have the same name).
         CheckpointError: A file is damaged, not there, or has changed, or the output could not be
-            written.
+            written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
     """
     inputs = [Path(path) for path in paths]
@@ -142,7 +145,8 @@ def aggregate_files(
     )
     with allowance:
         start = None if base is None else Path(base)
-        return _Aggregation(inputs, weights, start, allowance).write(target, memory_limit, progress)
+        aggregation = _Aggregation(inputs, weights, start, allowance)
+        return aggregation.write(target, replace, memory_limit, progress)
 
 
 class _Aggregation:
@@ -212,7 +216,9 @@ class _Aggregation:
             parameter.dtypes.add(layout.dtype)
             self._bytes += layout.nbytes
 
-    def write(self, target: Path, memory_limit: int, progress: _Progress | None) -> ModelSpec:
+    def write(
+        self, target: Path, replace: bool, memory_limit: int, progress: _Progress | None
+    ) -> ModelSpec:
         """Work through the model, and write the result."""
         spec = ModelSpec({key: parameter.spec for key, parameter in self._parameters.items()})
         safetensors = target.suffix.lower() == ".safetensors"
@@ -229,7 +235,7 @@ class _Aggregation:
             )
         capacity = min(_LARGEST_BLOCK, free // _BLOCK_SHARE // per_element)
         buffers = Buffers(capacity)
-        with replacing(target) as file:
+        with replacing(target, old=replace) as file:
             writer = SafetensorsWriter(file, spec) if safetensors else NpzWriter(file, spec)
             with writer:
                 for part in cut(spec, kinds, capacity, free // _PASS_SHARE):

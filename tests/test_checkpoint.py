@@ -26,6 +26,7 @@ from fedavg_core.checkpoint import (
     Checkpoint,
     CheckpointStore,
     load_checkpoint,
+    replacing,
     save_checkpoint,
 )
 from fedavg_core.codec import write_npz
@@ -237,6 +238,63 @@ class TestASingleFile:
         )
         assert number_in(load_checkpoint(path)) == 1
         assert [entry.name for entry in tmp_path.iterdir()] == ["one.npz"]
+
+
+class TestANewFile:
+    """`replacing` where nothing may be replaced."""
+
+    @pytest.fixture(params=["hard links", "no hard links"])
+    def _links(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        if request.param == "no hard links":
+            monkeypatch.setattr(os, "link", fail)
+
+    @pytest.mark.usefixtures("_links")
+    def test_comes_to_be_with_its_contents_and_leaves_nothing_else(self, tmp_path: Path) -> None:
+        with replacing(tmp_path / "new", old=False) as file:
+            file.write(b"whole")
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+            ("new", b"whole")
+        ]
+
+    @pytest.mark.usefixtures("_links")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda path: path.write_bytes(b"precious"),
+            lambda path: path.mkdir(),
+            lambda path: path.symlink_to("nowhere"),
+        ],
+        ids=["file", "folder", "link to nowhere"],
+    )
+    def test_never_takes_the_place_of_what_came_before_its_commit(
+        self, make: Callable[[Path], object], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "new"
+        with (
+            pytest.raises(CheckpointError, match="it came to be while this was written, and is"),
+            replacing(path, old=False),
+        ):
+            make(path)
+        assert os.listdir(tmp_path) == ["new"]
+        assert path.is_dir() or path.is_symlink() or path.read_bytes() == b"precious"
+
+    def test_that_cannot_be_put_in_place_leaves_no_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "link", fail)
+        monkeypatch.setattr(os, "replace", fail)
+        with (
+            pytest.raises(CheckpointError, match=r"could not be written \(Input/output error\)"),
+            replacing(tmp_path / "new", old=False) as file,
+        ):
+            file.write(b"whole")
+        assert os.listdir(tmp_path) == []
 
 
 class Faults:

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("rich")
 
 import fedavg_core as fc
-from fedavg_core.cli import look, main, model_stream
+from fedavg_core.cli import look, main, make, model_stream
 from fedavg_core.cli.arguments import byte_count
 from fedavg_core.cli.console import name_shown, open_console, printable
 from fedavg_core.codec import read_npz
@@ -352,6 +352,25 @@ def test_an_output_is_replaced_only_by_force_and_only_when_all_went_well(
         write_model(tmp_path / "new", "npz", {"w": np.ones(3)}).rename(out)
         assert run(capsys, *command, "-o", out, "--force")[0] == 0
     assert sorted(read_model(out)) == ["w"]
+
+
+def test_an_output_that_came_to_be_meanwhile_is_not_replaced(
+    tmp_path: Path, sites: list[Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.npz"
+    monkeypatch.setattr(make, "check_new", lambda *_: out.write_bytes(b"precious"))
+    before = sorted([*os.listdir(tmp_path), out.name])
+    for command in (
+        ["aggregate", sites[0]],
+        ["diff", sites[1], sites[0]],
+        ["apply", sites[0], sites[1]],
+    ):
+        assert fails(capsys, *command, "-o", out) == (
+            f"{out}: it came to be while this was written, and is not replaced"
+        )
+        assert out.read_bytes() == b"precious"
+        assert sorted(os.listdir(tmp_path)) == before
+        assert run(capsys, *command, "-o", out, "--force")[0] == 0
 
 
 def test_what_is_no_file_is_never_replaced(

@@ -1,7 +1,9 @@
 """The commands that make a model file out of others: ``aggregate``, ``diff`` and ``apply``.
 
 None of them holds a model in memory. The output is written beside its final name and put in place
-when it is whole, so that an error or an interruption leaves what was there.
+when it is whole, so that an error or an interruption leaves what was there. Without ``--force`` a
+file that another program has put there meanwhile is left as it is as well (see
+`checkpoint.replacing`).
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ def _aggregate(read: argparse.Namespace) -> int:
             given,
             read.output,
             base=read.base,
+            replace=read.force,
             memory_limit=read.memory_limit,
             progress=progress,
         )
@@ -123,6 +126,7 @@ def _apply(read: argparse.Namespace) -> int:
             [1],
             read.output,
             base=read.base,
+            replace=read.force,
             memory_limit=read.memory_limit,
             progress=progress,
         )
@@ -140,7 +144,7 @@ def _diff(read: argparse.Namespace) -> int:
         sizes = {key: math.prod(array.shape) for key, array in spec.items()}
         with (
             byte_progress("subtracting") as progress,
-            replacing(read.output) as file,
+            replacing(read.output, old=read.force) as file,
             writer(read.output, file, spec) as out,
         ):
             for key, (model, base) in pieces(files, sizes, progress):

@@ -35,7 +35,7 @@ def _report(read: argparse.Namespace) -> int:
     output = read.folder / "report.html" if read.output is None else read.output
     check_new(output, read.force)
     content = page(read_settings(read.folder), read_log(read.folder))
-    with replacing(output) as file:
+    with replacing(output, old=read.force) as file:
         file.write(content)
     print_line(f"report: {output}")
     return 0
