@@ -265,9 +265,10 @@ class NumpyFedAvgRecipe(Recipe):
             for name, value in others.items():
                 if name not in common:
                     raise fc.UsageError(f"{place}expected some of {', '.join(common)}, got {name}")
-                if name == "params_transfer_type" and value != common[name]:
+                if name == "params_transfer_type" and value not in (None, common[name]):
                     raise fc.UsageError(f"{place}{name}: expected that of all, {common[name]}")
-            self._sites[site] = checked(RunnerArguments, {**common, **others}, place)
+            given = {name: value for name, value in others.items() if value is not None}
+            self._sites[site] = checked(RunnerArguments, {**common, **given}, place)
         self.per_site_config = config
 
     def _prepare_client_apps(self) -> None:

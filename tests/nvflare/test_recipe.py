@@ -502,7 +502,10 @@ def test_what_clients_tell_trackers_is_to_reach_the_server(tmp_path: Path) -> No
     "way", ["constructor"] + ["setter"] * hasattr(Recipe, "set_per_site_config")
 )
 def test_a_site_has_what_is_other_for_it(tmp_path: Path, way: str) -> None:
-    sites = {"site-1": {"train_args": "--mine 1"}, "site-2": {"client_memory_gc_rounds": 7}}
+    sites = {
+        "site-1": {"train_args": "--mine 1", "command": None, "params_transfer_type": None},
+        "site-2": {"client_memory_gc_rounds": 7, "params_transfer_type": "FULL"},
+    }
     if way == "constructor":
         made = recipe(train_args="--all", per_site_config=sites)
     else:
