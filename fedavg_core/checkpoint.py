@@ -29,16 +29,16 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fedavg_core.codec import read_npz, write_npz
+from fedavg_core.archive import Damaged, require
+from fedavg_core.codec import damage_told, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import Params
 
@@ -47,9 +47,21 @@ if sys.platform == "win32":  # pragma: no cover
 else:
     import fcntl
 
-__all__ = ["Checkpoint", "CheckpointStore", "load_checkpoint", "replacing", "save_checkpoint"]
+__all__ = [
+    "MODEL",
+    "Checkpoint",
+    "CheckpointStore",
+    "described",
+    "load_checkpoint",
+    "replacing",
+    "save_checkpoint",
+]
+
+MODEL = "model/"
+"""What stands in a file before the names of the model's arrays."""
 
 _FORMAT = 1
+_ARRAYS = "arrays/"
 _NAME = re.compile(r"round-([0-9]{8,18})(-best)?\.npz")
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 _LOCK = ".lock"
@@ -100,8 +112,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         held: object = getattr(checkpoint, field_name)
         if not isinstance(held, Mapping):
             raise UsageError(f"{field_name}: expected a mapping, got {quoted(held)}")
-    arrays = {f"model/{_name(key)}": value for key, value in checkpoint.model.items()}
-    arrays.update({f"arrays/{_name(key)}": value for key, value in checkpoint.arrays.items()})
+    arrays = {MODEL + _name(key): value for key, value in checkpoint.model.items()}
+    arrays.update({_ARRAYS + _name(key): value for key, value in checkpoint.arrays.items()})
     meta = {
         "checkpoint": _FORMAT,
         "round": _round(checkpoint.round),
@@ -185,29 +197,48 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             arrays, meta = read_npz(file, own=True)
     except OSError as error:
         raise CheckpointError(target, f"could not be read ({error.strerror or error})") from error
+    with damage_told(str(target)):
+        found = described(meta, arrays)
+    model, others = (
+        {key.removeprefix(part): array for key, array in arrays.items() if key.startswith(part)}
+        for part in (MODEL, _ARRAYS)
+    )
+    return replace(found, model=model, arrays=others)
+
+
+def described(meta: Mapping[str, Any], names: Iterable[str]) -> Checkpoint:
+    """What a file tells of the checkpoint in it, beside the arrays.
+
+    Args:
+        meta: The JSON that goes with its arrays.
+        names: Their names.
+
+    Returns:
+        The checkpoint, without its arrays.
+
+    Raises:
+        Damaged: It is no checkpoint.
+    """
     version = meta.get("checkpoint")
-    if version != _FORMAT:
-        raise CheckpointError(
-            target,
-            f"no checkpoint of format {_FORMAT}, the one that this version reads, but "
-            f"{quoted(version)}",
-        )
-    parts: dict[str, dict[str, npt.NDArray[Any]]] = {"model": {}, "arrays": {}}
+    require(
+        version == _FORMAT,
+        f"no checkpoint of format {_FORMAT}, the one that this version reads, but "
+        f"{quoted(version)}",
+    )
     try:
-        for name, array in arrays.items():
-            part, _, key = name.partition("/")
-            parts[part][key] = array
+        for name in names:
+            if not name.startswith((MODEL, _ARRAYS)):
+                raise KeyError(name)
         return Checkpoint(
-            model=parts["model"],
+            model={},
             round=_round(meta["round"]),
             metrics={name: _number(value) for name, value in meta["metrics"].items()},
             extra=dict(meta["extra"]),
-            arrays=parts["arrays"],
             best=bool(meta["best"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            target, f"its contents are not those of a checkpoint ({quoted(str(error))})"
+        raise Damaged(
+            f"its contents are not those of a checkpoint ({quoted(str(error))})"
         ) from error
 
 

@@ -4,6 +4,9 @@ Three formats are read: npz (members as they are, or deflated), safetensors, and
 one array without a name, here called ``arr_0`` as `numpy.savez` calls it. The name's suffix says
 which it is, or the first bytes if the suffix says nothing.
 
+A checkpoint counts as the model in it, under the model's own names; what else it holds is no part
+of the model, and is not read.
+
 A `ModelFile` is open only while it is visited, so that any number of them can be at hand. The first
 look at one checks the container and each array's header; from then on the file may not change. A
 visit reads, of some arrays, runs of elements in C order. How, depends on how an array lies:
@@ -39,7 +42,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.archive import Damaged, check_archive, require
-from fedavg_core.codec import damage_told, list_npz
+from fedavg_core.checkpoint import MODEL, Checkpoint, described
+from fedavg_core.codec import Entry, damage_told, list_npz
 from fedavg_core.errors import CheckpointError, quoted
 from fedavg_core.model import check_array
 from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
@@ -178,6 +182,18 @@ class ModelFile:
         self._under_way: tuple[str, int, Member | Unpacked] | None = None
         self._arrays = allowance.kept(self._list())
 
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that the file is, without its arrays; None if it is another model.
+
+        Raises:
+            CheckpointError: The file has changed, or is no longer there.
+        """
+        if not self._sealed:
+            return None
+        with self._opened() as file, zipfile.ZipFile(file) as archive:
+            entries, meta = list_npz(archive, sealed=True)
+            return _described(entries, meta)
+
     def arrays(self) -> Mapping[str, StoredArray]:
         """The arrays that the file holds, in its order.
 
@@ -306,14 +322,18 @@ def _list_npz(file: IO[bytes], sealed: bool) -> dict[str, StoredArray]:
     """Find the arrays of an npz file that has been checked as a container."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:
-        for entry in list_npz(archive, sealed)[0]:
+        entries, meta = list_npz(archive, sealed)
+        prefix = "" if _described(entries, meta) is None else MODEL
+        for entry in entries:
+            if not entry.name.startswith(prefix):
+                continue
             member = entry.member
             with archive.open(member) as stream:
                 shown = f"member {quoted(member.filename)}"
                 layout = read_layout(stream, member.file_size, entry.dtype, shown)
             file.seek(member.header_offset)
             *_, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-            arrays[entry.name] = StoredArray(
+            arrays[entry.name.removeprefix(prefix)] = StoredArray(
                 layout,
                 member.header_offset + _LOCAL_HEADER.size + name_length + extra_length,
                 member.compress_size,
@@ -321,3 +341,7 @@ def _list_npz(file: IO[bytes], sealed: bool) -> dict[str, StoredArray]:
                 member.CRC,
             )
     return arrays
+
+
+def _described(entries: list[Entry], meta: Mapping[str, Any]) -> Checkpoint | None:
+    return described(meta, [entry.name for entry in entries]) if "checkpoint" in meta else None

@@ -95,8 +95,9 @@ def aggregate_files(
     """The weighted mean of models in files, exactly as `weighted_mean` gives it.
 
     The files may be larger than memory, many, and of several formats: npz (compressed or not),
-    safetensors, and npy (one array, which is called ``arr_0``). A parameter that some files lack
-    has its own denominator. A file that is given twice counts twice.
+    safetensors, and npy (one array, which is called ``arr_0``). A checkpoint counts as the model in
+    it. A parameter that some files lack has its own denominator. A file that is given twice counts
+    twice.
 
     Args:
         paths: The files; only read. They must not change meanwhile.

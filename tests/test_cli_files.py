@@ -221,6 +221,61 @@ def test_the_pieces_of_an_array_make_one_summary(
     assert told["norm"] == pytest.approx(float(np.linalg.norm(finite)), rel=1e-12)
 
 
+class TestACheckpoint:
+    """A checkpoint in the place of a model is the model in it."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path, models: list[Model]) -> Path:
+        path = tmp_path / "round-00000003-best.npz"
+        metrics = {"loss": 0.25, "lost": float("nan")}
+        state = {"momentum/w": np.ones(4)}
+        fc.save_checkpoint(path, fc.Checkpoint(models[0], 3, metrics, arrays=state, best=True))
+        return path
+
+    def test_is_compared_and_averaged_as_its_model(
+        self, path: Path, tmp_path: Path, sites: list[Path], models: list[Model], capsys: Capture
+    ) -> None:
+        assert run(capsys, "compare", path, sites[0])[0] == 0
+        assert run(capsys, "compare", sites[1], path)[0] == 1
+        for command, expected in (
+            (["aggregate", path, sites[1]], fc.weighted_mean(models[:2], [1, 1])),
+            (["diff", sites[1], path], fc.diff(models[1], models[0])),
+            (["apply", path, sites[2]], fc.apply(models[0], models[2])),
+            (["aggregate", sites[2], "--base", path], fc.apply(models[0], models[2])),
+        ):
+            out = tmp_path / "out.npz"
+            assert run(capsys, *command, "-o", out, "--force")[0] == 0
+            assert fc.same_bits(read_model(out), expected)
+
+    def test_is_inspected_with_its_round_and_metrics(
+        self, path: Path, tmp_path: Path, sites: list[Path], models: list[Model], capsys: Capture
+    ) -> None:
+        lines = run(capsys, "inspect", path)[1].splitlines()
+        assert lines[:-1] == run(capsys, "inspect", sites[0])[1].splitlines()
+        assert lines[-1] == (
+            "the model of a checkpoint after 3 rounds, the best until then; loss 0.25, lost nan"
+        )
+        fc.save_checkpoint(path, fc.Checkpoint(models[0], 1))
+        assert run(capsys, "inspect", path)[1].splitlines()[-1] == (
+            "the model of a checkpoint after 1 round; no metrics"
+        )
+        fc.save_checkpoint(path, fc.Checkpoint(models[0], 3, {"a": 1, "b": float("inf")}))
+        told = json.loads(run(capsys, "inspect", path, "--json")[1])
+        assert told["checkpoint"] == {"round": 3, "best": False, "metrics": {"a": 1, "b": None}}
+        assert json.loads(run(capsys, "inspect", sites[0], "--json")[1])["checkpoint"] is None
+
+    def test_that_is_damaged_is_one_line(
+        self, path: Path, tmp_path: Path, sites: list[Path], capsys: Capture
+    ) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        for command in commands_on(path, sites[0], tmp_path / "out.npz"):
+            told = fails(capsys, *command)
+            assert path.name in told
+            assert "damaged: its contents do not match their checksum" in told
+
+
 def test_compare_tells_ulps_and_ends_with_1_where_models_differ(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,19 @@ def test_the_updates_of_a_round_give_its_model(
     assert (told["round"], told["same_bits"], told["missing"]) == (3, True, [])
 
 
+def test_a_checkpoint_is_the_model_in_it(
+    tmp_path: Path, files: list[Path], capsys: Capture
+) -> None:
+    audit = audited(tmp_path / "audit.json", fc.TransferType.FULL)
+    fc.save_checkpoint(files[1].with_suffix(".npz"), fc.Checkpoint(model(1), 7))
+    files[1] = files[1].with_suffix(".npz")
+    assert run(capsys, "verify", audit, *files)[0] == 0
+    files[1].write_bytes(files[1].read_bytes()[:-5])
+    code, out, err = run(capsys, "verify", audit, *files)
+    assert (code, err) == (1, "")
+    assert "no end of a zip archive" in out
+
+
 def test_differences_need_their_base(
     tmp_path: Path, files: list[Path], base: Path, capsys: Capture
 ) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 import fedavg_core.stored_array as stored_array_module
+from fedavg_core.checkpoint import Checkpoint, save_checkpoint
 from fedavg_core.codec import write_npz
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate
 from fedavg_core.model import dtype_named, same_bits
@@ -440,6 +441,39 @@ def test_places_of_files_that_are_alike_take_little(tmp_path: Path) -> None:
         kept = [file.arrays() is file.arrays() for file in files]
         assert kept == [True, True, False]
         assert [dict(file.arrays()) for file in files[1:]] == [dict(files[0].arrays())] * 2
+
+
+def test_a_checkpoint_is_the_model_in_it(tmp_path: Path, allowance: Allowance) -> None:
+    model = {"w": np.arange(6.0), "model/w": np.ones(2), "array-0": np.ones(1), "": np.ones(3)}
+    state = {"w": np.zeros(2), "used": np.ones(1, bool)}
+    path = tmp_path / "m"
+    save_checkpoint(path, Checkpoint(model, 3, {"loss": 0.5}, arrays=state, best=True))
+    file = ModelFile(path, allowance)
+    assert same_bits(read_in_runs(file, 4), model)
+    found = file.checkpoint()
+    assert found is not None
+    assert (found.round, found.metrics, found.best) == (3, {"loss": 0.5}, True)
+    for kind in ("npz", "sealed", "safetensors"):
+        other = ModelFile(write_model(tmp_path / kind, kind, {"w": np.ones(1)}), allowance)
+        assert other.checkpoint() is None
+        assert list(other.arrays()) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meta", "problem"),
+    [
+        ("model/w", {"checkpoint": 2}, "no checkpoint of format 1, the one that this version"),
+        ("w", {"checkpoint": 1}, "its contents are not those of a checkpoint"),
+        ("model/w", {"checkpoint": 1}, "its contents are not those of a checkpoint"),
+    ],
+)
+def test_what_only_says_that_it_is_a_checkpoint_is_refused(
+    name: str, meta: dict[str, Any], problem: str, tmp_path: Path, allowance: Allowance
+) -> None:
+    with open(tmp_path / "m.npz", "x+b") as file:
+        write_npz(file, {name: np.ones(2)}, meta)
+    with pytest.raises(CheckpointError, match=problem):
+        ModelFile(tmp_path / "m.npz", allowance)
 
 
 def test_a_sealed_file_without_arrays_is_an_empty_model(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.checkpoint import Checkpoint
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import (
     byte_progress,
@@ -113,6 +114,7 @@ def _times_power(value: float, exponent: int) -> float:
 def _inspect(read: argparse.Namespace) -> int:
     with opened(read.file) as files, byte_progress("reading") as progress:
         spec = spec_of(files[0])
+        checkpoint = files[0].checkpoint()
         found = {key: _Summary() for key in spec}
         sizes = {key: math.prod(array.shape) for key, array in spec.items()}
         for key, (values,) in pieces(files, sizes, progress):
@@ -127,6 +129,7 @@ def _inspect(read: argparse.Namespace) -> int:
         print_json(
             {
                 "file": str(read.file),
+                "checkpoint": None if checkpoint is None else _checkpoint_json(checkpoint),
                 "elements": elements,
                 "bytes": held,
                 "norm": norm if norm < math.inf else None,
@@ -156,7 +159,27 @@ def _inspect(read: argparse.Namespace) -> int:
     count = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
     others = f"{nan + infinite:,} of them not finite" if nan + infinite else "all finite"
     print_line(f"{count}, {elements:,} elements, {others}; {held:,} bytes; norm {norm:.6g}")
+    if checkpoint is not None:
+        print_line(_checkpoint_told(checkpoint))
     return 0
+
+
+def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "round": checkpoint.round,
+        "best": checkpoint.best,
+        "metrics": {
+            name: value if math.isfinite(value) else None
+            for name, value in checkpoint.metrics.items()
+        },
+    }
+
+
+def _checkpoint_told(checkpoint: Checkpoint) -> str:
+    rounds = f"{checkpoint.round:,} {'round' if checkpoint.round == 1 else 'rounds'}"
+    best = ", the best until then" if checkpoint.best else ""
+    metrics = [f"{name_shown(name)} {value:.6g}" for name, value in checkpoint.metrics.items()]
+    return f"the model of a checkpoint after {rounds}{best}; {', '.join(metrics) or 'no metrics'}"
 
 
 def _shape(spec: ArraySpec) -> str:
