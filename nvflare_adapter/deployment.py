@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -28,15 +29,12 @@ __all__ = ["run", "submit"]
 _POLL_SECONDS = 0.5
 _LOGIN_SECONDS = 30.0
 _CONNECT_SECONDS = 60
-_UNDER_WAY = {
-    status.value
-    for status in (
-        RunStatus.SUBMITTED,
-        RunStatus.APPROVED,
-        RunStatus.DISPATCHED,
-        RunStatus.RUNNING,
-    )
-}
+_UNDER_WAY = [
+    RunStatus.SUBMITTED.value,
+    RunStatus.APPROVED.value,
+    RunStatus.DISPATCHED.value,
+    RunStatus.RUNNING.value,
+]
 
 
 def run(job: Job) -> None:
@@ -60,6 +58,7 @@ def submit(job: Job, kit: Path, watch: Callable[[str], Path | None]) -> None:
     Raises:
         SystemExit: The job did not end well.
     """
+    job.models.mkdir()
     user = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]["username"]
     recipe = job.recipe()
     session = new_secure_session(user, str(kit), timeout=_LOGIN_SECONDS)
@@ -76,6 +75,9 @@ def submit(job: Job, kit: Path, watch: Callable[[str], Path | None]) -> None:
             raise
         result = Path(session.download_job_result(number)) / "workspace"
         _store(result / "models", job.models)
+        for path in (result / "models").glob("*.*"):  # the best model, and audits
+            if not (job.models / path.name).exists():
+                shutil.copyfile(path, job.models / path.name)
         if status != RunStatus.FINISHED_COMPLETED.value:
             errors = result / "error_log.txt"
             print(errors.read_text() if errors.is_file() else "", flush=True)
@@ -121,5 +123,4 @@ def _store(source: Path, models: Path) -> None:
     for path in fc.CheckpointStore(source).paths() if source.is_dir() else ():
         target = models / path.name
         if not target.exists():
-            models.mkdir(exist_ok=True)
             fc.save_checkpoint(target, fc.load_checkpoint(path))

@@ -32,6 +32,7 @@ _REASONS = (
     re.compile(r"^nvflare_adapter: (.+)", re.M),
     re.compile(r"\.py' is aborted, Traceback.*\n(?: .*\n)*(.+)"),
     re.compile(r"FATAL_SYSTEM_ERROR received: (.+)"),
+    re.compile(r"Failing job \S+ due to (reported failure from .+)"),
     re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Refused\w*)\b.*)", re.M),
     re.compile(r"^(NVFlare ended the job as .+)", re.M),
 )

@@ -353,6 +353,10 @@ def train(params, context):
         ),
         ("Traceback:\n  File x\nnvflare.bad.JobError: no such job\n", "nvflare.bad.JobError: no"),
         ("OSError: x\nnvflare_adapter: the server ended\n", "the server ended"),
+        (
+            "Server - INFO - Failing job a-1 due to reported failure from site-2: exception",
+            "reported failure from site-2: exception",
+        ),
         ("NVFlare ended the job as FINISHED:ABORTED", "NVFlare ended the job as FINISHED:ABORTED"),
     ],
 )

@@ -144,6 +144,7 @@ def test_failing_clients_are_told_and_the_model_is_that_of_the_others(
             "silent": ["--rounds", 2, "--deadline", 20],
         }.items()
     }
+    too_few = run("few", "faulty.py", *on(poc), clients=4)
     said = {fault: job.ended() for fault, job in jobs.items()}
     assert {(code, error) for code, _, error in said.values()} == {(0, "")}
     models = {
@@ -164,6 +165,9 @@ def test_failing_clients_are_told_and_the_model_is_that_of_the_others(
     assert fc.same_bits(models["kill"], in_process("faulty.py", 3, lost="site-2"))
     assert "site-2 failed: late: no answer before the round was closed" in said["silent"][1]
     assert fc.same_bits(models["silent"], in_process("faulty.py", 2, lost="site-2"))
+    code, _, error = too_few.ended()
+    assert code == 1
+    assert "expected 4 connected clients, got site-1, site-2, site-3" in error
 
 
 def test_after_a_server_is_killed_another_job_goes_on_to_the_bits_of_one_undisturbed(

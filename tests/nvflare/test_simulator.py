@@ -57,14 +57,20 @@ def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any
 
 @pytest.mark.parametrize("transfer", list(fc.TransferType))
 @pytest.mark.parametrize(
-    ("path", "arguments", "clients"),
+    ("path", "arguments", "clients", "external"),
     [
-        (DIGITS, "--alpha 0.3", 4),
-        pytest.param(FILES / "mixed.py", "", 3, marks=pytest.mark.sample),
+        (DIGITS, "--alpha 0.3", 4, False),
+        pytest.param(FILES / "mixed.py", "", 3, False, marks=pytest.mark.sample),
+        (FILES / "mixed.py", "", 2, True),
     ],
 )
 def test_every_round_ends_in_the_bits_of_the_federation_in_process(
-    tmp_path: Path, path: Any, arguments: Any, clients: Any, transfer: fc.TransferType
+    tmp_path: Path,
+    path: Any,
+    arguments: Any,
+    clients: Any,
+    external: bool,
+    transfer: fc.TransferType,
 ) -> None:
     seed, rounds = 17, 3
     offered = read_training_file(path, arguments.split())
@@ -82,6 +88,7 @@ def test_every_round_ends_in_the_bits_of_the_federation_in_process(
         transfer=transfer.value,
         seed=seed,
         folder=str(tmp_path),
+        external=external,
     )
     checkpoints = list(job.run())
     federation = fc.Federation(
