@@ -95,6 +95,8 @@ class Round:
             for models like this one, which is reset and used, so that its memory serves many
             rounds; or a `RobustMean`, which says how, and of which an empty one is made. The least
             number of updates that it needs is that of the round, if `min_updates` is not more.
+            One of the caller's own may refuse an update: ``add`` raises `RefusedUpdate`. It is no
+            part of the round's state.
         audit: Whether the outcome shall have an `Audit`. It takes a SHA-256 of each update, and of
             the model and the optimizer's state before and after.
         server_optimizer: What makes the next model of the mean; None: the mean is the next model.
