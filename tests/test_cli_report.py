@@ -178,6 +178,21 @@ def test_names_from_outside_are_text_and_nothing_else() -> None:
     assert all(len(text) <= 400 for text in seen.texts if "\u00fc" in text)
 
 
+def test_the_tiles_know_how_many_they_are() -> None:
+    for told, count in (({}, 5), ({"peak_bytes": None}, 4)):
+        seen = Texts(page(SETTINGS, [record(0, [accepted("a")], **told)]))
+        assert ("class", f"tiles of-{count}") in seen.attributes
+        assert seen.attributes.count(("class", "tile")) == count
+    nothing = record(0, [failed("a")], peak_bytes=None, metrics={}, evaluation={})
+    assert ("class", "tiles of-3") in Texts(page(SETTINGS, [nothing])).attributes
+
+
+def test_nothing_in_a_chart_is_scaled_but_its_curves() -> None:
+    seen = Texts(page(SETTINGS, lively()))
+    boxes = {value for name, value in seen.attributes if name == "viewbox"}
+    assert boxes == {"0 0 1000 230", "0 0 16 12"}  # of curves, and of the signs of a legend
+
+
 def test_the_page_names_no_address() -> None:
     content = page(SETTINGS, [record(number, [accepted("a")]) for number in range(3)])
     assert b"//" not in content.replace(b"'sha256-", b"").split(b"<script>")[0].split(b"<style>")[1]
@@ -398,6 +413,7 @@ addEventListener("load", () => {
     curves: all("svg.chart .curve", (curve) => curve.getTotalLength()),
     stroke: getComputedStyle(document.querySelector("svg.chart .curve")).stroke,
     charts: all("svg.chart", (chart) => chart.getBoundingClientRect().width),
+    heights: all("svg text", (text) => text.getBoundingClientRect().height),
     cells: all("svg .cell", (cell) => getComputedStyle(cell).fill).length,
     page: getComputedStyle(document.body).backgroundColor,
     wide: document.documentElement.scrollWidth - window.innerWidth,
@@ -444,7 +460,11 @@ class TestInABrowser:
         looking = content.replace(script.encode(), (LOOK + script).encode())
         looking = looking.replace(_hash(script).encode(), _hash(LOOK + script).encode())
         told, said = chromium(
-            tmp_path, looking, "--dump-dom", "--window-size=1200,900", self.scheme(scheme)
+            tmp_path,
+            looking,
+            "--dump-dom",
+            f"--window-size={1200 if scheme == 'light' else 600},900",
+            self.scheme(scheme),
         )
         assert "CONSOLE" not in said
         match = re.search(r'data-found="([^"]*)"', told)
@@ -459,6 +479,8 @@ class TestInABrowser:
         assert all(width > 400 for width in found["charts"])
         assert sum(length > 100 for length in found["curves"]) >= 5
         assert found["cells"] >= 36
+        heights = [height for height in found["heights"] if height]  # a name may be empty
+        assert 10 < min(heights) <= max(heights) < min(heights) + 0.5
         assert found["wide"] <= 0
         dark = scheme == "dark"
         assert found["page"] == ("rgb(16, 19, 26)" if dark else "rgb(246, 247, 249)")

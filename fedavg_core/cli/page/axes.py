@@ -1,5 +1,8 @@
 """Where things are in a chart: rounds to the right, values upwards, ticks at round numbers.
 
+A chart is as wide as there is room for, and nothing in it is scaled: heights, texts and dots are in
+pixels, what goes to the right is in parts of the width. So all texts of a page have one size.
+
 A chart of more rounds than can be told apart on a screen has several of them at one place.
 """
 
@@ -13,14 +16,18 @@ from xml.etree.ElementTree import Element
 
 from fedavg_core.cli.page.markup import Content, element
 
-__all__ = ["WIDE", "Axis", "Frame", "Places", "Tell", "linear", "spread", "svg", "ticks"]
+__all__ = [
+    *("HEIGHT", "Axis", "Frame", "Places", "Tell"),
+    *("linear", "part", "spread", "svg", "ticks"),
+]
 
 T = TypeVar("T")
 Tell: TypeAlias = Callable[[float], str]
 """How a value is written."""
 
-NARROW, WIDE, HEIGHT = 530, 1080, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 30
+HEIGHT = 230
+"""How high a chart is, in pixels."""
+TOP, BOTTOM = 10, 30
 _MOST_LABELS = 9
 _WIDE_SPAN = 30
 
@@ -142,49 +149,49 @@ class Frame:
     Attributes:
         places: What goes to the right.
         axis: What goes upwards.
-        width: How wide the drawing is.
     """
 
     places: Places
     axis: Axis
-    width: int = NARROW
 
     @property
     def step(self) -> float:
-        """How far places are apart."""
-        return (self.width - LEFT - RIGHT) / len(self.places.rounds)
+        """How far places are apart, as a part of the width."""
+        return 1 / len(self.places.rounds)
 
     def x(self, place: int) -> float:
-        """The middle of a place."""
-        return LEFT + (place + 0.5) * self.step
+        """The middle of a place, as a part of the width."""
+        return (place + 0.5) * self.step
 
     def around(self, label: str, tips: Sequence[str], *drawing: Content) -> Element:
         """The drawing, with the axes below it, and over it what tells of each place."""
-        right = self.width - RIGHT
         heights = [(self.axis.y(at), told) for at, told in self.axis.marks]
-        rules = (element("line", class_="rule", x1=LEFT, x2=right, y1=y, y2=y) for y, _ in heights)
-        values = (element("text", told, class_="end", x=LEFT - 8, y=y + 4) for y, told in heights)
+        rules = (element("line", class_="rule", x1=0, x2="100%", y1=y, y2=y) for y, _ in heights)
+        values = (element("text", told, class_="end", x=-8, y=y + 4) for y, told in heights)
         numbers = (
-            element("text", told, class_="middle", x=self.x(place), y=HEIGHT - BOTTOM + 19)
+            element("text", told, class_="middle", x=part(self.x(place)), y=HEIGHT - BOTTOM + 19)
             for place, told in self.places.labels()
         )
         hits = (
             element(
                 "rect",
                 class_="hit",
-                x=self.x(place) - self.step / 2,
+                x=part(self.x(place) - self.step / 2),
                 y=TOP,
-                width=self.step,
+                width=part(self.step),
                 height=HEIGHT - TOP - BOTTOM,
                 data_tip=f"{self.places.name(place)}\n{tip}",
             )
             for place, tip in enumerate(tips)
         )
-        return svg(self.width, HEIGHT, label, rules, values, numbers, *drawing, hits)
+        return svg("chart", HEIGHT, label, rules, values, numbers, *drawing, hits)
 
 
-def svg(width: float, height: float, label: str, *content: Content) -> Element:
-    """A drawing as wide as there is room for, and what it shows for those who do not see it."""
-    box = f"0 0 {width} {height}"
-    style = "chart wide" if width == WIDE else "chart"
-    return element("svg", *content, class_=style, viewBox=box, role="img", aria_label=label)
+def part(of_width: float) -> str:
+    """A part of the width, as an attribute."""
+    return f"{100 * of_width:.3f}".rstrip("0").rstrip(".") + "%"
+
+
+def svg(style: str, height: float, label: str, *content: Content) -> Element:
+    """A drawing whose width the style sheet tells, and what it shows for those who do not see."""
+    return element("svg", *content, class_=style, height=height, role="img", aria_label=label)

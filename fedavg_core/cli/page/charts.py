@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from fedavg_core.cli.page.axes import WIDE, Frame, Places, Tell, linear, spread
+from fedavg_core.cli.page.axes import HEIGHT, Frame, Places, Tell, linear, part, spread
 from fedavg_core.cli.page.markup import element
 
 __all__ = ["Curve", "Points", "bars", "curves", "dots", "figure"]
 
 _MOST_DOTS = 80
+_BREADTH = 1000
+_BAR, _USUAL = 26, 450  # how wide a bar is in a chart of the usual width, in pixels
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def _path(points: Iterable[tuple[float, float] | None]) -> str:
         if point is None:
             pen = "M"
             continue
-        parts.append(f"{pen}{point[0]:.2f} {point[1]:.2f}")
+        parts.append(f"{pen}{_BREADTH * point[0]:.2f} {point[1]:.2f}")
         pen = "L"
     return "".join(parts)
 
@@ -67,7 +69,14 @@ def _drawn(frame: Frame, curve: Curve) -> list[Element]:
         None if value is None else (frame.x(place), frame.axis.y(value))
         for place, value in enumerate(curve.values)
     ]
-    line = element("path", class_=f"curve {curve.style}", d=_path(points))
+    line = element(
+        "svg",
+        element("path", class_=f"curve {curve.style}", d=_path(points)),
+        viewBox=f"0 0 {_BREADTH} {HEIGHT}",
+        preserveAspectRatio="none",
+        width="100%",
+        height=HEIGHT,
+    )
     few = len(points) <= _MOST_DOTS
     alone = [None, *points, None]
     marked = (
@@ -75,7 +84,9 @@ def _drawn(frame: Frame, curve: Curve) -> list[Element]:
         for at, point in enumerate(points)
         if point is not None and (few or alone[at] is alone[at + 2] is None)
     )
-    dots = (element("circle", class_=f"dot {curve.style}", cx=x, cy=y, r=2.6) for x, y in marked)
+    dots = (
+        element("circle", class_=f"dot {curve.style}", cx=part(x), cy=y, r=2.6) for x, y in marked
+    )
     return [line, *dots]
 
 
@@ -110,7 +121,7 @@ def _told(value: float | None, tell: Tell) -> str:
 def dots(
     places: Places, clouds: Sequence[Points], line: Curve, tell: Tell, most: int, label: str
 ) -> Element:
-    """A wide chart of many values at each place, and a curve; logarithmic if they are far apart.
+    """A chart of many values at each place, and a curve; logarithmic if they are far apart.
 
     Args:
         places: The rounds.
@@ -125,7 +136,7 @@ def dots(
     """
     single = [value for value in line.values if value is not None]
     together = [value for cloud in clouds for values in cloud.values for value in values]
-    frame = Frame(places, spread([*together, *single], tell), WIDE)
+    frame = Frame(places, spread([*together, *single], tell))
     drawn = [
         _spans(frame, cloud) if sum(map(len, cloud.values)) > most else _marks(frame, cloud)
         for cloud in clouds
@@ -148,10 +159,11 @@ def _marks(frame: Frame, cloud: Points) -> list[Element]:
         for value in values:
             x, y = frame.x(place), frame.axis.y(value)
             if cloud.crosses:
-                path = f"M{x - 4:.2f} {y - 4:.2f}l8 8m0 -8l-8 8"
-                made.append(element("path", class_=f"cross {cloud.style}", d=path))
+                cross = element("path", class_=f"cross {cloud.style}", d="M-4 -4l8 8m0 -8l-8 8")
+                made.append(element("svg", cross, x=part(x), y=y))
             else:
-                made.append(element("circle", class_=f"dot soft {cloud.style}", cx=x, cy=y, r=3.2))
+                style = f"dot soft {cloud.style}"
+                made.append(element("circle", class_=style, cx=part(x), cy=y, r=3.2))
     return made
 
 
@@ -160,9 +172,9 @@ def _spans(frame: Frame, cloud: Points) -> list[Element]:
         element(
             "rect",
             class_=f"band {cloud.style}",
-            x=frame.x(place) - 0.4 * frame.step,
+            x=part(frame.x(place) - 0.4 * frame.step),
             y=frame.axis.y(max(values)) - 1,
-            width=0.8 * frame.step,
+            width=part(0.8 * frame.step),
             height=frame.axis.y(min(values)) - frame.axis.y(max(values)) + 2,
         )
         for place, values in enumerate(cloud.values)
@@ -196,14 +208,14 @@ def bars(places: Places, stacks: Sequence[Curve], tell: Tell, label: str) -> Ele
         tops = [top + (value or 0.0) for top, value in zip(tops, stack.values, strict=True)]
         edges.append(tops)
     frame = Frame(places, linear([0.0, *tops], tell))
-    width = min(26.0, 0.72 * frame.step)
+    width = min(_BAR / _USUAL, 0.72 * frame.step)
     drawn = (
         element(
             "rect",
             class_=f"bar {stack.style}",
-            x=frame.x(place) - width / 2,
+            x=part(frame.x(place) - width / 2),
             y=frame.axis.y(top),
-            width=width,
+            width=part(width),
             height=frame.axis.y(top - (stack.values[place] or 0.0)) - frame.axis.y(top),
         )
         for stack, ends in zip(stacks, edges, strict=True)

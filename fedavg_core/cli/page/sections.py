@@ -63,7 +63,7 @@ def tiles(settings: dict[str, Any], records: Sequence[RoundRecord]) -> Element:
                 "most memory", Unit.write(max(peaks), MEMORY), "of the process, training included"
             )
         )
-    return element("div", tiles, class_="tiles")
+    return element("div", tiles, class_=f"tiles of-{len(tiles)}")
 
 
 def _tile(name: str, value: str, note: str) -> Element:
