@@ -24,7 +24,7 @@ from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
 from nvflare_adapter.command_line import BACKENDS, read_arguments
-from nvflare_adapter.follow import JobFailed
+from nvflare_adapter.follow import JobFailed, cause_of_failure
 from nvflare_adapter.job import Job, models_folder
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
 
@@ -141,7 +141,10 @@ def _run(
             problems.append(checkpoint.extra["report"]["problem"])
             status.update(f"round {checkpoint.round} of {done} to {last}")
     if all(problems):
-        raise fc.FedAvgError(f"no round changed the model: {problems[-1]}")
+        unchanged = "no round changed the model: "
+        if job is None:
+            raise fc.FedAvgError(unchanged + problems[-1])
+        raise JobFailed(unchanged + (cause_of_failure(job.log) or problems[-1]), job.log)
     saved = read.output / "model.npz"
     fc.save_checkpoint(saved, checkpoint)
     if read.train_script is None:

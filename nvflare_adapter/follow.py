@@ -20,7 +20,7 @@ from pathlib import Path
 
 import fedavg_core as fc
 
-__all__ = ["ClientLost", "JobFailed", "follow"]
+__all__ = ["ClientLost", "JobFailed", "cause_of_failure", "follow"]
 
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 30
@@ -131,7 +131,8 @@ def _attempt(
     finally:
         _stop(child)
     if seen < rounds or child.returncode != 0:
-        raise JobFailed(_reason(_read(log, start), seen, rounds, child.returncode), log)
+        cause = cause_of_failure(log, start) or f"it ended with exit code {child.returncode}"
+        raise JobFailed(f"the job failed after {seen} of {rounds} rounds: {cause}", log)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -145,10 +146,18 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             child.wait()
 
 
-def _reason(text: str, seen: int, rounds: int, code: int) -> str:
-    found = (pattern.findall(text) for pattern in _REASONS)
-    cause = next((matches[0] for matches in found if matches), f"it ended with exit code {code}")
-    return f"the job failed after {seen} of {rounds} rounds: {cause}"
+def cause_of_failure(log: Path, start: int = 0) -> str | None:
+    """Why a job failed, as far as NVFlare's log tells.
+
+    Args:
+        log: The file of the log.
+        start: Where in it the job's begins.
+
+    Returns:
+        One line; None if there is none to be found.
+    """
+    found = (pattern.findall(_read(log, start)) for pattern in _REASONS)
+    return next((matches[0] for matches in found if matches), None)
 
 
 def _read(path: Path, start: int = 0) -> str:

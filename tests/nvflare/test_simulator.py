@@ -122,7 +122,7 @@ def test_the_main_job_reaches_its_goal_and_names_what_it_leaves(tmp_path: Path) 
     assert accuracy >= 0.9
     assert lines[12].endswith(f"the saved model has {accuracy:.2%}")
     log = tmp_path / lines[15].removeprefix("NVFlare's log: ")
-    assert "Finished ScatterAndGather Training." in log.read_text()
+    assert "END_RUN received" in log.read_text()
     in_process = command("--backend", "in-process", cwd=tmp_path)
     assert in_process.stdout.splitlines()[1:13] == lines[1:13]
 
@@ -161,8 +161,10 @@ def test_a_failed_job_is_told_in_plain_words_with_the_end_of_the_log(tmp_path: P
     done = command(FILES / "faulty.py", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     problem, where, *tail = done.stderr.splitlines()
-    assert problem == (
-        "nvflare_adapter: the job failed after 0 of 3 rounds: ValueError: no data here"
+    assert problem in (
+        "nvflare_adapter: the job failed after 0 of 3 rounds: ValueError: no data here",
+        # NVFlare 2.7 takes a client that cannot start for one that fails in every round.
+        "nvflare_adapter: no round changed the model: ValueError: no data here",
     )
     log = tmp_path / "out" / "nvflare.log"
     assert where == f"the end of NVFlare's log, {log}:"
