@@ -28,12 +28,16 @@ _SILENCE_SECONDS = 5
 _ATTEMPTS = 3
 _LOG_LINES = 15
 _LOST = re.compile(r"((?:Communication error with|Subprocess died for) client .+)")
+_NOT_AN_ABORT = "(?!RuntimeError: request to abort the job)"  # that is what others made of it
 _REASONS = (
     re.compile(r"^nvflare_adapter: (.+)", re.M),
-    re.compile(r"\.py' is aborted, Traceback.*\n(?: .*\n)*(.+)"),
+    re.compile(rf"\.py' is aborted, Traceback.*\n(?: .*\n)*{_NOT_AN_ABORT}(\S.+)"),
     re.compile(r"FATAL_SYSTEM_ERROR received: (.+)"),
     re.compile(r"Failing job \S+ due to (reported failure from .+)"),
-    re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Refused\w*)\b.*)", re.M),
+    re.compile(
+        rf"^{_NOT_AN_ABORT}((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Refused\w*)\b.*)",
+        re.M,
+    ),
     re.compile(r"^(NVFlare ended the job as .+)", re.M),
 )
 

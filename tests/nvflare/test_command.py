@@ -353,6 +353,9 @@ def train(params, context):
         ("Traceback:\n  File x\nnvflare.bad.JobError: no job\n", "nvflare.bad.JobError: no job"),
         ("OSError: x\nnvflare_adapter: the server ended\n", "the server ended"),
         (
+            "ask to abort job: reason: '/a/train.py' is aborted, Traceback (most\n  File x\n"
+            "RuntimeError: request to abort the job for reason 'train' is aborted\n"
+            "RuntimeError: request to abort the job for reason 'train' is aborted\n"
             "Server - INFO - Failing job a-1 due to reported failure from site-2: exception",
             "reported failure from site-2: exception",
         ),
