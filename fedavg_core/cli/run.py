@@ -38,6 +38,7 @@ from fedavg_core.cli.run_log import (
 )
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
+from fedavg_core.cli.workers import Workers
 from fedavg_core.codec import write_npz
 from fedavg_core.errors import FedAvgError, UsageError
 from fedavg_core.federation import Federation
@@ -52,6 +53,7 @@ __all__ = ["add_commands"]
 MODEL = "model.npz"
 _MOST_MEASURED = 4
 _MOST_NOTES = 10
+_AHEAD = 2  # so many clients for each worker, so that none waits for an earlier one's answer
 _WIDTH = 8
 _INDENT = " " * 7
 
@@ -71,6 +73,13 @@ def add_commands(commands: Subparsers) -> None:
     add("--clients", type=whole(1), default=10, help="how many (default: %(default)s)")
     add("--rounds", type=whole(1), default=10, help="how many in all (default: %(default)s)")
     add("--fraction", type=fraction, default=1.0, help="of the clients, a round (default: all)")
+    add(
+        "--workers",
+        type=whole(1),
+        default=1,
+        help="how many clients train at a time, each in a process of its own; the model is the "
+        "same to the bit (default: %(default)s, in this process)",
+    )
     add(
         "--transfer",
         choices=("full", "diff"),
@@ -121,38 +130,42 @@ def _run(read: argparse.Namespace) -> int:
 def _play(read: argparse.Namespace, folder: Path, display: _Lines | _Table) -> Params:
     """Play the rounds that are left; the model."""
     training = read_training_file(read.train)
-    watch = Watch(display.progress)
-    recorder = _Recorder(folder, read, watch)
-    federation = Federation(
-        training.first_model(read.seed),
-        clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
-        rounds=read.rounds,
-        participation=read.fraction,
-        transfer=TransferType(read.transfer.upper()),
-        accumulator=read.accumulator,
-        seed=read.seed,
-        audit=read.audit,
-        server_optimizer=read.optimizer,
-        executor=watch,
-        in_flight=1,
-        evaluate=None
-        if training.evaluate is None
-        else watch.timed(partial(training.call, "evaluate")),
-        stop_when=recorder.keep,
-        observers=(recorder, watch),
-        checkpoint=folder,
-        resume=read.resume,
-    )
-    before = done = federation.round
-    try:
-        for _ in federation:
-            done += 1
-            display.round(recorder.record)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes on "
-            f"with them, with --checkpoint {folder} --resume"
-        ) from None
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if read.workers > 1:
+            workers = stack.enter_context(Workers(read.train, read.workers, quiet=read.json))
+        watch = Watch(display.progress, workers)
+        recorder = _Recorder(folder, read, watch)
+        federation = Federation(
+            training.first_model(read.seed),
+            clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
+            rounds=read.rounds,
+            participation=read.fraction,
+            transfer=TransferType(read.transfer.upper()),
+            accumulator=read.accumulator,
+            seed=read.seed,
+            audit=read.audit,
+            server_optimizer=read.optimizer,
+            executor=watch,
+            in_flight=1 if workers is None else _AHEAD * read.workers,
+            evaluate=None
+            if training.evaluate is None
+            else watch.timed(partial(training.call, "evaluate")),
+            stop_when=recorder.keep,
+            observers=(recorder, watch),
+            checkpoint=folder,
+            resume=read.resume,
+        )
+        before = done = federation.round
+        try:
+            for _ in federation:
+                done += 1
+                display.round(recorder.record)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
+                f"on with them, with --checkpoint {folder} --resume"
+            ) from None
     if before == 0 and all(recorder.problems):
         raise FedAvgError(f"no round changed the model: {recorder.problems[-1]}")
     return federation.model
@@ -190,7 +203,7 @@ class _Recorder(Observer):
         if self._begun:
             return
         read = self._read
-        names = ("clients", "rounds", "fraction", "transfer", "seed")
+        names = ("clients", "rounds", "fraction", "workers", "transfer", "seed")
         settings = {name: getattr(read, name) for name in names}
         write_settings(
             self._folder,

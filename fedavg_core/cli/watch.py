@@ -1,6 +1,7 @@
 """Watching a run: how long each client trains, and by how much it changes the model.
 
-Clients run in line, through an executor that looks at what they give back on its way to the round.
+Clients run in line or in workers, through an executor that looks at what they give back on its way
+to the round.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from fedavg_core.cli.run_log import Contribution, RoundRecord
+from fedavg_core.cli.workers import Workers
 from fedavg_core.model import Params
 from fedavg_core.norm import norm_of_difference
 from fedavg_core.observer import Observer
@@ -35,32 +38,64 @@ _STATUS = Path("/proc/self/status")
 _Evaluate = Callable[[dict[str, npt.NDArray[Any]]], Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class _Training:
+    """When a client trained, and by how much it changed the model."""
+
+    started: float
+    ended: float
+    norm: float | None
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+def _covered(trainings: Iterable[_Training]) -> float:
+    """How long at least one client trained."""
+    covered, until = 0.0, 0.0
+    for one in sorted(trainings, key=lambda one: one.started):
+        covered += max(0.0, one.ended - max(one.started, until))
+        until = max(until, one.ended)
+    return covered
+
+
 class Watch(Executor, Observer):
-    """An executor that runs clients in line, and an observer of the same run.
+    """An executor that runs clients, and an observer of the same run.
 
     Args:
         told: Called when a round begins and whenever one of its clients is done, with the round,
             how many are done, and of how many.
+        workers: Where they train; None for in line.
     """
 
-    def __init__(self, told: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self, told: Callable[[int, int, int], None], workers: Workers | None = None
+    ) -> None:
         self._told = told
+        self._workers = workers
         self._round = self._done = self._selected = 0
         self._started = self._evaluating = 0.0
         self._base: Params = {}
-        self._seen: dict[str, tuple[float, float | None]] = {}
+        self._seen: dict[str, _Training] = {}
 
     def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
-        """Train a client, now: `dispatch.train_one`, and what it is given."""
-        _, self._base, context, *_ = given
-        started = time.perf_counter()
-        answer = function(*given, **named)
-        seconds = time.perf_counter() - started
-        norm = self._norm(answer) if isinstance(answer, Update) else None
-        self._seen[context.contributor] = seconds, norm
+        """Train a client, now or in a worker: `dispatch.train_one`, and what it is given."""
+        _, self._base, *_ = given
+        if self._workers is not None:
+            return self._workers.submit(self._watched, *given)
         done: Future[Any] = Future()
-        done.set_result(answer)
+        done.set_result(self._watched(function, *given))
         return done
+
+    def _watched(self, train: Callable[..., Any], *given: Any) -> Any:
+        _, _, context, *_ = given
+        started = time.perf_counter()
+        answer = train(*given)
+        ended = time.perf_counter()
+        norm = self._norm(answer) if isinstance(answer, Update) else None
+        self._seen[context.contributor] = _Training(started, ended, norm)
+        return answer
 
     def _norm(self, update: Update) -> float | None:
         """The norm of what a client changed; None where its update is too odd to have one."""
@@ -114,7 +149,7 @@ class Watch(Executor, Observer):
         Returns:
             The record for the log.
         """
-        training = sum(seconds for seconds, _ in self._seen.values())
+        training = _covered(self._seen.values())
         rest = time.perf_counter() - self._started - training - self._evaluating
         return RoundRecord(
             round=outcome.round,
@@ -124,7 +159,7 @@ class Watch(Executor, Observer):
                     Contribution(
                         one.contributor,
                         "failed",
-                        seconds=self._seen[one.contributor][0],
+                        seconds=self._seen[one.contributor].seconds,
                         detail=one.problem,
                     )
                     for one in outcome.failed
@@ -145,13 +180,13 @@ class Watch(Executor, Observer):
         )
 
     def _judged(self, receipt: Receipt) -> Contribution:
-        seconds, norm = self._seen[receipt.contributor]
+        training = self._seen[receipt.contributor]
         return Contribution(
             receipt.contributor,
             "accepted" if receipt.accepted else "refused",
             weight=receipt.weight,
-            norm=norm,
-            seconds=seconds,
+            norm=training.norm,
+            seconds=training.seconds,
             metrics=receipt.metrics,
             reason=None if receipt.reason is None else str(receipt.reason),
             detail=receipt.detail,

@@ -46,7 +46,7 @@ def page(settings: dict[str, Any], records: Sequence[RoundRecord]) -> bytes:
             sections.participation(places, records),
             sections.troubles(records),
             sections.sizes(places, records),
-            sections.costs(places, records),
+            sections.costs(settings, places, records),
             sections.table(records),
         ]
     return document(
@@ -82,6 +82,8 @@ def _told_settings(settings: dict[str, Any]) -> str:
     told += [f"{settings.get('transfer')} updates", _told(settings.get("accumulator"), "mean")]
     if optimizer is not None:
         told.append(_told(optimizer, "as server optimizer"))
+    if sections.trained_elsewhere(settings):
+        told.append(f"{settings['workers']} workers")
     told += [f"seed {settings.get('seed')}", f"begun {begun}"]
     return shown(" · ".join(told), 400)
 

@@ -17,7 +17,10 @@ from fedavg_core.cli.page.unit import MEMORY, TIME, Unit
 from fedavg_core.cli.run_log import PARTS, STATES, Contribution, RoundRecord
 from fedavg_core.client import contributor_order
 
-__all__ = ["costs", "learning", "participation", "sizes", "table", "tiles", "troubles"]
+__all__ = [
+    *("costs", "learning", "participation", "sizes", "table", "tiles"),
+    *("trained_elsewhere", "troubles"),
+]
 
 _MOST_CHARTS = 8
 _MOST_ROWS = 40
@@ -26,6 +29,12 @@ _MOST_TROUBLES = 200
 _MOST_TABLE = 1000
 _STYLES = ("one", "two")
 _ROW_NAME = 22
+
+
+def trained_elsewhere(settings: dict[str, Any]) -> bool:
+    """Whether clients trained in processes of their own."""
+    workers = settings.get("workers")
+    return isinstance(workers, int) and workers > 1
 
 
 def tiles(settings: dict[str, Any], records: Sequence[RoundRecord]) -> Element:
@@ -58,11 +67,9 @@ def tiles(settings: dict[str, Any], records: Sequence[RoundRecord]) -> Element:
     tiles.append(_tile("time", Unit.write(total, TIME), ", ".join(shares)))
     peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
     if peaks:
-        tiles.append(
-            _tile(
-                "most memory", Unit.write(max(peaks), MEMORY), "of the process, training included"
-            )
-        )
+        whose = "that averages" if trained_elsewhere(settings) else "in which clients train as well"
+        most = Unit.write(max(peaks), MEMORY)
+        tiles.append(_tile("most memory", most, f"of the process {whose}"))
     return element("div", tiles, class_=f"tiles of-{len(tiles)}")
 
 
@@ -293,7 +300,7 @@ def sizes(places: Places, records: Sequence[RoundRecord]) -> Element:
     )
 
 
-def costs(places: Places, records: Sequence[RoundRecord]) -> Element:
+def costs(settings: dict[str, Any], places: Places, records: Sequence[RoundRecord]) -> Element:
     """Time and memory."""
     unit = Unit.fit(max(sum(record.seconds.values()) for record in records), TIME)
 
@@ -320,8 +327,13 @@ def costs(places: Places, records: Sequence[RoundRecord]) -> Element:
         figures.append(figure("memory", "of the process", [(line.name, "one", "line")], drawing))
     return _section(
         "Time and memory",
-        "Averaging is all that the server does: judging updates, adding them up, rounding. Memory "
-        "is that of the whole process, in which the clients train as well.",
+        "Averaging is all that the server does: judging updates, adding them up, rounding. "
+        + (
+            "It goes on while clients train, and is told as training then. Memory is that of the "
+            "process that averages, without the workers."
+            if trained_elsewhere(settings)
+            else "Memory is that of the whole process, in which the clients train as well."
+        ),
         element("div", figures, class_="charts"),
     )
 
