@@ -235,7 +235,14 @@ def test_refusals_and_failures_are_told_and_end_nothing(tmp_path: Path, capsys: 
     assert (code, err) == (0, "")
     assert "3 of 11" in out
     assert "site-2 failed: ZeroDivisionError: division by zero (training.py, line 15)" in out
-    assert "NON_FINITE (contributor 'site-3', round 1, key 'w')" in out
+    refusals = {
+        "site-3": "expected finite numbers, got nan at [0] (NON_FINITE, key 'w')",
+        "site-7": "expected a finite number above 0, got -1 (BAD_WEIGHT)",
+        "site-8": "expected no parameter but the 1 of the model, got another "
+        "(UNEXPECTED_KEYS, key 'v')",
+    }
+    for name, refusal in refusals.items():
+        assert f"       {name} refused: {refusal}\n" in out
     assert "metrics left out, no finite numbers: loss" in out
     record = read_log(folder)[1]
     status = {one.contributor: (one.status, one.reason) for one in record.contributions}
@@ -492,7 +499,10 @@ def test_two_runs_do_not_write_to_one_folder(
 BAD_TRAINING: dict[str, tuple[str, str]] = {
     "syntax": ("def train(:", "cannot be imported: SyntaxError: invalid syntax"),
     "raises": ("x = 1\nraise ValueError('a\\nb')", r"ValueError: a\nb (training.py, line 2)"),
-    "exits": ("import sys; sys.exit('bye')", "cannot be imported: SystemExit: bye (training.py, l"),
+    "exits": (
+        "import sys; sys.exit('bye')",
+        "SystemExit: bye (training.py, line 1); what is not for here belongs under: if __name__ ==",
+    ),
     "empty": ("", "expected a function train, got none"),
     "number": ("train = 3", "expected a function train, got a int"),
     "evaluate": ("def train(p, c): ...\nevaluate = 3", "expected a function evaluate, got a int"),
@@ -552,18 +562,99 @@ def test_a_training_file_may_have_classes_and_modules_of_its_own(
     [
         (
             "raise KeyError('a')",
-            "evaluate, of training.py, failed: KeyError: 'a' (training.py, lin",
+            "evaluate, of training.py, failed: KeyError: 'a' (training.py, line 19)",
         ),
-        ("exit('no')", "evaluate, of training.py, failed: SystemExit: no (training.py, line"),
+        ("exit('no')", "evaluate, of training.py, failed: SystemExit: no (training.py, line 19)"),
         ("return 3", "evaluate: expected a mapping from names to numbers, got 3"),
+        ("return {'a': 'b'}", "evaluate: expected a mapping from names to numbers, got {'a': 'b'}"),
     ],
 )
-def test_an_evaluation_that_fails_is_one_line(
+def test_an_evaluation_that_fails_is_told_and_ends_nothing(
     evaluation: str, problem: str, training: Path, tmp_path: Path, capsys: Capture
 ) -> None:
+    wanted = in_memory(training)
     with open(training, "a", encoding="utf-8") as file:
-        file.write(f"\ndef evaluate(params):\n    {evaluation}\n")
-    assert fails(capsys, "run", training, "--checkpoint", tmp_path / "run").startswith(problem)
+        file.write("\nrounds = [0, 1, 2, 3]\n")
+        file.write(
+            f"def evaluate(params):\n    if rounds.pop(0) in bad: {evaluation}\n"
+            "    return {'a': 1}\n"
+        )
+    source = training.read_text()
+    folder = tmp_path / "some"
+    training.write_text(f"{source}bad = [0, 2]\n")
+    given = ["run", training, "--clients", 4, "--rounds", 4, "--checkpoint"]
+    code, out, err = run(capsys, *given, folder)
+    assert (code, err) == (0, "")
+    told = [line.split()[0] for line in out.splitlines()]
+    assert told == ["round", "0", problem.split()[0], "round", "1", "2", told[2], "3", *told[-2:]]
+    assert out.count(f"       {problem}\n") == 2
+    assert [record.evaluation for record in read_log(folder)] == [{}, {"a": 1}, {}, {"a": 1}]
+    assert fc.same_bits(final(folder), wanted.model)
+    assert run(capsys, "report", folder)[0] == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("not evaluated") == 2
+
+    training.write_text(f"{source}bad = [0, 1, 2, 3]\n")
+    code, out, err = run(capsys, *given, tmp_path / "none")
+    assert code == 2
+    assert err.startswith(
+        f"fedavg: the model is written, but no round could be evaluated: {problem}"
+    )
+    assert fc.same_bits(final(tmp_path / "none"), wanted.model)
+
+
+def test_a_file_for_nvflare_runs_as_it_is(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    training = written(
+        tmp_path,
+        """
+        import sys
+        import numpy as np
+        import fedavg_core as fc
+        import nvflare_adapter
+
+        FAULT = sys.argv[1] if len(sys.argv) > 1 else "none"
+
+        def initial_model(seed):
+            return {"w": np.zeros(3, np.float32)}
+
+        def train(params, context):
+            if context.contributor == "site-2":
+                raise ValueError("the disk is on fire")
+            if context.contributor == "site-3":
+                params["w"][1] = np.nan
+            return fc.TrainResult({"w": params["w"] + 1}, weight=1)
+
+        def evaluate(params):
+            if params["w"][0] == 1:
+                raise OSError("no test data")
+            return {"accuracy": 0.5, "fault": FAULT == "none"}
+
+        if __name__ == "__main__":
+            nvflare_adapter.serve(train, evaluate)
+        """,
+    )
+    for workers in (1, 2):
+        folder = tmp_path / f"run-{workers}"
+        given = ["--clients", 4, "--rounds", 2, "--workers", workers, "--checkpoint", folder]
+        code, out, err = run(capsys, "run", training, *given)
+        assert (code, err) == (0, "")
+        lines = [line.strip() for line in out.splitlines()[:-2]]
+        assert [line for line in lines if not line[0].isdecimal()] == [
+            "round  accepted    weight   seconds",
+            "site-3 refused: expected finite numbers, got nan at [1] (NON_FINITE, key 'w')",
+            "site-2 failed: ValueError: the disk is on fire (training.py, line 14)",
+            "evaluate, of training.py, failed: OSError: no test data (training.py, line 21)",
+            "round  accepted    weight  test accuracy  test fault   seconds",
+            "site-3 refused: expected finite numbers, got nan at [1] (NON_FINITE, key 'w')",
+            "site-2 failed: ValueError: the disk is on fire (training.py, line 14)",
+        ]
+        rounds = [line.split()[:6] for line in lines if line[0].isdecimal()]
+        assert rounds[0][:5] == ["0", "2", "of", "4", "2"]
+        assert rounds[1] == ["1", "2", "of", "4", "2", "0.5000"]
+        assert final(folder)["w"].tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

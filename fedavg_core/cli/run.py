@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
@@ -31,6 +31,7 @@ from fedavg_core.cli.arguments import (
 )
 from fedavg_core.cli.console import name_shown, open_console, print_json, print_line, printable
 from fedavg_core.cli.run_log import (
+    Contribution,
     RoundRecord,
     append_round,
     start_log,
@@ -40,7 +41,7 @@ from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
 from fedavg_core.cli.workers import Workers
 from fedavg_core.codec import write_npz
-from fedavg_core.errors import FedAvgError, UsageError
+from fedavg_core.errors import FedAvgError, UsageError, quoted
 from fedavg_core.federation import Federation
 from fedavg_core.model import Params
 from fedavg_core.observer import Observer
@@ -118,17 +119,21 @@ def add_commands(commands: Subparsers) -> None:
 def _run(read: argparse.Namespace) -> int:
     folder = _folder(read)
     with _Lines() if read.json else _Table(read) as display:
-        model = _play(read, folder, display)
+        model, problem = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
         write_npz(file, model)
     if not read.json:
         print_line(f"model: {folder / MODEL}")
         print_line(f"to see how it went: fedavg report {folder} -o report.html")
+    if problem is not None:
+        raise FedAvgError(f"the model is written, but no round could be evaluated: {problem}")
     return 0
 
 
-def _play(read: argparse.Namespace, folder: Path, display: _Lines | _Table) -> Params:
-    """Play the rounds that are left; the model."""
+def _play(
+    read: argparse.Namespace, folder: Path, display: _Lines | _Table
+) -> tuple[Params, str | None]:
+    """Play the rounds that are left; the model, and why none of them could be evaluated."""
     training = read_training_file(read.train)
     with contextlib.ExitStack() as stack:
         workers = None
@@ -160,15 +165,16 @@ def _play(read: argparse.Namespace, folder: Path, display: _Lines | _Table) -> P
         try:
             for _ in federation:
                 done += 1
-                display.round(recorder.record)
+                display.round(recorder.records[-1])
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
                 f"on with them, with --checkpoint {folder} --resume"
             ) from None
-    if before == 0 and all(recorder.problems):
-        raise FedAvgError(f"no round changed the model: {recorder.problems[-1]}")
-    return federation.model
+    if before == 0 and all(one.problem for one in recorder.records):
+        raise FedAvgError(f"no round changed the model: {recorder.records[-1].problem}")
+    problems = [one.evaluation_problem for one in recorder.records]
+    return federation.model, problems[-1] if problems and all(problems) else None
 
 
 def _folder(read: argparse.Namespace) -> Path:
@@ -196,7 +202,7 @@ class _Recorder(Observer):
         self._read = read
         self._watch = watch
         self._begun = False
-        self.problems: list[str | None] = []
+        self.records: list[RoundRecord] = []
 
     def round_started(self, round: int, contributors: Sequence[str]) -> None:
         """Begin the record; only now no other writer can be in the folder."""
@@ -227,12 +233,12 @@ class _Recorder(Observer):
 
     def keep(self, outcome: Outcome) -> bool:
         """Write the line of a round; as `stop_when`, which is asked before the checkpoint."""
-        self.record = self._watch.record(outcome)
-        append_round(self._folder, self.record)
+        record = self._watch.record(outcome)
+        append_round(self._folder, record)
         if outcome.audit is not None:
             with replacing(self._folder / f"audit-{outcome.round:08d}.json") as file:
                 file.write(outcome.audit.to_text().encode())
-        self.problems.append(outcome.problem)
+        self.records.append(record)
         return False
 
 
@@ -270,6 +276,7 @@ class _Table(contextlib.ExitStack):
         self._bar.disable = not self._bar.console.is_terminal
         self._task = self._bar.add_task("", total=None)
         self._last = read.rounds - 1
+        self._measured: dict[str, tuple[str, str]] = {}
         self._columns: dict[str, Callable[[RoundRecord], str]] = {}
         self.enter_context(self._bar)
 
@@ -284,8 +291,10 @@ class _Table(contextlib.ExitStack):
 
     def round(self, record: RoundRecord) -> None:
         """Print a round."""
-        if not self._columns:
-            self._columns = _columns(record)
+        self._measured.update(_measured(record))
+        columns = _columns(self._measured)
+        if columns.keys() != self._columns.keys():
+            self._columns = columns
             self._bar.console.print(self._line(list(self._columns)), style="bold")
         self._bar.console.print(self._line([cell(record) for cell in self._columns.values()]))
         for note in _notes(record):
@@ -298,10 +307,15 @@ class _Table(contextlib.ExitStack):
         )
 
 
-def _columns(record: RoundRecord) -> dict[str, Callable[[RoundRecord], str]]:
-    """What to show of each round, by what the first one has: title, and how to get it."""
+def _measured(record: RoundRecord) -> dict[str, tuple[str, str]]:
+    """What a round has metrics of: title, and where it is."""
     measured = {f"train {name}": ("metrics", name) for name in record.metrics}
     measured.update({f"test {name}": ("evaluation", name) for name in record.evaluation})
+    return measured
+
+
+def _columns(measured: Mapping[str, tuple[str, str]]) -> dict[str, Callable[[RoundRecord], str]]:
+    """What to show of each round: title, and how to get it."""
     return {
         "round": lambda one: str(one.round),
         "accepted": lambda one: f"{one.count('accepted')} of {len(one.contributions)}",
@@ -322,7 +336,7 @@ def _cell(field: str, name: str, record: RoundRecord) -> str:
 def _notes(record: RoundRecord) -> Iterator[str]:
     """What there is to say of a round beside its line of the table."""
     told = [
-        one.detail if one.status == "refused" else f"{one.contributor} failed: {one.detail}"
+        f"{one.contributor} {one.status}: {_why(one, record.round)}"
         for one in record.contributions
         if one.status != "accepted"
     ]
@@ -333,3 +347,14 @@ def _notes(record: RoundRecord) -> Iterator[str]:
         yield f"metrics left out, no finite numbers: {', '.join(record.skipped_metrics)}"
     if record.problem is not None:
         yield record.problem
+    if record.evaluation_problem is not None:
+        yield record.evaluation_problem
+
+
+def _why(one: Contribution, round: int) -> str:
+    """Why a client's update was not averaged, without what its line of the table says already."""
+    head = f"{one.reason} (contributor {quoted(one.contributor)}, round {round}"
+    key, told, words = one.detail.removeprefix(head).partition("): ")
+    if one.status == "failed" or not told or not one.detail.startswith(head):
+        return one.detail
+    return f"{words} ({one.reason}{key})"

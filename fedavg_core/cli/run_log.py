@@ -89,6 +89,7 @@ class RoundRecord:
         norm: The L2 norm of the change of the global model.
         seconds: How long training, averaging and evaluation took.
         peak_bytes: The most memory that the process had until then; None if that is not known.
+        evaluation_problem: Why the new model could not be evaluated; None if nothing went wrong.
     """
 
     round: int
@@ -101,6 +102,7 @@ class RoundRecord:
     norm: float | None
     seconds: Mapping[str, float]
     peak_bytes: int | None
+    evaluation_problem: str | None = None
 
     def count(self, status: str) -> int:
         """How many contributions have a status."""
@@ -131,6 +133,7 @@ class RoundRecord:
             "norm": _finite(self.norm),
             "seconds": dict(self.seconds),
             "peak_bytes": self.peak_bytes,
+            "evaluation_problem": self.evaluation_problem,
         }
 
     @classmethod
@@ -160,6 +163,7 @@ class RoundRecord:
             peak_bytes=None
             if _typed(entry, "peak_bytes", int, type(None)) is None
             else _whole(entry, "peak_bytes"),
+            evaluation_problem=_typed(entry, "evaluation_problem", str, type(None)),
         )
 
 

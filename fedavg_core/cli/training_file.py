@@ -3,7 +3,8 @@
 It has a function ``train(params, context)`` that gives a `TrainResult`, and may have an
 ``initial_model(seed)``, which makes the model of round 0, and an ``evaluate(params)``, which says
 what a model is worth. The file is imported, not run as the main program; so what it does for other
-worlds under ``if __name__ == "__main__":`` does not happen here.
+worlds under ``if __name__ == "__main__":`` does not happen here. Meanwhile ``sys.argv`` is what it
+would be for the file alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedavg_core.model import Params
 __all__ = ["TrainingFile", "read_training_file"]
 
 _MODULE = "fedavg_training_file"
+_NOT_HERE = "; what is not for here belongs under: if __name__ == '__main__'"
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,15 @@ def read_training_file(path: Path) -> TrainingFile:
         raise UsageError(f"{path}: cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module  # dataclasses and pickles look there
+    argv, sys.argv = sys.argv, [str(path)]
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{path}: cannot be imported: {_told(error, path.name)}") from error
+        hint = _NOT_HERE if isinstance(error, SystemExit) else ""
+        told = _told(error, path.name)
+        raise UsageError(f"{path}: cannot be imported: {told}{hint}") from error
+    finally:
+        sys.argv = argv
     functions = {name: getattr(module, name, None) for name in ("initial_model", "evaluate")}
     train = getattr(module, "train", None)
     for name, function in {"train": train, **functions}.items():

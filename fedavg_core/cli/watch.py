@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fedavg_core.cli.run_log import Contribution, RoundRecord
 from fedavg_core.cli.workers import Workers
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import Params
 from fedavg_core.norm import norm_of_difference
 from fedavg_core.observer import Observer
@@ -76,6 +77,7 @@ class Watch(Executor, Observer):
         self._workers = workers
         self._round = self._done = self._selected = 0
         self._started = self._evaluating = 0.0
+        self._evaluation_problem: str | None = None
         self._base: Params = {}
         self._seen: dict[str, _Training] = {}
 
@@ -114,6 +116,7 @@ class Watch(Executor, Observer):
         self._round, self._done, self._selected = round, 0, len(contributors)
         self._seen = {}
         self._evaluating = 0.0
+        self._evaluation_problem = None
         self._started = time.perf_counter()
         self._told(round, 0, self._selected)
 
@@ -130,13 +133,23 @@ class Watch(Executor, Observer):
         self._told(self._round, self._done, self._selected)
 
     def timed(self, evaluate: _Evaluate) -> _Evaluate:
-        """The same evaluation, whose time is taken."""
+        """The same evaluation, whose time is taken; if it fails, that is told and ends nothing."""
 
         def timed(params: dict[str, npt.NDArray[Any]]) -> Mapping[str, float]:
             started = time.perf_counter()
-            found = evaluate(params)
-            self._evaluating = time.perf_counter() - started
-            return found
+            found: Any = None
+            try:
+                found = evaluate(params)
+                return {str(name): float(value) for name, value in dict(found).items()}
+            except UsageError as error:
+                self._evaluation_problem = str(error)
+            except (OverflowError, TypeError, ValueError):
+                self._evaluation_problem = (
+                    f"evaluate: expected a mapping from names to numbers, got {quoted(found)}"
+                )
+            finally:
+                self._evaluating = time.perf_counter() - started
+            return {}
 
         return timed
 
@@ -177,6 +190,7 @@ class Watch(Executor, Observer):
                 "evaluation": self._evaluating,
             },
             peak_bytes=peak_bytes(),
+            evaluation_problem=self._evaluation_problem,
         )
 
     def _judged(self, receipt: Receipt) -> Contribution:

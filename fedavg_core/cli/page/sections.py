@@ -192,8 +192,16 @@ def troubles(records: Sequence[RoundRecord]) -> Element:
         for one in record.contributions
         if one.status != "accepted"
     ]
-    kept = [(record.round, record.problem) for record in records if record.problem is not None]
-    if not found and not kept:
+    others = [
+        (record.round, what, problem)
+        for record in records
+        for what, problem in (
+            ("model kept", record.problem),
+            ("not evaluated", record.evaluation_problem),
+        )
+        if problem is not None
+    ]
+    if not found and not others:
         nothing = element("div", element("div", "Every update was averaged."), class_="table good")
         return _section(
             "Refused and failed", "What did not become part of a model, and why.", nothing
@@ -218,12 +226,12 @@ def troubles(records: Sequence[RoundRecord]) -> Element:
             "tr",
             element("td", f"{number:,}", class_="number"),
             element("td", "-", class_="name"),
-            element("td", _badge("model kept", "failed")),
+            element("td", _badge(what, "failed")),
             element("td", shown(problem, 400), class_="detail"),
         )
-        for number, problem in kept[:_MOST_TROUBLES]
+        for number, what, problem in others[:_MOST_TROUBLES]
     ]
-    more = len(found) + len(kept) - len(rows)
+    more = len(found) + len(others) - len(rows)
     return _section(
         "Refused and failed",
         "What did not become part of a model, and why. A refused update leaves no trace in it."
