@@ -1,13 +1,15 @@
 """A whole job on NVFlare's simulator, beside the same job of NVFlare's own recipe.
 
     python -m benchmarks.nvflare_job [--megabytes 1000] [--tensors 200] [--clients 2] [--rounds 2]
+                                     [--laps 3]
 
 The clients bring a float32 model of many tensors, add 1 to each number, and send the whole of it,
 so that the work is to carry the models about, to average and to keep them. NVFlare's recipe writes
-only one of the tensors to a file after a round; this package's writes all of them, and its time
-includes that. Each job runs in processes of its own, one after the other. What is reported: the
-time from start to end, the highest memory of the process that has the server in it, and that of
-all processes together; and how this package's stand to NVFlare's.
+only one of the tensors to a file after a round; this package's writes all of them. So the time is
+also given without that of the files, as NVFlare's log has it. Each job runs in processes of its
+own, in turns. What is reported is the median of the laps: the time from start to end, the highest
+memory of the process that has the server in it, and that of all processes together; and how this
+package's stand to NVFlare's.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -103,7 +107,22 @@ def _measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
         if job.returncode != 0 or last not in text:
             raise SystemExit(f"{name}: the job failed\n" + text[-3000:])
     server = max(peak for (_, role), peak in peaks.items() if not role)
-    return {"seconds": seconds, "server GiB": server / _GIB, "all GiB": together / _GIB}
+    return {
+        "seconds": seconds,
+        "seconds without files": seconds - _in_files(text),
+        "server GiB": server / _GIB,
+        "all GiB": together / _GIB,
+    }
+
+
+def _in_files(log: str) -> float:
+    """How many seconds went into storing the models."""
+    found = re.findall(r"(\d\d):(\d\d):(\d\d),(\d\d\d) .*(Start|End) persist model", log)
+    return sum(
+        (3600 * int(hours) + 60 * int(minutes) + int(seconds) + int(milli) / 1000)
+        * (1 if what == "End" else -1)
+        for hours, minutes, seconds, milli, what in found
+    )
 
 
 def _under(job: psutil.Process) -> list[psutil.Process]:
@@ -118,15 +137,26 @@ def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] in ("ours", "nvflare"):
         return _run_job(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     parser = argparse.ArgumentParser(description="A whole job, beside NVFlare's own recipe.")
-    for name, value in (("megabytes", 1000), ("tensors", 200), ("clients", 2), ("rounds", 2)):
+    for name, value in (
+        ("megabytes", 1000),
+        ("tensors", 200),
+        ("clients", 2),
+        ("rounds", 2),
+        ("laps", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     read = vars(parser.parse_args())
     elements = read["megabytes"] * 1_000_000 // 4 // read["tensors"]
-    found = {}
-    for name in ("nvflare", "ours"):
-        found[name] = _measure(name, {**read, "elements": elements})
-        print(name, {what: round(value, 2) for what, value in found[name].items()}, flush=True)
-    ratios = {what: found["ours"][what] / value for what, value in found["nvflare"].items()}
+    laps: dict[str, list[dict[str, float]]] = {"nvflare": [], "ours": []}
+    for _ in range(read["laps"]):
+        for name, taken in laps.items():
+            taken.append(_measure(name, {**read, "elements": elements}))
+            print(name, {what: round(value, 2) for what, value in taken[-1].items()}, flush=True)
+    middle = {
+        name: {what: median(lap[what] for lap in taken) for what in taken[0]}
+        for name, taken in laps.items()
+    }
+    ratios = {what: middle["ours"][what] / value for what, value in middle["nvflare"].items()}
     print("ours / NVFlare's", {what: round(ratio, 3) for what, ratio in ratios.items()})
     print(json.dumps(describe_machine()))
     return None
