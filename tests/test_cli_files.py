@@ -598,7 +598,11 @@ def test_without_rich_one_line_says_what_to_install(
 def test_help_and_version_are_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert "aggregate" in out
+    for name in ("run", "report", "aggregate", "diff", "apply", "inspect", "compare", "verify"):
+        assert f"\n    {name} " in out  # and what it does on the same line
+        code, told, err = run(capsys, name, "--help")
+        assert (code, err) == (0, "")
+        assert told.startswith(f"usage: fedavg {name} ")
     code, out, err = run(capsys, "--version")
     assert (code, err) == (0, "")
     assert out.startswith("fedavg-core ")

@@ -20,6 +20,7 @@ T = TypeVar("T")
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 __all__ = [
+    "MODEL_HELP",
     "Parser",
     "Subparsers",
     "accumulator",
@@ -31,6 +32,9 @@ __all__ = [
     "weights",
     "whole",
 ]
+
+MODEL_HELP = "a model: npz, npy or safetensors, or a checkpoint"
+"""What is said of an argument that is the file of a model."""
 
 _NO_SETTINGS = ("name", "spec")
 _PATH_LENGTH = 300

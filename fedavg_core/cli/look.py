@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.checkpoint import Checkpoint
-from fedavg_core.cli.arguments import Subparsers
+from fedavg_core.cli.arguments import MODEL_HELP, Subparsers
 from fedavg_core.cli.console import (
     byte_progress,
     name_shown,
@@ -34,24 +34,26 @@ def add_commands(commands: Subparsers) -> None:
     """Tell a parser about these commands."""
     parser = commands.add_parser(
         "inspect",
-        help="what a model file holds",
-        description="Keys, shapes, dtypes, L2 norms, least and largest values of a model file, and "
-        "how many of its elements are NaN or infinite.",
+        help="show what a model file holds",
+        description="Show the arrays of a model file: names, dtypes, shapes, L2 norms, least and "
+        "largest values, and how many elements are NaN or infinite; and of a checkpoint after how "
+        "many rounds it was made, with its metrics.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model: npz, npy or safetensors")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("file", type=Path, metavar="FILE", help=MODEL_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=_inspect)
 
     parser = commands.add_parser(
         "compare",
-        help="how far apart two model files are",
-        description="How many elements of two models have other bits, and the largest distance, in "
-        "steps from one representable number to the next (ulps; for integers the difference). "
-        "Exit code 0: the same to the bit; 1: they differ; 2: an error.",
+        help="tell whether two model files are the same to the bit",
+        description="Compare two models array by array: how many elements differ in their bits, "
+        "and how far the farthest two are apart, in steps from one number of the dtype to the next "
+        "(ulps; for integers their difference). Exit code 0: the same to the bit; 1: they "
+        "differ; 2: an error.",
     )
-    parser.add_argument("a", type=Path, metavar="A", help="a model")
+    parser.add_argument("a", type=Path, metavar="A", help=MODEL_HELP)
     parser.add_argument("b", type=Path, metavar="B", help="another")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=_compare)
 
 

@@ -62,9 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="fedavg", description="Federated averaging with an exact, order-independent mean."
+        prog="fedavg",
+        description="Federated averaging with an exact, order-independent mean: run a federation "
+        "on this machine, average and compare model files of any size, check a round afterwards.",
+        epilog="fedavg COMMAND --help tells more of each. A model file is an .npz, .npy or "
+        ".safetensors, or a checkpoint, which counts as the model in it. Exit codes: 0, done; 1, "
+        "compare or verify found a difference; 2, an error, told in one line; 130, interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"fedavg-core {package_version()}")
+    parser.add_argument(
+        "-V",
+        "--version",
+        action="version",
+        version=f"fedavg-core {package_version()}",
+        help="show the version and exit",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (run, report, make, look, verify):
         module.add_commands(commands)

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from fedavg_core.checkpoint import replacing
-from fedavg_core.cli.arguments import Subparsers, byte_count, check_new, weights
+from fedavg_core.cli.arguments import MODEL_HELP, Subparsers, byte_count, check_new, weights
 from fedavg_core.cli.console import byte_progress, print_line
 from fedavg_core.cli.model_stream import (
     check_suffix,
@@ -37,19 +37,23 @@ def add_commands(commands: Subparsers) -> None:
     """Tell a parser about these commands."""
     parser = commands.add_parser(
         "aggregate",
-        help="the exact weighted mean of model files",
-        description="The weighted mean of model files (npz, npy, safetensors, in any mix), exact "
-        "and rounded once, in memory that is bounded.",
+        help="average model files: their exact weighted mean",
+        description="Write the weighted mean of model files: the exact mean, rounded once, so that "
+        "their order does not matter. They may be of different formats, and together or each "
+        "larger than memory. An array that some files lack is the mean of those that have it.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a model")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=MODEL_HELP)
     parser.add_argument(
         "--weights",
         type=weights,
         metavar="W,W,...",
-        help="a number above 0 for each file, with commas between them (default: all alike)",
+        help="how much each file counts, such as its number of samples: numbers above 0, in the "
+        "order of the files (default: all alike)",
     )
     parser.add_argument(
-        "--base", type=Path, help="the files are differences from this model: add their mean to it"
+        "--base",
+        type=Path,
+        help="take the files as differences from this model, and write it plus their mean",
     )
     _add_limit(parser)
     _add_output(parser)
@@ -57,22 +61,29 @@ def add_commands(commands: Subparsers) -> None:
 
     parser = commands.add_parser(
         "diff",
-        help="what a model has more than another",
+        help="subtract a model from another",
         description="Write MODEL minus BASE, each element rounded once (integers: exact, as int64)."
-        " To add it again: fedavg apply BASE DIFF.",
+        " fedavg apply BASE OUT adds it again.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the model after training")
-    parser.add_argument("base", type=Path, metavar="BASE", help="the model before it")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help=f"such as the model after training: {MODEL_HELP}"
+    )
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="what to subtract, such as the model before it"
+    )
     _add_output(parser)
     parser.set_defaults(run=_diff)
 
     parser = commands.add_parser(
         "apply",
         help="add a difference to a model",
-        description="Write BASE plus DIFF in the dtypes of BASE, each element rounded once.",
+        description="Write BASE plus DIFF in the dtypes of BASE, each element rounded once. Arrays "
+        "that DIFF lacks are copied.",
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="a model")
-    parser.add_argument("diff", type=Path, metavar="DIFF", help="what to add to it")
+    parser.add_argument("base", type=Path, metavar="BASE", help=MODEL_HELP)
+    parser.add_argument(
+        "diff", type=Path, metavar="DIFF", help="what to add to it, such as what fedavg diff wrote"
+    )
     _add_limit(parser)
     _add_output(parser)
     parser.set_defaults(run=_apply)
@@ -84,7 +95,8 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
         type=byte_count,
         default=_LIMIT,
         metavar="SIZE",
-        help="the most memory to take, beside the interpreter's own (default: %(default)s)",
+        help="the most memory to work with, such as 512MiB or 2GB, beside what Python takes "
+        "anyway (default: %(default)s)",
     )
 
 
@@ -95,9 +107,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help="where to write it: .npz or .safetensors",
+        help="where to write it, as its suffix says: .npz or .safetensors",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def _aggregate(read: argparse.Namespace) -> int:

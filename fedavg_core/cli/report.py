@@ -18,16 +18,20 @@ def add_commands(commands: Subparsers) -> None:
     """Tell a parser about this command."""
     parser = commands.add_parser(
         "report",
-        help="a page that shows how a run went",
-        description="Write one self-contained HTML page: the metrics, who took part and with what "
-        "weight, what was refused and why, the size of the updates, time and memory. It may be "
-        "written while the run goes on.",
+        help="show how a run went, as one HTML page",
+        description="Write one HTML page that shows how a run went: the metrics, who took part and "
+        "with what weight, what was refused and why, the size of the updates, time and memory. "
+        "The page loads nothing from elsewhere. It may be written while the run goes on.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="the folder of a fedavg run")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="the page (default: RUN/report.html)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="where to write it (default: RUN/report.html)",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_report)
 
 

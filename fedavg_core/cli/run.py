@@ -63,29 +63,57 @@ def add_commands(commands: Subparsers) -> None:
     """Tell a parser about this command."""
     parser = commands.add_parser(
         "run",
-        help="train a file with a train(params, context) function, federated",
-        description="Run federated averaging in this process. TRAIN.py has a function "
-        "train(params, context) that gives a fedavg_core.TrainResult, and may have an "
-        "initial_model(seed) and an evaluate(params). Ctrl-C stops a run; --resume goes on with "
-        "it.",
+        help="train a model with many clients, simulated on this machine",
+        description="Run federated averaging on this machine. TRAIN.py says what a client does: it "
+        "has a function train(params, context), called with the model as a dictionary of NumPy "
+        "arrays, which returns a fedavg_core.TrainResult. It may have an initial_model(seed), "
+        "which makes the first model (without it the first round's mean is the first), and an "
+        "evaluate(params), which returns a dictionary of numbers. The clients are called site-1, "
+        "site-2, ...; context tells train which of them it is.",
+        epilog="The run's folder gets checkpoints, the record that fedavg report shows, and at the "
+        "end model.npz. Ctrl-C stops a run; the same command with --checkpoint and --resume goes "
+        "on with it. With --resume and with --workers a run has the same bits as without, if "
+        "TRAIN.py takes all randomness from context.seed and keeps nothing from round to round.",
     )
     add = parser.add_argument
     add("train", type=Path, metavar="TRAIN.py", help="what a client does")
-    add("--clients", type=whole(1), default=10, help="how many (default: %(default)s)")
-    add("--rounds", type=whole(1), default=10, help="how many in all (default: %(default)s)")
-    add("--fraction", type=fraction, default=1.0, help="of the clients, a round (default: all)")
+    add(
+        "--clients",
+        type=whole(1),
+        default=10,
+        metavar="N",
+        help="how many clients there are (default: %(default)s)",
+    )
+    add(
+        "--rounds",
+        type=whole(1),
+        default=10,
+        metavar="N",
+        help="how many rounds the run has in all, with those before a --resume (default: "
+        "%(default)s)",
+    )
+    add(
+        "--fraction",
+        type=fraction,
+        default=1.0,
+        metavar="F",
+        help="the part of the clients that each round draws at random, above 0 and up to 1 "
+        "(default: 1, all)",
+    )
     add(
         "--workers",
         type=whole(1),
         default=1,
+        metavar="N",
         help="how many clients train at a time, each in a process of its own; the model is the "
-        "same to the bit (default: %(default)s, in this process)",
+        "same to the bit (default: 1, one after the other in this process)",
     )
     add(
         "--transfer",
         choices=("full", "diff"),
         default="full",
-        help="clients send whole models, or what has changed (default: %(default)s)",
+        help="what clients send: whole models, or the differences from the model they were given "
+        "(default: %(default)s)",
     )
     add(
         "--accumulator",
@@ -100,19 +128,40 @@ def add_commands(commands: Subparsers) -> None:
         "--optimizer",
         type=optimizer,
         metavar="NAME[:SETTING=NUMBER,...]",
-        help="what the server makes of the mean: fedavg, fedavgm, fedadagrad, fedadam or fedyogi, "
-        "such as fedadam:learning_rate=0.03 (default: the mean is the next model)",
+        help="how the server makes the next model of the mean: fedavg, fedavgm, fedadagrad, "
+        "fedadam or fedyogi, such as fedadam:learning_rate=0.03 (default: the mean is the next "
+        "model)",
     )
-    add("--seed", type=whole(0), default=0, help="of all that is random (default: %(default)s)")
+    add(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="the seed of the draws, of initial_model and of context.seed (default: %(default)s)",
+    )
     add(
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="the run's folder (default: a new one in fedavg-runs)",
+        help="the run's folder; it is made, or is empty, unless --resume is given (default: a new "
+        "one in fedavg-runs, named after the time and TRAIN.py)",
     )
-    add("--audit", action="store_true", help="write what fedavg verify needs, a file a round")
-    add("--resume", action="store_true", help="go on with the run that is in the folder")
-    add("--json", action="store_true", help="print a JSON object a round, instead of a table")
+    add(
+        "--audit",
+        action="store_true",
+        help="write an audit file for each round to the folder, for fedavg verify",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder of --checkpoint, if there is one",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object a round instead of the table; what TRAIN.py prints then goes "
+        "to standard error",
+    )
     parser.set_defaults(run=_run)
 
 

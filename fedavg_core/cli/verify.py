@@ -23,23 +23,34 @@ def add_commands(commands: Subparsers) -> None:
     """Tell a parser about this command."""
     parser = commands.add_parser(
         "verify",
-        help="average the updates of a round again",
-        description="Find the updates that an audit tells of among files, average them again, and "
-        "compare with the recorded model. Which is which is told by their digests; a file that is "
-        "named after a contributor shows whose update has changed. One update is held in memory "
-        "at a time. Exit code 0: the same bits; 1: something differs or is missing; 2: an error.",
+        help="check a round: average its updates again, and compare",
+        description="Check what a round recorded in its audit. The audit has the digests of the "
+        "updates and of the model that came of them: the updates are found among the files by "
+        "their digests, averaged again, and the result is compared with the recorded one. A file "
+        "that is named after a contributor (site-1.npz) also shows whose update has changed. One "
+        "update is held in memory at a time. Exit code 0: the same bits; 1: something differs or "
+        "is missing; 2: an error.",
     )
-    parser.add_argument("audit", type=Path, metavar="AUDIT.json", help="the audit of a round")
     parser.add_argument(
-        "updates", nargs="+", type=Path, metavar="UPDATE", help="a file: npz, npy or safetensors"
+        "audit",
+        type=Path,
+        metavar="AUDIT.json",
+        help="the audit of a round, such as fedavg run --audit writes",
+    )
+    parser.add_argument(
+        "updates",
+        nargs="+",
+        type=Path,
+        metavar="UPDATE",
+        help="a file that may hold one of its updates",
     )
     parser.add_argument(
         "--base",
         type=Path,
-        help="the model before the round, or the checkpoint that it is in; needed where the "
-        "updates are differences, and the checkpoint where a server optimizer has a state",
+        help="the model before the round, or the checkpoint that has it: needed where the updates "
+        "are differences, and as a checkpoint where the server optimizer has a state",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=_verify)
 
 

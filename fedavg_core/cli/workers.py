@@ -14,17 +14,15 @@ is gone, they end with what they are at.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.client import Client, Context
@@ -33,6 +31,9 @@ from fedavg_core.errors import UsageError, one_line
 from fedavg_core.model import Params
 from fedavg_core.outcome import Failure
 from fedavg_core.update import TransferType, Update
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 __all__ = ["Workers", "work"]
 
@@ -110,7 +111,9 @@ class _Worker:
     """One process, and the line to it."""
 
     def __init__(self, path: Path, *, quiet: bool) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        from multiprocessing import get_context  # no other command needs it
+
+        spawn = get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(target=work, args=(theirs, path, quiet))
         self.process.start()
