@@ -27,7 +27,7 @@ from nvflare_adapter.job import NAME, Job
 __all__ = ["run", "submit"]
 
 _POLL_SECONDS = 0.5
-_LOGIN_SECONDS = 30.0
+_LOGIN_SECONDS = 60.0
 _CONNECT_SECONDS = 60
 _UNDER_WAY = [
     RunStatus.SUBMITTED.value,

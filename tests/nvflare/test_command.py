@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rich")
@@ -205,6 +206,19 @@ def test_a_path_that_nvflares_simulator_would_split_is_refused(
     assert error.startswith("nvflare_adapter: expected a path without spaces and quotes")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_has_no_round_left_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvflare")
+    model = {"w": np.ones(3, dtype=np.float32)}
+    fc.CheckpointStore(tmp_path / "models").save(fc.Checkpoint(model=model, round=3))
+    start = ["--start-from", str(tmp_path / "models"), "--output", str(tmp_path / "out")]
+    assert main([str(FILES / "faulty.py"), *start, "--rounds", "3"]) == 2
+    expected = f"--rounds: expected more than the 3 that {tmp_path / 'models'} has, got 3"
+    assert capsys.readouterr().err == f"nvflare_adapter: {expected}\n"
+    assert not (tmp_path / "out").exists()
 
 
 BROKEN = [
