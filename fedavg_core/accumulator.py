@@ -155,6 +155,10 @@ class WeightedMean:
         """
         return Fraction(self._books.weights.get(key, 0))
 
+    def __copy__(self) -> WeightedMean:
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
+
     def add(self, params: Params, weight: float) -> None:
         """Add one update, whole or not at all.
 
@@ -206,11 +210,12 @@ class WeightedMean:
         exact = exact_weight(weight)
         params = check_update(params, self._books.spec, self._fixed)
         for key in params:
-            left = self._books.weights.get(key, 0) - exact
-            if left < 0 or self._books.count == 0:
+            held = self._books.weights.get(key, 0)
+            if held < exact or self._books.count == 0:
+                shown = f"{float(held):g}" if held < 1 << 53 else quoted(int(held))
                 raise UsageError(
                     f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
-                    f"the {float(self.weight_of(key)):g} that was added"
+                    f"the {shown} that was added"
                 )
         self._apply([(params, exact)], -1)
         for key in params:
@@ -443,8 +448,8 @@ class WeightedMean:
             if self._books is not books:  # pragma: no branch  (else it came after the change)
                 self._broken = True
                 undo(mark)
-                self._broken = False
                 self._sums.shrink(mark)
+                self._broken = False
             raise
 
     def _check_whole(self) -> None:

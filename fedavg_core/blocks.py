@@ -159,8 +159,10 @@ def load(
                 if upper is None:
                     upper = buffers.upper[: block.size]
                     upper.fill(0.0)
-                upper[segment.place] = source >> _UPPER
-                source = source & ((1 << _UPPER) - 1)
+                # One by one, so that it does not show in rounded sums which are in one block.
+                large = np.abs(source.astype(np.float64)) >= _EXACT_IN_FLOAT64
+                upper[segment.place] = np.where(large, source >> _UPPER, 0)
+                source = np.where(large, source & ((1 << _UPPER) - 1), source)
             values[segment.place] = source
     return [(values, 0)] if upper is None else [(values, 0), (upper, _UPPER)]
 

@@ -113,12 +113,13 @@ class ExactSum:
         self.limbs: dict[int, Floats] = {}
         self.bounds: dict[int, int] = {}
         self.additions = 0
-        self._steps: list[tuple[int, Indices | None, Floats]] = []
+        self._steps: list[tuple[int, Indices | None, Floats, int]] = []
         self._done: list[Any] = []
 
     def reset(self) -> None:
-        """Make the sum zero again; the memory is kept for the next one."""
+        """Make the sum zero again; the memory of the limbs that most sums need is kept."""
         self.bounds = dict.fromkeys(self.limbs, 0)
+        self.limbs = {k: limb for k, limb in self.limbs.items() if abs(k) <= 1}
         self.origin = None
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
@@ -154,8 +155,6 @@ class ExactSum:
             sign: 1, or -1 to subtract it.
             at: Which of the elements to add it to: as many as the other has. All of them if None.
         """
-        if other.origin is None:
-            return
         if self.origin is None:
             self.origin = other.origin
         where = None if at is None else np.arange(self.size)[at]
@@ -365,7 +364,7 @@ class ExactSum:
             return
         limb = self._room(k, bound)
         self.bounds[k] += bound
-        self._steps.append((k, where, part))
+        self._steps.append((k, where, part, bound))
         # What is done is noted by the very call that does it: nothing can come between the two.
         if where is None:
             self._done.extend(map(np.add, (limb,), (part,), (limb,)))
@@ -388,8 +387,10 @@ class ExactSum:
                 steps = self._steps[: len(self._done)]
                 if was_zero:
                     steps, self.bounds = [], dict.fromkeys(self.limbs, 0)
-                for k, where, part in steps:
-                    self.limbs[k][slice(None) if where is None else where] -= part
+                for k, where, part, bound in steps:
+                    limb = self._room(k, bound)  # a carry may have come since
+                    self.bounds[k] += bound
+                    limb[slice(None) if where is None else where] -= part
             raise
         finally:
             self._steps, self._done = [], []

@@ -80,7 +80,7 @@ class PlainSums(Sums[PlainSum]):
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
-        factors = [_as_float(weight) for _, weight in terms]
+        factors = [self._factor(weight) for _, weight in terms]
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
@@ -146,6 +146,17 @@ class PlainSums(Sums[PlainSum]):
             array = total.fork() if total.is_zero else total.value
             array[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
+    def _factor(self, weight: Weight) -> float:
+        """The weight as a number of these sums' dtype, which can neither be 0 nor infinite."""
+        limits = np.finfo(self._dtype)
+        if not float(limits.smallest_normal) <= weight <= float(limits.max):
+            raise RefusedUpdate(
+                Reason.BAD_WEIGHT,
+                expected=f"a weight that a sum in {self._dtype} can hold",
+                got=quoted(float(weight) if weight < 1 else weight),
+            )
+        return float(weight)
+
     def _make(self, sizes: Sequence[int]) -> Iterator[PlainSum]:
         pair = [np.empty(sum(sizes), self._dtype) for _ in range(2)]
         start = 0
@@ -195,15 +206,6 @@ class PlainSums(Sums[PlainSum]):
                 return offset + beyond
             offset += segment.size
         return -1
-
-
-def _as_float(weight: Weight) -> float:
-    try:
-        return float(weight)
-    except OverflowError:
-        raise RefusedUpdate(
-            Reason.BAD_WEIGHT, expected="a weight that is a float64", got=quoted(weight)
-        ) from None
 
 
 def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:

@@ -38,6 +38,7 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 _RELATIVE_ERROR = 2.0**-68
 _DIVISION_ERROR = 8  # more than a rounded sum times a rounded inverse is off, in last places
 _SAFE_SCALE = 900
+_BEYOND = 2.0**1000
 _PIECE = 1 << 16  # elements divided with care in one go, which takes some thirty arrays as large
 _SPLITTER = 2.0**27 + 1
 
@@ -231,10 +232,13 @@ def _float_bracket(
     doubtful = bool(error.any())
     with np.errstate(over="ignore", under="ignore"):
         if number.precision < 53:
-            lower = _nearest(np.ldexp(_to_odd(first, second - error), scale), number)
+            # What is beyond this is far beyond the largest number as well.
+            lower = np.clip(np.ldexp(_to_odd(first, second - error), scale), -_BEYOND, _BEYOND)
+            lower = _nearest(lower, number)
             if not doubtful:
                 return lower, lower, 0
-            return lower, _nearest(np.ldexp(_to_odd(first, second + error), scale), number), 0
+            upper = np.clip(np.ldexp(_to_odd(first, second + error), scale), -_BEYOND, _BEYOND)
+            return lower, _nearest(upper, number), 0
         if scale > 0:
             return first + (second - error), first + (second + error), scale
         lower = np.ldexp(first + (second - error), scale)

@@ -217,13 +217,20 @@ class Sums(ABC, Generic[Total]):
             failed.append((len(self._blocks), error))
         # A thread whose start or join was interrupted may say that it is not alive, and be at work.
         # It is busy by now, or will see that something failed before it does anything.
-        while busy:  # pragma: no cover  (after an interruption)
+        waiting = True
+        while waiting:
             try:
-                time.sleep(0.001)
-            except BaseException as error:
+                while busy:  # pragma: no cover  (after an interruption)
+                    time.sleep(0.001)
+                waiting = False
+            except BaseException as error:  # pragma: no cover  (an interruption)
                 failed.append((len(self._blocks), error))
-        if failed:
-            raise min(failed, key=itemgetter(0))[1]
+        try:
+            if failed:
+                raise min(failed, key=itemgetter(0))[1]
+        finally:
+            list(numbers)  # a thread that begins this late finds nothing to do
+            failed.clear()  # an error that refers to itself would keep the update in memory
 
     def _segments(self, key: str) -> Iterator[tuple[Segment, Total]]:
         """Where one array is, from its first element on."""

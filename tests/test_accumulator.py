@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
 import json
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +23,7 @@ import pytest
 
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
+from fedavg_core.exact import ExactSum
 from fedavg_core.model import ArraySpec
 from fedavg_core.weight import exact_weight
 from tests.conftest import THOROUGH
@@ -431,7 +436,7 @@ def test_sums_at_the_end_of_the_range_are_right_or_out_of_range_without_a_warnin
     assert mean(1e30, 1).max() == np.float32(1e30)
     assert mean(-3e38, 0.5).min() == np.float32(-3e38)
     most = float(np.finfo(kind).max)
-    for value, weights in ((0.1, [most, most]), (1e-30, [1e308, 1e308]), (3e38, [most, 1])):
+    for value, weights in ((0.1, [most, most]), (1e-30, [most, most]), (3e38, [most, 1])):
         with pytest.raises(fc.OutOfRange, match="key 'x': "):
             mean(value, *weights)
     with pytest.raises(fc.OutOfRange, match="the sum of the weights is beyond the largest number"):
@@ -447,8 +452,9 @@ def test_plain_sums_cannot_undo_and_have_no_digest(kind: Accumulator) -> None:
         mean.remove(model(), 1)
     with pytest.raises(fc.UsageError, match="digest needs exact sums"):
         mean.digest()
-    with pytest.raises(fc.RefusedUpdate, match="BAD_WEIGHT"):
-        mean.add(model(), 10**400)
+    for weight in (10**400, 1e-320, 1e300 if kind == "float32" else 2**1024):
+        with pytest.raises(fc.RefusedUpdate, match=f"BAD_WEIGHT.* a sum in {kind} can hold"):
+            mean.add(model(), weight)
 
 
 @kinds
@@ -771,3 +777,82 @@ def test_an_update_may_bring_some_of_many_blocks(kind: Accumulator) -> None:
     assert fc.same_bits(cut.mean(), uncut.mean())
     assert cut.weight_of("b") == 2
     assert cut.weight_of("w") == 17
+
+
+def test_a_weight_of_any_size_that_was_not_added_cannot_be_removed() -> None:
+    mean = fc.WeightedMean()
+    mean.add(model(1), 10**400)
+    with pytest.raises(fc.UsageError, match="which is more than the 1000"):
+        mean.remove(model(1), 10**401)
+
+
+def test_a_copy_shares_nothing() -> None:
+    mean = fc.WeightedMean()
+    mean.add(model(1), 1)
+    before = mean.digest()
+    copy.copy(mean).add(model(2), 3)
+    assert (mean.count, mean.digest()) == (1, before)
+
+
+def test_a_merge_that_fails_is_undone_where_the_other_holds_zeros_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mean, other = fc.WeightedMean(), fc.WeightedMean()
+    for key, value in (("a", 0.0), ("b", 1.0), ("c", 1.0)):
+        other.add({key: np.full(3, value, np.float32)}, 1)
+    mean.add({key: np.ones(3, np.float32) for key in "abc"}, 1)
+    before = mean.digest()
+    real, calls = ExactSum.add_sum, [0]
+
+    def failing(self: ExactSum, *args: Any, **named: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError
+        real(self, *args, **named)
+
+    monkeypatch.setattr(ExactSum, "add_sum", failing)
+    with pytest.raises(MemoryError):
+        mean.merge(other)
+    monkeypatch.undo()
+    assert (mean.count, mean.digest()) == (1, before)
+    assert mean.mean()["b"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_rounded_sums_of_large_integers_do_not_show_the_blocks(kind: Accumulator) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(2**33, 2**53, 64, dtype=np.int64) * rng.choice([-1, 1], 64)
+    values[[5, 40]] = 2**62 + 1, -(2**53)
+    states = []
+    for block in (1, 3, 64):
+        mean = fc.WeightedMean(accumulator=kind, block=block)
+        for weight in (3, 7, 11):
+            mean.add({"n": values // weight}, weight)
+        states.append(mean.state()[1])
+    assert fc.same_bits(states[0], states[2])
+    assert fc.same_bits(states[1], states[2])
+
+
+def test_a_refused_update_is_let_go_at_once() -> None:
+    mean = fc.WeightedMean()
+    mean.add({"x": np.ones(8, np.float32)}, 1)
+    array = np.full(8, np.nan, np.float32)
+    alive = weakref.ref(array)
+    gc.disable()
+    try:
+        with contextlib.suppress(fc.RefusedUpdate):
+            mean.add({"x": array}, 1)
+        del array
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_reset_lets_go_of_what_one_odd_update_asked_for() -> None:
+    mean = fc.WeightedMean()
+    values = np.ones(1 << 12, np.float32)
+    mean.add({"x": values}, 3**640)
+    wide = len(mean.state()[1])
+    assert wide > 30
+    mean.reset()
+    assert all(len(total.limbs) <= 3 for _, total in mean._sums._blocks)

@@ -288,3 +288,31 @@ def test_positions_are_where_the_mask_is_true(mask: list[bool], most: int) -> No
     assert (None if found is None else found.tolist()) == (
         expected if len(expected) <= most else None
     )
+
+
+def test_what_is_taken_back_after_a_carry_is_within_the_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total, scratch, values = ExactSum(1), Scratch(1), np.array([float((1 << 53) - 1)])
+    weight = (1 << 72) - 1
+    while not any(bound > 1 << 51 for bound in total.bounds.values()):
+        total.add(values, weight, scratch)
+    real = ExactSum._carry
+
+    def interrupted(self: ExactSum, k: int) -> None:
+        real(self, k)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExactSum, "_carry", interrupted)
+    while True:
+        count, before = total.additions, values_of(total)
+        try:
+            total.add(values, weight, scratch)
+        except KeyboardInterrupt:
+            break
+    monkeypatch.undo()
+    assert values_of(total) == before  # and no limb holds more than its bound
+    for _ in range(200):
+        total.add(values, weight, scratch)
+        count += 1
+    assert values_of(total) == [count * f for f in exactly(values, weight)]

@@ -18,7 +18,7 @@ import pytest
 
 from fedavg_core import OutOfRange
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.model import ArraySpec, ModelSpec, number_format, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, number_format, same_bits
 from fedavg_core.testing import (
     averaged_dtypes,
     exact_weighted_mean,
@@ -393,3 +393,18 @@ def test_a_quotient_next_to_a_midpoint_is_rounded_to_its_own_side(seed: int) -> 
     even = middle - 1 + 2 * ((middle >> 1) & 1)
     expected = np.where(beside == 0, even, middle + beside)
     assert mean.mean()["x"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e5m2"])
+@pytest.mark.parametrize("base", [False, True])
+def test_midpoints_at_the_end_of_float64_are_out_of_a_narrow_range(dtype: str, base: bool) -> None:
+    # Rounded up to so few bits, this is 2**1024.
+    narrow = dtype_named(dtype)
+    number = number_format(narrow)
+    assert number is not None
+    value = np.ldexp(2.0 ** (number.precision + 1) - 1, 1023 - number.precision)
+    model = {"x": np.ones(2, narrow)}
+    mean = WeightedMean(ModelSpec.of(model))
+    mean.add({"x": np.array([0.0, value])}, 2.0**1000)
+    with pytest.raises(OutOfRange, match=r"key 'x': the result at \[1\]"):
+        mean.mean(model if base else None)
