@@ -23,6 +23,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.math_utils import parse_compare_criteria
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
+from nvflare.fuel.utils.memory_utils import cleanup_memory
 
 from nvflare_adapter import global_model
 
@@ -123,6 +124,8 @@ class FedAvgController(ScatterAndGather):
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.INITIAL_MODEL_LOADED:
             self._begin(fl_ctx)
+        elif event_type == AppEventType.BEFORE_AGGREGATION:
+            cleanup_memory()  # what came in is in the sums; the mean needs the room
         elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
             self._judge(fl_ctx)
         elif event_type == AppEventType.ROUND_DONE and self._stopped is not None:

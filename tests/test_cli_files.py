@@ -259,6 +259,9 @@ class TestACheckpoint:
         assert run(capsys, "inspect", path)[1].splitlines()[-1] == (
             "the model of a checkpoint after 1 round; no metrics"
         )
+        many = {f"metric-{number}": number for number in range(1010)}
+        fc.save_checkpoint(path, fc.Checkpoint(models[0], 2, many))
+        assert run(capsys, "inspect", path)[1].endswith(", metric-7 7, and 1,002 more\n")
         fc.save_checkpoint(path, fc.Checkpoint(models[0], 3, {"a": 1, "b": float("inf")}))
         told = json.loads(run(capsys, "inspect", path, "--json")[1])
         assert told["checkpoint"] == {"round": 3, "best": False, "metrics": {"a": 1, "b": None}}

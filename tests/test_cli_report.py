@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -328,6 +329,29 @@ def test_values_far_apart_are_on_a_logarithmic_axis() -> None:
         assert not spread(values, "{:g}".format).logarithmic
     assert linear([90.0, 100.0], "{:g}".format).low == 90
     assert linear([10.0, 100.0], "{:g}".format).low == 0
+
+
+@pytest.mark.parametrize("axis_of", [linear, spread])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [5e-324, 1.0],
+        [5e-324, 2e-322],
+        [5e-324, 1.7e308],
+        [1e300, 1.7e308],
+        [1.7e308],
+        [-1.7e308],
+        [-1.7e308, 1.7e308],
+        [0.0, 1.7e308],
+    ],
+)
+def test_an_axis_is_of_numbers_at_either_end_of_the_range(axis_of: Any, values: Any) -> None:
+    axis = axis_of(values, "{:g}".format)
+    heights = [axis.y(value) for value in values]
+    assert heights == sorted(heights, reverse=True)
+    assert all(10 <= height <= 200 for height in heights)
+    assert len(axis.marks) >= 2
+    assert all(math.isfinite(mark) and 10 <= axis.y(mark) <= 200 for mark, _ in axis.marks)
 
 
 def test_numbers_without_sense_do_not_break_the_page(tmp_path: Path, capsys: Capture) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from fedavg_core.cli.model_stream import opened, pieces, spec_of
 from fedavg_core.model import ArraySpec, KeyDifference, compare
 
 __all__ = ["add_commands"]
+
+_MOST_METRICS = 8
 
 
 def add_commands(commands: Subparsers) -> None:
@@ -180,7 +183,12 @@ def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 def _checkpoint_told(checkpoint: Checkpoint) -> str:
     rounds = f"{checkpoint.round:,} {'round' if checkpoint.round == 1 else 'rounds'}"
     best = ", the best until then" if checkpoint.best else ""
-    metrics = [f"{name_shown(name)} {value:.6g}" for name, value in checkpoint.metrics.items()]
+    metrics = [
+        f"{name_shown(name)} {value:.6g}"
+        for name, value in islice(checkpoint.metrics.items(), _MOST_METRICS)
+    ]
+    if len(checkpoint.metrics) > _MOST_METRICS:
+        metrics.append(f"and {len(checkpoint.metrics) - _MOST_METRICS:,} more")
     return f"the model of a checkpoint after {rounds}{best}; {', '.join(metrics) or 'no metrics'}"
 
 

@@ -109,7 +109,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="where to write it, as its suffix says: .npz or .safetensors",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT if it exists (without this, not even one that comes to be meanwhile)",
+    )
 
 
 def _aggregate(read: argparse.Namespace) -> int:

@@ -179,4 +179,7 @@ def _failure(context: Context, problem: str) -> Failure:
 def _block_interrupts() -> None:
     """Have no Ctrl-C in this thread, nor in the processes that it starts, from their first step."""
     if sys.platform != "win32":  # pragma: no branch
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # the first process would, and end the blocking with it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

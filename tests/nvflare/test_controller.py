@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,22 @@ def test_nvflares_own_selector_has_its_choice_kept_where_it_is_asked_instead(
 def test_a_condition_says_which_direction_is_better() -> None:
     said = [direction(f"f1 {sign} 0.5") for sign in (">", ">=", "=", "<", "<=")]
     assert said == [("f1", "max")] * 3 + [("f1", "min")] * 2
+
+
+def test_what_the_clients_sent_is_given_up_before_the_mean_is_made(server: Server) -> None:
+    """NVFlare's messages hold on to each other until the collector comes."""
+    begun(server)
+
+    class Message:
+        itself: Any
+
+    message = Message()
+    message.itself = message
+    gone = weakref.ref(message)
+    gc.disable()
+    try:
+        del message
+        tell(server, AppEventType.BEFORE_AGGREGATION, global_model.learnable({}))
+        assert gone() is None
+    finally:
+        gc.enable()

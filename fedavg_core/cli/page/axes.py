@@ -30,6 +30,8 @@ HEIGHT = 230
 TOP, BOTTOM = 10, 30
 _MOST_LABELS = 9
 _WIDE_SPAN = 30
+_LARGEST = 1e307  # beyond it, the arithmetic here leaves the range of a float
+_LEAST_POWER, _MOST_POWER = -323, 308  # of ten, that are floats
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class Axis:
     logarithmic: bool = False
 
     def y(self, value: float) -> float:
-        """The height of a value in the drawing, downwards."""
+        """The height of a value in the drawing, downwards; that of an end if it is beyond it."""
         at = math.log10(value) if self.logarithmic else value
+        at = min(max(at, self.low), self.high)
         return TOP + (self.high - at) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
 
 
@@ -110,8 +113,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         most: About how many steps there may be.
 
     Returns:
-        The numbers, at least two, ascending.
+        The numbers, at least two, ascending; up to about 1e307 in magnitude, whatever is asked for.
     """
+    low, high = (min(max(number, -_LARGEST), _LARGEST) for number in (low, high))
     size = max(abs(low), abs(high))
     if size < 1e-300:
         high = 1.0
@@ -137,7 +141,7 @@ def spread(values: Sequence[float], tell: Tell) -> Axis:
         return linear(values, tell)
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     step = math.ceil((last - first) / 6)
-    powers = range(first, last + 1, step)
+    powers = range(max(first, _LEAST_POWER), min(last, _MOST_POWER) + 1, step)
     marks = tuple((10.0**power, tell(10.0**power)) for power in powers)
     return Axis(first, last, marks, logarithmic=True)
 
