@@ -88,6 +88,12 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return read
 
 
+_QUICK_NOTE = (
+    "--quick: models of toy sizes, a few laps. This shows that everything runs; no figure in it says "
+    "how fast anything is."
+)
+
+
 def _measure(chosen: Sequence[Benchmark], quick: bool) -> Iterator[Result]:
     """Run benchmarks one after another, telling on the terminal which is under way."""
     before = logging.root.manager.disable
@@ -148,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         if not read.json:
+            if read.quick:
+                print(_QUICK_NOTE, end="\n\n")
             show(table_of_machine(machine), sys.stdout)
         for result in _measure(read.benchmarks, read.quick):
             results.append(result)
@@ -163,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(document)
     elif found:
         show(table_of_standings(found), sys.stdout)
+    elif read.quick:
+        print(_QUICK_NOTE)
     try:
         if read.save is not None:
             (read.save / "results.json").write_text(document + "\n", encoding="utf-8")

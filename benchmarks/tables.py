@@ -81,7 +81,10 @@ def _of_timing(timing: Timing) -> Table:
     laps = max(len(row.laps) for row in timing.rows)
     notes = [f"timed: {timing.timed}; {laps} laps"]
     if reference is not None:
-        notes.append(f"speed: how many times as fast as {reference.name}; then by other readings")
+        notes.append(
+            f"speed: how many times as fast as {reference.name}, by the medians; quartiles: of the "
+            "ratios lap by lap; then the same ratio by the fastest laps, and by processor time"
+        )
     return Table(timing.title, tuple(columns), tuple(rows), tuple(notes))
 
 

@@ -69,7 +69,7 @@ def test_the_command_line_does_what_is_shown(
     )
     assert found is not None
     commands = [shlex.split(line, comments=True) for line in found.group(1).splitlines()]
-    assert {command[0] for command in commands} == {"fedavg"}
+    assert {command[0] for command in commands} == {".venv/bin/fedavg"}
     assert len(commands) == 5
     for command in commands:
         assert fedavg(command[1:]) == 0, command
