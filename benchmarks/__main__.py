@@ -89,8 +89,8 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 _QUICK_NOTE = (
-    "--quick: models of toy sizes, a few laps. This shows that everything runs; no figure in it says "
-    "how fast anything is."
+    "--quick: models of toy sizes, a few laps. This shows that everything runs; no figure in it "
+    "says how fast anything is."
 )
 
 
