@@ -18,7 +18,9 @@ to leaving it as a context manager. The lock is the operating system's (`flock`)
 with the process that holds it, however that ends. A second writer is told at once.
 
 A store keeps the last few checkpoints, and of those that were the best when they were saved, the
-last. Which is which shows in their names, so that it is part of the same commit.
+last. Which is which shows in their names, so that it is part of the same commit: a round that is
+saved again, and is now the best where it was not, or the other way round, has the number of that
+save in its name, after its own.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +64,7 @@ MODEL = "model/"
 
 _FORMAT = 1
 _ARRAYS = "arrays/"
-_NAME = re.compile(r"round-([0-9]{8,18})(-best)?\.npz")
+_NAME = re.compile(r"round-([0-9]{8,18})(?:-([0-9]{1,18}))?(-best)?\.npz")
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 _LOCK = ".lock"
 _READ_WRITE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -242,6 +244,15 @@ def described(meta: Mapping[str, Any], names: Iterable[str]) -> Checkpoint:
         ) from error
 
 
+class _Stored(NamedTuple):
+    """A checkpoint that is there. In their order, the last of them is what was saved last."""
+
+    round: int
+    turn: int
+    best: bool
+    path: Path
+
+
 class CheckpointStore:
     """A folder of the checkpoints of one run.
 
@@ -285,13 +296,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: The folder cannot be read.
         """
-        return tuple(path for _, _, path in self._listing())
+        return tuple(stored.path for stored in self._listing())
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, and then take away those that are no longer to be kept.
 
         Args:
-            checkpoint: What to write; only read. It replaces one of the same round.
+            checkpoint: What to write; only read. It replaces one of the same round, but for the
+                last best: that is kept beside it, as `load_best` gives it, until there is another.
 
         Returns:
             Its file.
@@ -302,17 +314,22 @@ class CheckpointStore:
             UsageError: It holds what a checkpoint cannot (see `save_checkpoint`), or is of an
                 earlier round than one that is there.
         """
-        number = _round(checkpoint.round)
-        path = self._folder / f"round-{number:08d}{'-best' if checkpoint.best else ''}.npz"
+        number, best = _round(checkpoint.round), bool(checkpoint.best)
         with contextlib.nullcontext() if self._lock is not None else self:
-            newest = max((other for other, _, _ in self._listing()), default=number)
+            newest, turn = number, 1
+            for last in self._listing()[-1:]:
+                newest = last.round
+                if newest == number:  # a name of its own, after that one's, or the very same
+                    turn = last.turn + (last.best != best)
             if newest > number:
                 raise UsageError(
                     f"{self._folder}: expected a checkpoint of round {newest}, "
                     f"the newest that is there, or later, got one of round {number}"
                 )
+            again = f"-{turn}" if turn > 1 else ""
+            path = self._folder / f"round-{number:08d}{again}{'-best' if best else ''}.npz"
             save_checkpoint(path, checkpoint)
-            self._prune(path)
+            self._prune()
         return path
 
     def load(self) -> Checkpoint:
@@ -343,7 +360,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: It is damaged.
         """
-        best = [path for _, is_best, path in self._listing() if is_best]
+        best = [stored.path for stored in self._listing() if stored.best]
         return load_checkpoint(best[-1]) if best else None
 
     def __enter__(self) -> CheckpointStore:
@@ -357,17 +374,21 @@ class CheckpointStore:
                 self._folder, f"cannot be written to ({error.strerror or error})"
             ) from error
         try:
-            if sys.platform == "win32":  # pragma: no cover
-                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            try:
+                if sys.platform == "win32":  # pragma: no cover
+                    msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(
+                    self._folder, "another writer is at work in this folder"
+                ) from error
+            self._lock = lock
+            self._sweep()
+        except BaseException:
+            self._lock = None
             _close(lock)
-            raise CheckpointError(
-                self._folder, "another writer is at work in this folder"
-            ) from error
-        self._lock = lock
-        self._sweep()
+            raise
         return self
 
     def __exit__(
@@ -380,8 +401,8 @@ class CheckpointStore:
         if lock is not None:
             _close(lock)
 
-    def _listing(self) -> list[tuple[int, bool, Path]]:
-        """Round, whether it was the best, and file of each checkpoint, in this order."""
+    def _listing(self) -> list[_Stored]:
+        """The checkpoints, in their order."""
         try:
             names = os.listdir(self._folder)
         except OSError as error:
@@ -390,7 +411,7 @@ class CheckpointStore:
             ) from error
         found = ((_NAME.fullmatch(name), name) for name in names)
         return sorted(
-            (int(match[1]), match[2] is not None, self._folder / name)
+            _Stored(int(match[1]), int(match[2] or 1), match[3] is not None, self._folder / name)
             for match, name in found
             if match
         )
@@ -402,17 +423,16 @@ class CheckpointStore:
                 if _TEMPORARY.fullmatch(name):
                     os.unlink(self._folder / name)
 
-    def _prune(self, saved: Path) -> None:
+    def _prune(self) -> None:
         """Take away what is not to be kept. A file that cannot be taken away does no harm."""
         with contextlib.suppress(CheckpointError, OSError):
             listing = self._listing()
-            newest = listing[-1][0]
-            others = [entry for entry in listing if entry[0] != newest or entry[2] == saved]
-            best = [path for _, is_best, path in others if is_best][-1:]
-            keep = {*best, *(path for _, _, path in others[-self._keep :])}
-            for _, _, path in listing:
-                if path not in keep:
-                    os.unlink(path)
+            newest = list({stored.round: stored.path for stored in listing}.values())
+            best = [stored.path for stored in listing if stored.best]
+            keep = {*best[-1:], *newest[-self._keep :]}
+            for stored in listing:
+                if stored.path not in keep:
+                    os.unlink(stored.path)
 
 
 def _name(name: object) -> str:

@@ -645,14 +645,33 @@ class TestTheStore:
             store.save(checkpoint(number))
         assert number_in(store.load()) == 100_000_000
 
-    @pytest.mark.parametrize(("first", "second"), [(False, True), (True, False), (True, True)])
-    def test_a_round_is_replaced_by_itself(self, tmp_path: Path, first: bool, second: bool) -> None:
-        store = CheckpointStore(tmp_path)
-        store.save(checkpoint(1, best=first, metrics={"a": 1}))
-        store.save(checkpoint(1, best=second, metrics={"a": 2}))
-        assert len(store.paths()) == 1
-        found = store.load()
-        assert (found.metrics, found.best) == ({"a": 2.0}, second)
+    @pytest.mark.parametrize("stuck", [False, True])
+    @pytest.mark.parametrize("bests", list(itertools.product((False, True), repeat=4)))
+    def test_a_round_that_is_saved_again_is_what_was_saved_last(
+        self, tmp_path: Path, bests: tuple[bool, ...], stuck: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, last_best = CheckpointStore(tmp_path, keep=2), None
+        store.save(checkpoint(0))
+        if stuck:  # nothing can be taken away, or each writer dies before it is
+
+            def refuse(*_: Any) -> None:
+                raise PermissionError
+
+            monkeypatch.setattr(os, "unlink", refuse)
+        for save, best in enumerate(bests):
+            store.save(checkpoint(1, best=best, metrics={"save": save}))
+            last_best = save if best else last_best
+            found, found_best = store.load(), store.load_best()
+            assert (found.metrics, found.best) == ({"save": float(save)}, best)
+            assert (found_best and found_best.metrics["save"]) == last_best
+        if not stuck:
+            assert store.paths()[0].name == "round-00000000.npz"
+            assert len(store.paths()) == (3 if last_best not in (None, len(bests) - 1) else 2)
+        monkeypatch.undo()
+        store.save(checkpoint(2))
+        store.save(checkpoint(3, best=True))
+        names = [path.name for path in store.paths()]
+        assert names == ["round-00000002.npz", "round-00000003-best.npz"]
 
     def test_an_earlier_round_than_the_newest_is_a_usage_error(self, tmp_path: Path) -> None:
         store = CheckpointStore(tmp_path)
@@ -708,6 +727,28 @@ class TestTheStore:
         second.save(checkpoint(3))
         with second:
             assert number_in(second.load()) == 3
+
+    @pytest.mark.parametrize("moment", ["flock", "listdir"])
+    def test_an_interruption_while_it_is_entered_leaves_no_lock(
+        self, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fcntl: Any = pytest.importorskip("fcntl")
+        store, flock = CheckpointStore(tmp_path), fcntl.flock
+
+        def interrupted(*given: Any) -> None:
+            if moment == "flock":
+                flock(*given)
+            raise KeyboardInterrupt
+
+        module: Any = fcntl if moment == "flock" else os
+        monkeypatch.setattr(module, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.__enter__()
+        monkeypatch.undo()
+        with CheckpointStore(tmp_path):
+            pass
+        with store:
+            store.save(checkpoint(1))
 
     def test_it_is_entered_once_at_a_time(self, tmp_path: Path) -> None:
         store = CheckpointStore(tmp_path)
