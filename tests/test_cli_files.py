@@ -115,6 +115,28 @@ def test_an_array_alone_is_a_model_too(tmp_path: Path, capsys: Capture) -> None:
     assert read_model(tmp_path / "o.npz")["arr_0"].tolist() == [2.0, 2.0]
 
 
+def test_files_that_lack_a_parameter_are_averaged_only_if_that_is_asked_for(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    one = write_model(tmp_path / "one", "npz", {"a": np.ones(2), "w": np.array([1.0, 3.0])})
+    two = write_model(tmp_path / "two", "safetensors", {"a": np.zeros(2)})
+    base = write_model(tmp_path / "base", "npz", {"a": np.ones(2), "w": np.ones(2)})
+    out = tmp_path / "o.npz"
+    for files in ([one, two], [two, one], [one, two, "--base", base]):
+        assert fails(capsys, "aggregate", *files, "-o", out) == (
+            f"'w' is in 1 of 2 files, and not in {two}; "
+            "--partial averages each array over the files that have it"
+        )
+        assert not out.exists()
+    assert run(capsys, "aggregate", one, two, "--partial", "-o", out)[0] == 0
+    assert {key: array.tolist() for key, array in read_model(out).items()} == {
+        "a": [0.5, 0.5],
+        "w": [1, 3],
+    }
+    assert run(capsys, "aggregate", two, two, "--base", base, "-o", out, "--force")[0] == 0
+    assert read_model(out)["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_diff_and_apply_are_those_of_models_in_memory(
     tmp_path: Path,
@@ -490,7 +512,7 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["aggregate", "a", "-o", "b"], "expected an output with suffix .npz or .safetensors, "),
         (["diff", "a", "b", "-o", "c"], "expected an output with suffix .npz or .safetensors, "),
         (["aggregate", "a", "-o", "b.npz", "--weights", "1,x"], "argument --weights: expected num"),
-        (["aggregate", "a", "-o", "b.npz", "--weights", "1,2"], "expected files, and one weight f"),
+        (["aggregate", "a", "-o", "b.npz", "--weights", "1,2"], "--weights: expected 1, one for"),
         (
             ["aggregate", "a", "-o", "b.npz", "--memory-limit", "much"],
             "argument --memory-limit: expected a size such as 256MiB or 2GB, got 'much'",

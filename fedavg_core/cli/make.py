@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedavg_core.checkpoint import replacing
@@ -23,7 +25,7 @@ from fedavg_core.cli.model_stream import (
     write_order,
     writer,
 )
-from fedavg_core.errors import UsageError
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.transfer import diff, diff_spec
@@ -31,6 +33,7 @@ from fedavg_core.transfer import diff, diff_spec
 __all__ = ["add_commands"]
 
 _LIMIT = "256MiB"
+_HEADER_SHARE = 32  # as `aggregate_files` has it
 
 
 def add_commands(commands: Subparsers) -> None:
@@ -40,7 +43,8 @@ def add_commands(commands: Subparsers) -> None:
         help="average model files: their exact weighted mean",
         description="Write the weighted mean of model files: the exact mean, rounded once, so that "
         "their order does not matter. They may be of different formats, and together or each "
-        "larger than memory. An array that some files lack is the mean of those that have it.",
+        "larger than memory. All must have the same arrays, unless --partial is given; those that "
+        "only the base has are copied from it.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=MODEL_HELP)
     parser.add_argument(
@@ -54,6 +58,11 @@ def add_commands(commands: Subparsers) -> None:
         "--base",
         type=Path,
         help="take the files as differences from this model, and write it plus their mean",
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="average each array over the files that have it, though others lack it",
     )
     _add_limit(parser)
     _add_output(parser)
@@ -117,8 +126,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _aggregate(read: argparse.Namespace) -> int:
-    given = [1] * len(read.files) if read.weights is None else read.weights
+    count = len(read.files)
+    files = f"{count} {'file' if count == 1 else 'files'}"
+    given = [1] * count if read.weights is None else read.weights
+    if len(given) != count:
+        raise UsageError(f"--weights: expected {count}, one for each file, got {len(given)}")
+    check_suffix(read.output)
     check_new(read.output, read.force)
+    if not read.partial:
+        _check_whole(read.files, read.output.parent, read.memory_limit)
     with byte_progress("averaging") as progress:
         spec = aggregate_files(
             read.files,
@@ -129,9 +145,25 @@ def _aggregate(read: argparse.Namespace) -> int:
             memory_limit=read.memory_limit,
             progress=progress,
         )
-    count = len(read.files)
-    _written(read.output, spec, f"the mean of {count} {'file' if count == 1 else 'files'}")
+    _written(read.output, spec, f"the mean of {files}")
     return 0
+
+
+def _check_whole(paths: Sequence[Path], scratch: Path, memory_limit: int) -> None:
+    """See that each file has the arrays of all others: of what shapes, whoever averages judges."""
+
+    def keys(path: Path) -> ModelSpec:
+        with opened(path, scratch=scratch, header=memory_limit // _HEADER_SHARE) as (file,):
+            return spec_of(file)
+
+    having = Counter(key for path in paths for key in keys(path))
+    for key, found in having.items():
+        if found < len(paths):
+            lacking = next(path for path in paths if key not in keys(path))
+            raise UsageError(
+                f"{quoted(key)} is in {found} of {len(paths)} files, and not in {lacking}; "
+                "--partial averages each array over the files that have it"
+            )
 
 
 def _apply(read: argparse.Namespace) -> int:

@@ -33,12 +33,15 @@ _HEADER = 1 << 23
 
 
 @contextlib.contextmanager
-def opened(*paths: Path, scratch: Path | None = None) -> Iterator[list[ModelFile]]:
+def opened(
+    *paths: Path, scratch: Path | None = None, header: int = _HEADER
+) -> Iterator[list[ModelFile]]:
     """Look at model files that are read together.
 
     Args:
         paths: The files.
         scratch: A folder for scratch files (see `model_file`); None for the system's.
+        header: The longest safetensors header to read, in bytes.
 
     Yields:
         The files, checked.
@@ -48,7 +51,7 @@ def opened(*paths: Path, scratch: Path | None = None) -> Iterator[list[ModelFile
         UsageError: One holds something else than arrays of real numbers.
     """
     folder = Path(tempfile.gettempdir()) if scratch is None else scratch
-    with Allowance(folder, inflaters=len(paths), places=_PLACES, header=_HEADER) as allowance:
+    with Allowance(folder, inflaters=len(paths), places=_PLACES, header=header) as allowance:
         yield [_open(path, allowance) for path in paths]
 
 
