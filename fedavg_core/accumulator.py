@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.exact import STEP
 from fedavg_core.model import (
     ArraySpec,
     ModelSpec,
@@ -47,7 +48,14 @@ from fedavg_core.model import (
 )
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import ExactSums, Sums
-from fedavg_core.weight import Weight, exact_weight, is_whole, weight_from_text, weight_text
+from fedavg_core.weight import (
+    Weight,
+    exact_weight,
+    extent_of,
+    is_whole,
+    weight_from_text,
+    weight_text,
+)
 
 __all__ = ["Accumulator", "WeightedMean", "check_base", "check_update", "weighted_mean"]
 
@@ -382,25 +390,21 @@ class WeightedMean:
             known, weights = dict(result._books.spec), {}
             for number, entry in enumerate(meta["keys"]):
                 key = entry["name"]
-                array = ArraySpec(tuple(map(int, entry["shape"])), dtype_named(entry["dtype"]))
                 if not isinstance(key, str) or key in weights:
                     raise UsageError(f"expected a new name of a parameter, got {quoted(key)}")
+                parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
+                weight = weight_from_text(entry["weight"])
+                array = _stored_spec(entry, parts, weight)
                 if known.setdefault(key, array) != array:
                     raise UsageError(f"key {quoted(key)}: the state has it as {_shown(array)}")
                 if spec is None:
                     result._sums.grow({key: array})
                 elif key not in spec:
                     raise UsageError(f"key {quoted(key)}: the spec does not name it")
-                parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
                 result._sums.restore(key, parts)
-                weights[key] = weight_from_text(entry["weight"])
+                weights[key] = weight
             count, total = meta["count"], weight_from_text(meta["total_weight"])
-            if (
-                not is_whole(count)
-                or count < 0
-                or total < 0
-                or min(weights.values(), default=1) <= 0
-            ):
+            if not is_whole(count) or count < 0 or total < 0:
                 raise ValueError("a count or a weight that cannot be")
             result._books = _Books(known, weights, count, total)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -563,6 +567,21 @@ def _processors() -> int:
     """How many processors this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _stored_spec(entry: Mapping[str, Any], parts: Mapping[str, Array], weight: Weight) -> ArraySpec:
+    """What the parameter of a state looks like, if sums like these can be of it."""
+    if weight <= 0:
+        raise ValueError("a count or a weight that cannot be")
+    dtype = dtype_named(entry["dtype"])
+    like = np.broadcast_to(np.zeros((), dtype), tuple(entry["shape"]))
+    if any(part.size != like.size for part in parts.values()) or not parts:
+        raise ValueError(f"sums that are not of an array of shape {like.shape}")
+    least, reach = extent_of(weight)
+    for name in parts.keys() - {"sign", "sum"}:
+        if str(int(name)) != name or not least <= STEP * int(name) < reach:
+            raise ValueError(f"digits {quoted(name)}, which no sum with these weights has")
+    return ArraySpec(like.shape, dtype)
 
 
 def _shown(spec: ArraySpec) -> str:

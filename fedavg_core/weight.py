@@ -14,9 +14,12 @@ import numpy as np
 
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
 
-__all__ = ["Weight", "exact_weight", "is_whole", "weight_from_text", "weight_text"]
+__all__ = ["Weight", "exact_weight", "extent_of", "is_whole", "weight_from_text", "weight_text"]
 
 Weight: TypeAlias = "int | Fraction"
+
+_REACH = 1024  # every value is less than 2**_REACH
+_DEPTH = 1 << 14  # far more than the product of some float64 has below the point
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -56,6 +59,21 @@ def exact_weight(weight: object) -> Weight:
     )
 
 
+def extent_of(weight: Weight) -> tuple[int, int]:
+    """Between which powers of two weighted sums lie.
+
+    Args:
+        weight: The sum of the weights, above zero.
+
+    Returns:
+        ``(least, reach)``: a sum of finite values with these weights is less than ``2**reach`` in
+        magnitude. It is a multiple of ``2**least``, unless some of the weights are much finer than
+        their sum: by far more than float64 weights can be.
+    """
+    below = weight.denominator.bit_length() - 1
+    return -_DEPTH - below, weight.numerator.bit_length() - below + _REACH
+
+
 def weight_text(weight: Weight) -> str:
     """A weight as text, in which nothing is rounded.
 
@@ -78,8 +96,10 @@ def weight_from_text(text: str) -> Weight:
         The weight.
 
     Raises:
-        AttributeError, ValueError: The text is no weight.
+        AttributeError, ValueError, ZeroDivisionError: The text is no weight.
     """
     numerator, _, denominator = text.partition("/")
     weight = Fraction(int(numerator, 16), int(denominator, 16))
+    if weight.denominator.bit_count() != 1:
+        raise ValueError(f"the weight {text}, whose denominator is no power of two")
     return weight.numerator if weight.denominator == 1 else weight

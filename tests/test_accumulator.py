@@ -603,6 +603,89 @@ def test_arrays_that_are_no_sums_are_refused(kind: Accumulator, change: Any) -> 
             fc.WeightedMean.from_state(meta, signs)
 
 
+@kinds
+@pytest.mark.parametrize(
+    "shape",
+    [[2**45], [10**30], [-3, -1], [3] + [1] * 70, [3.7], ["3"], "3", 3, [], [3, 0], [0, 2**60]],
+)
+def test_a_shape_that_the_sums_are_not_of_is_refused_before_there_is_room_for_it(
+    kind: Accumulator, shape: Any
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    (entry,) = meta["keys"]
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+        fc.WeightedMean.from_state({**meta, "keys": [{**entry, "shape": shape}]}, arrays)
+    bare = {**entry, "shape": shape, "arrays": []}
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+        fc.WeightedMean.from_state({**meta, "keys": [bare]}, arrays)
+
+
+@pytest.mark.parametrize(
+    "weight", ["6/5", "6/-5", "0/1", "-1/1", "-1/2", "1/0", "1", "", "x/1", 1, None]
+)
+def test_a_weight_that_none_can_be_is_refused_in_a_state(weight: Any) -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    (entry,) = meta["keys"]
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+        fc.WeightedMean.from_state({**meta, "keys": [{**entry, "weight": weight}]}, arrays)
+
+
+@pytest.mark.parametrize(
+    "name", ["30000", "1000000000", "-1000000000", "43", "-684", "00", "+0", " 0", "0_0", "x", 0]
+)
+def test_digits_that_no_sum_has_are_refused(name: Any) -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    (entry,) = meta["keys"]
+    named = {**entry, "arrays": [*entry["arrays"], name]}
+    more = {**arrays, f"0.{name}": np.ones(3, np.int32)}
+    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got ValueError"):
+        fc.WeightedMean.from_state({**meta, "keys": [named]}, more)
+
+
+@pytest.mark.parametrize("value", [5e-324, np.finfo(np.float64).max])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1],
+        [5e-324],
+        [np.finfo(np.float64).max] * 3,
+        [0.1, 1 - 0.1],
+        [Fraction(2**2000 - 1, 2**2000), Fraction(1, 2**2000)],
+        [Fraction(1, 2**9000)],
+        [2**9000] * 9,
+    ],
+)
+def test_a_state_of_the_largest_and_the_smallest_sums_comes_back(
+    weights: Any, value: float
+) -> None:
+    mean = fc.WeightedMean()
+    for weight in weights:
+        mean.add({"w": np.array([value, -value])}, weight)
+    again = fc.WeightedMean.from_state(*mean.state())
+    assert again.digest() == mean.digest()
+    assert fc.same_bits(again.mean(), mean.mean())
+
+
+def test_the_outermost_digits_that_a_state_may_have_are_taken() -> None:
+    mean = fc.WeightedMean()
+    mean.add({"w": np.arange(3.0)}, 1)
+    meta, arrays = mean.state()
+    (entry,) = meta["keys"]
+    names = [*entry["arrays"], "42", "-682"]
+    more = {**arrays, **{f"0.{k}": np.ones(3, np.int32) for k in names[-2:]}}
+    again = fc.WeightedMean.from_state({**meta, "keys": [{**entry, "arrays": names}]}, more)
+    told = again.state()[0]["keys"][0]["arrays"]
+    assert {"42", "-682"} < set(told)
+    assert again.mean()["w"][0] == 0
+    assert again.mean()["w"][1] == 2.0**1008
+
+
 def test_a_state_s_names_are_new_strings() -> None:
     mean = fc.WeightedMean()
     mean.add({"w": np.arange(3.0)}, 1)
