@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,8 +125,12 @@ def test_the_server_optimizer_is_the_one_asked_for_and_goes_on_after_a_stop(
     }[text.partition(":")[0]]
     assert fc.same_bits(final(folder), in_memory(training, server_optimizer=wanted).model)
     assert read_settings(folder)["optimizer"] == wanted.settings()
-    if text != "fedavg":
-        assert "to resume" in fails(capsys, *shared, "--rounds", 5)
+    told = fails(capsys, *shared, "--rounds", 5, "--optimizer", "fedavgm:momentum=0.5")
+    assert told.startswith(f"--optimizer: this run has {text.partition(':')[0]}")
+    assert told.endswith(", got fedavgm:learning_rate=1.0,momentum=0.5")
+    assert run(capsys, *shared, "--rounds", 5)[0] == 0
+    going_on = in_memory(training, server_optimizer=wanted, rounds=5)
+    assert fc.same_bits(final(folder), going_on.model)
 
 
 @pytest.mark.parametrize("text", ["median", "trimmed-mean:trim=0.25", "multi-krum:faulty=0,keep=3"])
@@ -143,7 +148,10 @@ def test_a_robust_mean_stands_in_for_the_mean_and_goes_on_after_a_stop(
     }[text.partition(":")[0]]
     assert fc.same_bits(final(folder), in_memory(training, accumulator=wanted).model)
     assert read_settings(folder)["accumulator"] == wanted.settings()
-    assert "to resume" in fails(capsys, *shared, "--rounds", 5)
+    told = fails(capsys, *shared, "--rounds", 5, "--accumulator", "exact")
+    assert told == f"--accumulator: this run has {text}, got exact"
+    assert run(capsys, *shared, "--rounds", 5)[0] == 0
+    assert fc.same_bits(final(folder), in_memory(training, accumulator=wanted, rounds=5).model)
     assert run(capsys, "report", folder)[0] == 0
 
 
@@ -340,6 +348,26 @@ def test_an_error_leaves_standard_output_and_the_terminal_as_they_were(
     assert sys.stdout is before
 
 
+@pytest.mark.parametrize(
+    ("folder", "typed"), [("my run", "'my run'"), ("-run", "./-run"), ("it's", "'it'\"'\"'s'")]
+)
+def test_what_is_to_be_typed_next_can_be_pasted(
+    folder: str,
+    typed: str,
+    training: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["run", training, "--rounds", 2, "--clients", 1, f"--checkpoint={folder}"]
+    out = run(capsys, *given)[1]
+    assert out.splitlines()[-1] == f"to see how it went: fedavg report {typed} -o report.html"
+    *_, words = (shlex.split(line) for line in out.splitlines()[-1:])
+    assert run(capsys, *words[6:])[0] == 0
+    assert Path("report.html").stat().st_size > 0
+
+
 def test_without_a_folder_there_is_a_new_one(
     training: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,9 +402,14 @@ class TestResuming:
     ) -> None:
         folder = tmp_path / "run"
         shared = ["run", training, "--clients", 4, "--checkpoint", folder, "--resume"]
-        for rounds in (1, 3, 4, 4):
+        said = [
+            f"fedavg: nothing to resume in {folder}: starts at round 0\n",
+            *("", ""),
+            "fedavg: all 4 rounds are done; a larger --rounds adds to them\n",
+        ]
+        for rounds, expected in zip((1, 3, 4, 4), said, strict=True):
             code, out, err = run(capsys, *shared, "--rounds", rounds)
-            assert (code, err) == (0, "")
+            assert (code, err) == (0, expected)
         assert out.splitlines()[0] == f"model: {folder / 'model.npz'}"
         assert self.same_runs(folder, whole)
         assert read_settings(folder)["rounds"] == 4
@@ -448,9 +481,80 @@ class TestResuming:
             told
             == f"--checkpoint: expected a new or empty folder, or --resume as well, got {whole}"
         )
-        told = fails(capsys, *shared, "--resume", "--seed", 9)
-        assert told == f"{whole}: expected a run with seed 0 to resume, got 9"
+        for setting, had, other in (
+            ("clients", 4, 10),
+            ("fraction", 1.0, 0.5),
+            ("transfer", "full", "diff"),
+            ("accumulator", "exact", "float64"),
+            ("optimizer", "none", "fedavg:learning_rate=0.5"),
+            ("seed", 0, 9),
+        ):
+            told = fails(
+                capsys, "run", training, "--checkpoint", whole, "--resume", f"--{setting}", other
+            )
+            assert told == f"--{setting}: this run has {had}, got {other}"
         assert (whole / LOG).read_bytes() == before
+
+    def test_settings_that_are_not_given_are_those_of_the_run(
+        self, training: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        first, other = tmp_path / "first", tmp_path / "other"
+        settings = ["--clients", 4, "--fraction", 0.5, "--seed", 7, "--transfer", "diff"]
+        settings += ["--accumulator", "trimmed-mean:trim=0.1", "--optimizer", "fedadam:tau=0.25"]
+        assert run(capsys, "run", training, "--checkpoint", other, *settings, "--rounds", 4)[0] == 0
+        given = ["run", training, "--checkpoint", first]
+        assert run(capsys, *given, *settings, "--rounds", 2, "--audit")[0] == 0
+        code, _, err = run(capsys, *given, "--resume", "--rounds", 4)
+        assert (code, err) == (0, "")
+        assert self.same_runs(first, other)
+        kept = read_settings(first)
+        for name in ("clients", "fraction", "seed", "transfer", "accumulator", "optimizer"):
+            assert kept[name] == read_settings(other)[name]
+        assert [path.name for path in sorted(first.glob("audit-*"))] == [
+            f"audit-{number:08d}.json" for number in range(4)
+        ]
+        code, out, err = run(capsys, *given, "--resume", "--json")
+        assert (code, out) == (0, "")
+        assert err == "fedavg: all 4 rounds are done; a larger --rounds adds to them\n"
+
+    def test_a_training_file_that_has_changed_is_told(
+        self, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        with open(training, "a", encoding="utf-8") as file:
+            file.write("# another\n")
+        given = ["run", training, "--checkpoint", whole, "--resume", "--rounds"]
+        said = (
+            f"fedavg: {training} has changed since the rounds that are done; those that are left "
+            "are played with it as it is now\n"
+        )
+        for rounds, expected in ((5, said), (6, "")):
+            code, _, err = run(capsys, *given, rounds)
+            assert (code, err) == (0, expected)
+
+    def test_a_run_that_tells_no_settings_has_those_that_are_given(
+        self, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        (whole / SETTINGS).unlink()
+        given = ["run", training, "--checkpoint", whole, "--resume", "--rounds", 5]
+        assert "to resume, got" in fails(capsys, *given)
+        assert run(capsys, *given, "--clients", 4)[::2] == (0, "")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "problem"),
+        [
+            ("clients", "many", "clients: expected a whole number of at least 1, got 'many'"),
+            ("transfer", [], "transfer: expected full or diff, got '[]'"),
+            ("accumulator", {"trim": 1}, "accumulator: "),
+            ("optimizer", {"name": "fedadam", "tau": "x"}, "optimizer: expected settings as name"),
+        ],
+    )
+    def test_settings_of_another_shape_are_not_believed(
+        self, name: str, value: Any, problem: str, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        settings = {**read_settings(whole), name: value}
+        (whole / SETTINGS).write_text(json.dumps(settings))
+        told = fails(capsys, "run", training, "--checkpoint", whole, "--resume")
+        assert told.startswith(f"{whole / SETTINGS}: {problem}")
 
     def test_ctrl_c_leaves_what_the_same_command_goes_on_with(
         self, training: Path, whole: Path, tmp_path: Path, capsys: Capture
@@ -672,7 +776,7 @@ def test_a_file_for_nvflare_runs_as_it_is(
             ["t.py", "--fraction", "x"],
             "argument --fraction: expected a fraction above 0 and up",
         ),
-        (["t.py", "--transfer", "x"], "argument --transfer: invalid choice: 'x'"),
+        (["t.py", "--transfer", "x"], "argument --transfer: expected full or diff, "),
         (["t.py", "--optimizer", "x"], "argument --optimizer: server optimizer: expected one of "),
         (["t.py", "--optimizer", "fedadam:x=1"], "argument --optimizer: server optimizer fedadam:"),
         (["t.py", "--optimizer", "fedadam:tau"], "argument --optimizer: expected settings as name"),

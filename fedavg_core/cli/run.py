@@ -10,32 +10,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from fedavg_core.checkpoint import replacing
-from fedavg_core.cli.arguments import (
-    Subparsers,
-    accumulator,
-    fraction,
-    optimizer,
-    package_version,
-    whole,
+from fedavg_core.cli.arguments import Subparsers
+from fedavg_core.cli.console import (
+    name_shown,
+    open_console,
+    print_json,
+    print_line,
+    printable,
+    say,
 )
-from fedavg_core.cli.console import name_shown, open_console, print_json, print_line, printable
 from fedavg_core.cli.run_log import (
     Contribution,
     RoundRecord,
     append_round,
     start_log,
     write_settings,
+)
+from fedavg_core.cli.run_settings import (
+    add_settings,
+    settings_of,
+    settle,
+    training_has_changed,
 )
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
@@ -46,7 +50,6 @@ from fedavg_core.federation import Federation
 from fedavg_core.model import Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
-from fedavg_core.robust_mean import RobustMean
 from fedavg_core.update import TransferType
 
 __all__ = ["add_commands"]
@@ -77,68 +80,7 @@ def add_commands(commands: Subparsers) -> None:
     )
     add = parser.add_argument
     add("train", type=Path, metavar="TRAIN.py", help="what a client does")
-    add(
-        "--clients",
-        type=whole(1),
-        default=10,
-        metavar="N",
-        help="how many clients there are (default: %(default)s)",
-    )
-    add(
-        "--rounds",
-        type=whole(1),
-        default=10,
-        metavar="N",
-        help="how many rounds the run has in all, with those before a --resume (default: "
-        "%(default)s)",
-    )
-    add(
-        "--fraction",
-        type=fraction,
-        default=1.0,
-        metavar="F",
-        help="the part of the clients that each round draws at random, above 0 and up to 1 "
-        "(default: 1, all)",
-    )
-    add(
-        "--workers",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="how many clients train at a time, each in a process of its own; the model is the "
-        "same to the bit (default: 1, one after the other in this process)",
-    )
-    add(
-        "--transfer",
-        choices=("full", "diff"),
-        default="full",
-        help="what clients send: whole models, or the differences from the model they were given "
-        "(default: %(default)s)",
-    )
-    add(
-        "--accumulator",
-        type=accumulator,
-        default="exact",
-        metavar="NAME[:SETTING=NUMBER,...]",
-        help="the arithmetic of the mean: exact, float64 or float32; or a robust mean: median, "
-        "trimmed-mean, krum, multi-krum, geometric-median or clipped-mean, such as "
-        "trimmed-mean:trim=0.2 (default: %(default)s)",
-    )
-    add(
-        "--optimizer",
-        type=optimizer,
-        metavar="NAME[:SETTING=NUMBER,...]",
-        help="how the server makes the next model of the mean: fedavg, fedavgm, fedadagrad, "
-        "fedadam or fedyogi, such as fedadam:learning_rate=0.03 (default: the mean is the next "
-        "model)",
-    )
-    add(
-        "--seed",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="the seed of the draws, of initial_model and of context.seed (default: %(default)s)",
-    )
+    add_settings(parser)
     add(
         "--checkpoint",
         type=Path,
@@ -149,12 +91,15 @@ def add_commands(commands: Subparsers) -> None:
     add(
         "--audit",
         action="store_true",
-        help="write an audit file for each round to the folder, for fedavg verify",
+        help="write an audit file for each round to the folder: audit-00000004.json is of round 4, "
+        "which begins after 4 rounds, with the checkpoint round-00000004. fedavg verify needs the "
+        "clients' updates as well, which are not kept: TRAIN.py may save them",
     )
     add(
         "--resume",
         action="store_true",
-        help="go on with the run in the folder of --checkpoint, if there is one",
+        help="go on with the run in the folder of --checkpoint, with its settings where none are "
+        "given; if no round of it is done, start at round 0 and say so",
     )
     add(
         "--json",
@@ -167,13 +112,14 @@ def add_commands(commands: Subparsers) -> None:
 
 def _run(read: argparse.Namespace) -> int:
     folder = _folder(read)
+    settle(read, folder)
     with _Lines() if read.json else _Table(read) as display:
         model, problem = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
         write_npz(file, model)
     if not read.json:
         print_line(f"model: {folder / MODEL}")
-        print_line(f"to see how it went: fedavg report {folder} -o report.html")
+        print_line(f"to see how it went: fedavg report {_typed(folder)} -o report.html")
     if problem is not None:
         raise FedAvgError(f"the model is written, but no round could be evaluated: {problem}")
     return 0
@@ -211,6 +157,8 @@ def _play(
             resume=read.resume,
         )
         before = done = federation.round
+        if read.resume:
+            _say_where(read, folder, before)
         try:
             for _ in federation:
                 done += 1
@@ -218,7 +166,7 @@ def _play(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
-                f"on with them, with --checkpoint {folder} --resume"
+                f"on with them, with --checkpoint {_typed(folder)} --resume"
             ) from None
     if before == 0 and all(one.problem for one in recorder.records):
         raise FedAvgError(f"no round changed the model: {recorder.records[-1].problem}")
@@ -243,6 +191,25 @@ def _folder(read: argparse.Namespace) -> Path:
     return folder
 
 
+def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
+    """Tell what a run that is resumed goes on from."""
+    if done == 0:
+        say(f"nothing to resume in {folder}: starts at round 0")
+    elif done >= read.rounds:
+        say(f"all {done} rounds are done; a larger --rounds adds to them")
+    elif training_has_changed(read.train, folder):
+        say(
+            f"{read.train} has changed since the rounds that are done; those that are left are "
+            "played with it as it is now"
+        )
+
+
+def _typed(path: Path) -> str:
+    """A path as it is to be typed in a shell, where it is not taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
 class _Recorder(Observer):
     """Keeps the record of the run, each round before its checkpoint is written."""
 
@@ -257,26 +224,7 @@ class _Recorder(Observer):
         """Begin the record; only now no other writer can be in the folder."""
         if self._begun:
             return
-        read = self._read
-        names = ("clients", "rounds", "fraction", "workers", "transfer", "seed")
-        settings = {name: getattr(read, name) for name in names}
-        write_settings(
-            self._folder,
-            {
-                "training_file": read.train.name,
-                **settings,
-                "accumulator": read.accumulator.settings()
-                if isinstance(read.accumulator, RobustMean)
-                else read.accumulator,
-                "optimizer": None if read.optimizer is None else read.optimizer.settings(),
-                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "versions": {
-                    "fedavg-core": package_version(),
-                    "numpy": np.__version__,
-                    "python": platform.python_version(),
-                },
-            },
-        )
+        write_settings(self._folder, settings_of(self._read))
         start_log(self._folder, round)
         self._begun = True
 
