@@ -50,7 +50,8 @@ class ClippedMean(RobustMean):
         self.limit = limit
         super().__init__(spec)
         self._mean = WeightedMean(spec)
-        self._count = 0
+        # How many updates that is for so many terms of the mean, before a change and after it.
+        self._counts = {0: 0}
 
     @property
     def needs_differences(self) -> bool:
@@ -60,7 +61,7 @@ class ClippedMean(RobustMean):
     @property
     def count(self) -> int:
         """See `RobustMean.count`."""
-        return self._count
+        return self._counts[self._mean.count]
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -96,8 +97,13 @@ class ClippedMean(RobustMean):
                 }
                 terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
             count += 1
+        self._expect(len(terms), count)
         self._mean.add_many(terms)
-        self._count += count
+
+    def _expect(self, terms: int, updates: int) -> None:
+        """Say what the next change adds: the mean's own count then tells whether it was made."""
+        now, count = self._mean.count, self.count
+        self._counts = {now: count, now + terms: count + updates}
 
     def _factor(self, params: Params) -> Fraction:
         """What a difference is multiplied by: limit / norm, of the precision of a float64."""
@@ -113,8 +119,8 @@ class ClippedMean(RobustMean):
     def merge(self, other: ClippedMean) -> None:
         """See `RobustMean.merge`."""
         self._check_alike(other)
+        self._expect(other._mean.count, other.count)
         self._mean.merge(other._mean)
-        self._count += other._count
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
         """See `RobustMean.mean`."""
@@ -127,17 +133,18 @@ class ClippedMean(RobustMean):
     def state(self) -> State:
         """See `RobustMean.state`."""
         mean, arrays = self._mean.state()
-        return {"accumulator": self.settings(), "count": self._count, "mean": mean}, arrays
+        return {"accumulator": self.settings(), "count": self.count, "mean": mean}, arrays
 
     def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """See `RobustMean.take_up`."""
         count = meta["count"]
         if not is_whole(count) or not 0 <= count <= meta["mean"]["count"]:
             raise ValueError(f"the count {quoted(count)}")
-        self._mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
-        self._count = count
+        mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
+        self._counts = {0: 0, mean.count: count}
+        self._mean = mean
 
     def reset(self) -> None:
         """See `RobustMean.reset`."""
+        self._counts = {self._mean.count: self.count, 0: 0}
         self._mean.reset()
-        self._count = 0

@@ -17,6 +17,11 @@ Rules that hold at any time:
   arrival. Nothing that a contributor can put in an update makes `offer` raise.
 * The sums hold exactly the updates whose receipts say accepted: an update is added whole or not at
   all, and a refused one leaves the sums as they were, to the bit.
+* That holds as well when `offer` ends in an error from outside (KeyboardInterrupt, MemoryError),
+  whenever it comes. Either the update was not added, and may be offered again; or it was, and its
+  receipt is among those accepted, and to offer it again is a DUPLICATE. What tells the two apart is
+  the `count` of the accumulator, which changes in one step with what it holds. (Sums that could not
+  be had back, see `accumulator`, take no further update, and their round cannot be closed.)
 * With the exact accumulator the outcome's model and metrics depend on which updates were accepted,
   and not on their order. The mean of a metric is the exact one, over the contributors that sent
   it, with their weights, rounded once to float64.
@@ -41,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
@@ -78,6 +83,15 @@ class _Event(Enum):
     OFFER = "offer"
     CLOSE = "close"
     STATE = "state"
+
+
+class _Begun(NamedTuple):
+    """An update that is being added: what will be so once it is, and how to tell."""
+
+    held: int
+    receipt: Receipt
+    transfer: TransferType
+    keys: frozenset[str] | None
 
 
 class Round:
@@ -158,6 +172,7 @@ class Round:
         self._receipts: list[Receipt] = []
         self._contributors: set[str] = set()
         self._keys: frozenset[str] | None = None
+        self._begun: _Begun | None = None
         self._mean: WeightedMean | RobustMean
         if isinstance(accumulator, WeightedMean):
             accumulator.reset()
@@ -326,6 +341,7 @@ class Round:
             raise UsageError(f"this is no state of a round: {problem}")
 
     def _happens(self, event: _Event, *arguments: Any) -> Any:
+        self._settle()
         action, after = _TRANSITIONS[self._status, event]
         result = action(self, *arguments)
         self._status = after
@@ -336,33 +352,51 @@ class Round:
             contribution = self._gate.judge(
                 update, accepted=self._contributors, transfer=self._transfer, keys=self._keys
             )
-            added = digest(fingerprints(contribution.params)) if self._audit else None
+            skipped = contribution.skipped_metrics
+            told = f"metrics left out: {', '.join(skipped)}" if skipped else ""
+            receipt = Receipt(
+                contributor=contribution.contributor,
+                round=self._number,
+                accepted=True,
+                detail=told[:_DETAIL_LENGTH],
+                weight=contribution.weight,
+                metrics=contribution.metrics,
+                skipped_metrics=skipped,
+                digest=digest(fingerprints(contribution.params)) if self._audit else None,
+            )
+            keys = self._keys
+            if keys is None and not self._model and not self._limits.allow_missing:
+                keys = frozenset(contribution.params)
+            self._begun = _Begun(self._mean.count, receipt, contribution.transfer, keys)
             try:
                 self._mean.add(contribution.params, contribution.weight)
+                self._settle(added=True)
             except RefusedUpdate as refusal:
+                self._begun = None
                 raise refusal.placed(
                     contributor=contribution.contributor, round=self._number
                 ) from None
+            except BaseException:
+                self._settle()
+                raise
         except RefusedUpdate as refusal:
             return self._refuse(update, refusal)
-        if self._transfer is None:
-            self._transfer = contribution.transfer
-        if self._keys is None and not self._model and not self._limits.allow_missing:
-            self._keys = frozenset(contribution.params)
-        self._contributors.add(contribution.contributor)
-        skipped = contribution.skipped_metrics
-        receipt = Receipt(
-            contributor=contribution.contributor,
-            round=self._number,
-            accepted=True,
-            detail=f"metrics left out: {', '.join(skipped)}"[:_DETAIL_LENGTH] if skipped else "",
-            weight=contribution.weight,
-            metrics=contribution.metrics,
-            skipped_metrics=skipped,
-            digest=added,
-        )
-        self._receipts.append(receipt)
         return receipt
+
+    def _settle(self, added: bool = False) -> None:
+        """Take note of the update that was begun to be added, if it was added.
+
+        It may be interrupted itself: the next one does all of it.
+        """
+        if self._begun is None:
+            return
+        held, receipt, transfer, keys = self._begun
+        if added or self._mean.count > held:
+            self._transfer, self._keys = transfer, keys
+            if self._receipts[-1:] != [receipt]:
+                self._receipts.append(receipt)
+            self._contributors.add(receipt.contributor)
+        self._begun = None
 
     def _turn_away(self, update: Update) -> Receipt:
         refusal = RefusedUpdate(

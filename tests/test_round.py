@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -22,11 +24,13 @@ from fedavg_core.errors import Reason, UsageError
 from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.outcome import Outcome, Receipt
+from fedavg_core.robust import ClippedMean, CoordinateMedian, GeometricMedian, MultiKrum
 from fedavg_core.round import Round, RoundState
 from fedavg_core.sums import ExactSums
 from fedavg_core.transfer import diff
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import ROUND, good, model
+from tests.conftest import THOROUGH
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
 
@@ -628,6 +632,111 @@ class TestAFaultWhileAdding:
         assert round._mean.digest() == before
         assert not round.refused
         assert round.offer(update("b", self.params())).accepted
+
+
+class _Interruption:
+    """Raises KeyboardInterrupt before the n-th instruction of those that add an update."""
+
+    FILES = ("round", "accumulator", "robust_mean", "kept_updates", "clipped_mean")
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+        self.files = {str(Path(round_module.__file__).with_name(f"{n}.py")) for n in self.FILES}
+
+    def __enter__(self) -> _Interruption:
+        self.before = sys.gettrace()
+        sys.settrace(self.call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def call(self, frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in self.files:
+            return None
+        frame.f_trace_opcodes = True
+        return self.step
+
+    def step(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.step
+
+
+KINDS: list[Any] = [
+    "exact",
+    "float64",
+    "float32",
+    CoordinateMedian(),
+    MultiKrum(faulty=0, keep=2),
+    GeometricMedian(),
+    ClippedMean(0.5),
+]
+
+
+class TestAnInterruptedOffer:
+    """Receipts and sums tell of the same updates, whenever it comes."""
+
+    def rounds(self, kind: Any) -> tuple[Round, Update]:
+        start = None if kind == "exact" else base()
+        transfer = None if kind == "exact" else DIFF
+        round = Round(start, 0, transfer=transfer, accumulator=kind, audit=True)
+        more: dict[str, Any] = {} if transfer is None else {"transfer": transfer}
+        assert round.offer(update("a", base(), 2, **more)).accepted
+        return round, update("b", base(), 3, metrics={"loss": 1.0}, **more)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "name", kind))
+    def test_was_made_or_was_not_at_any_moment(self, kind: Any) -> None:
+        round, offered = self.rounds(kind)
+        with _Interruption(-1) as all_of_it:
+            round.offer(offered)
+        count, expected = -1 - all_of_it.left, round.close()
+        made = []
+        for moment in range(1, count + 1, 1 if THOROUGH else 3):
+            round, offered = self.rounds(kind)
+            with pytest.raises(KeyboardInterrupt), _Interruption(moment):
+                round.offer(offered)
+            was_made = "b" in [receipt.contributor for receipt in round.accepted]
+            made.append(was_made)
+            assert round._mean.count == len(round.accepted)
+            assert (round.offer(offered).reason is Reason.DUPLICATE) == was_made
+            assert [receipt.contributor for receipt in round.accepted].count("b") == 1
+            outcome = round.close()
+            assert same_bits(outcome.model, expected.model)
+            assert outcome.accepted == expected.accepted
+        assert made == sorted(made)
+        assert set(made) == {False, True}
+
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "name", kind))
+    def test_that_is_interrupted_again_while_it_takes_note_is_so_by_the_next_event(
+        self, kind: Any, monkeypatch: Any
+    ) -> None:
+        for event in (Round.state, Round.close):
+            round, offered = self.rounds(kind)
+            before = len(round.accepted)
+            add = round._mean.add
+
+            def add_and_interrupt(*given: Any, add: Any = add) -> None:
+                add(*given)
+                raise KeyboardInterrupt
+
+            def interrupt(*_: Any) -> None:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(round._mean, "add", add_and_interrupt)
+                patch.setattr(_Contributors, "add", interrupt)
+                round._contributors = _Contributors(round._contributors)
+                with pytest.raises(KeyboardInterrupt):
+                    round.offer(offered)
+            event(round)
+            assert [receipt.contributor for receipt in round.accepted][before:] == ["b"]
+
+
+class _Contributors(set[str]):
+    """A set whose methods can be replaced."""
 
 
 def test_of_many_updates_none_is_lost_and_none_counted_twice() -> None:
