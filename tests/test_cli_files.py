@@ -506,6 +506,14 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["inspect", "a", "--js"], "unrecognized arguments: --js"),
         (["inspect", "nowhere.npz"], "nowhere.npz: could not be read (No such file or directory)"),
         (["inspect", "no\nwhere\udcff\u20ac"], r"no\nwhere\udcff\u20ac: could not be read ("),
+        (
+            ["inspect", __file__],
+            f"{__file__}: suffix .py: expected npz, npy or safetensors (",
+        ),
+        (
+            ["aggregate", __file__, "-o", "b.npz"],
+            f"{__file__}: suffix .py: expected npz, npy or safetensors (",
+        ),
         (["inspect", "."], ".: expected a file, got a folder or a device"),
         (["inspect", "/dev/null"], "/dev/null: expected a file, got a folder or a device"),
         (["aggregate", "a"], "the following arguments are required: -o/--output"),

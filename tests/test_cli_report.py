@@ -132,6 +132,23 @@ def test_the_page_of_a_run_tells_what_happened(tmp_path: Path, capsys: Capture) 
     assert "|0|2 of 2|" in text
 
 
+def test_a_folder_that_is_none_of_a_run_is_told(tmp_path: Path, capsys: Capture) -> None:
+    assert fails(capsys, "report", tmp_path) == (
+        f"{tmp_path}: this folder is not from fedavg run; a report needs one"
+    )
+    for other in (tmp_path / "nowhere", Path(__file__)):
+        assert fails(capsys, "report", other) == (
+            f"{other}: expected the folder of a fedavg run, there is none"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_client_is_told_as_one() -> None:
+    for clients, told in ((1, "1 client ·"), (2, "2 clients ·")):
+        settings = {**SETTINGS, "clients": clients, "fraction": 1.0}
+        assert f"|{told}" in Texts(page(settings, [record(0)])).text
+
+
 def test_an_old_page_is_replaced_only_by_force(tmp_path: Path, capsys: Capture) -> None:
     write_settings(tmp_path, SETTINGS)
     append_round(tmp_path, record(0, [accepted("site-1")]))

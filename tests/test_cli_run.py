@@ -616,7 +616,11 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
     ),
     "model": (
         "def train(p, c): ...\ndef initial_model(seed): return [seed]",
-        "expected a model as a mapping",
+        "training.py: initial_model: expected a model as a mapping from names to arrays, got list",
+    ),
+    "no model": (
+        "def train(p, c): ...\ndef initial_model(seed): ...",
+        "training.py: initial_model: expected a model as a mapping from names to arrays, got NoneTy",
     ),
     "nulls": ("\0", "cannot be imported: "),
 }
@@ -781,7 +785,22 @@ def test_a_file_for_nvflare_runs_as_it_is(
         (["t.py", "--optimizer", "fedadam:x=1"], "argument --optimizer: server optimizer fedadam:"),
         (["t.py", "--optimizer", "fedadam:tau"], "argument --optimizer: expected settings as name"),
         (["t.py", "--optimizer", "fedadam:tau=0"], "argument --optimizer: tau: expected a finite "),
-        (["t.py", "--accumulator", "x"], "argument --accumulator: robust mean: expected one of me"),
+        (
+            ["t.py", "--accumulator", "x"],
+            "argument --accumulator: expected one of exact, float64, ",
+        ),
+        (
+            ["t.py", "--accumulator", "float64:x=1"],
+            "argument --accumulator: expected one of exact, f",
+        ),
+        (
+            ["t.py", "--accumulator", "krum", "--clients", "3"],
+            "krum needs at least 5 clients in a round, got 3",
+        ),
+        (
+            ["t.py", "--accumulator", "multi-krum:faulty=2,keep=1", "--fraction", ".2"],
+            "multi-krum needs at least 7 clients in a round, got 2",
+        ),
         (["t.py", "--accumulator", "krum:x=1"], "argument --accumulator: robust mean krum: expec"),
         (["t.py", "--accumulator", "clipped-mean"], "accumulator: a clipped-mean is of differenc"),
         (["t.py", "--accumulator", "krum:name=3"], "argument --accumulator: expected settings as"),

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeAlias, TypeVar, get_args
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.cli.console import say
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.robust import robust_mean
+from fedavg_core.robust import ROBUST_MEANS, robust_mean
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 
@@ -116,7 +116,13 @@ def weights(text: str) -> list[float]:
 
 def accumulator(text: str) -> str | RobustMean:
     """The arithmetic of a mean, or a robust mean such as ``trimmed-mean:trim=0.2``."""
-    return text if text in get_args(Accumulator) else _named(robust_mean, text)
+    plain = get_args(Accumulator)
+    if text in plain:
+        return text
+    if text.partition(":")[0] not in ROBUST_MEANS:
+        known = ", ".join((*plain, *ROBUST_MEANS))
+        raise argparse.ArgumentTypeError(f"expected one of {known}, got {quoted(text)}")
+    return _named(robust_mean, text)
 
 
 def optimizer(text: str) -> ServerOptimizer:

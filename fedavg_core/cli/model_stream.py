@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedavg_core.cli.console import Progress
 from fedavg_core.codec import NpzWriter
-from fedavg_core.errors import RefusedUpdate, UsageError
+from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.safetensors import SafetensorsWriter, aligned
@@ -58,6 +58,14 @@ def opened(
 def _open(path: Path, allowance: Allowance) -> ModelFile:
     try:
         return ModelFile(path, allowance)
+    except CheckpointError as error:
+        # A file of another suffix is one of ours if it looks like it; else its suffix tells more.
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in ("", ".npz", ".npy", ".safetensors"):
+            raise UsageError(
+                f"{path}: suffix {suffix}: expected npz, npy or safetensors ({error.problem})"
+            ) from None
+        raise
     except RefusedUpdate as refusal:
         raise UsageError(f"{path}: {refusal}") from None
 

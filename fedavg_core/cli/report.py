@@ -9,7 +9,8 @@ from fedavg_core.checkpoint import replacing
 from fedavg_core.cli.arguments import Subparsers, check_new
 from fedavg_core.cli.console import print_line
 from fedavg_core.cli.page import page
-from fedavg_core.cli.run_log import read_log, read_settings
+from fedavg_core.cli.run_log import SETTINGS, read_log, read_settings
+from fedavg_core.errors import UsageError
 
 __all__ = ["add_commands"]
 
@@ -36,6 +37,12 @@ def add_commands(commands: Subparsers) -> None:
 
 
 def _report(read: argparse.Namespace) -> int:
+    if not (read.folder / SETTINGS).exists():
+        raise UsageError(
+            f"{read.folder}: this folder is not from fedavg run; a report needs one"
+            if read.folder.is_dir()
+            else f"{read.folder}: expected the folder of a fedavg run, there is none"
+        )
     output = read.folder / "report.html" if read.output is None else read.output
     check_new(output, read.force)
     content = page(read_settings(read.folder), read_log(read.folder))

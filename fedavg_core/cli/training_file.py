@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fedavg_core.client import Client
 from fedavg_core.errors import UsageError, one_line
-from fedavg_core.model import Params
+from fedavg_core.model import ModelSpec, Params
 
 __all__ = ["TrainingFile", "read_training_file"]
 
@@ -55,9 +55,16 @@ class TrainingFile:
             What `initial_model` gives; None if there is no such function.
 
         Raises:
-            UsageError: It failed.
+            UsageError: It failed, or gave no model.
         """
-        return None if self.initial_model is None else self.call("initial_model", seed)
+        if self.initial_model is None:
+            return None
+        model: Params = self.call("initial_model", seed)
+        try:
+            ModelSpec.of(model)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: initial_model: {error}") from None
+        return model
 
     def call(self, function: str, argument: object) -> Any:
         """Call one of the functions.

@@ -76,7 +76,8 @@ def page(settings: dict[str, Any], records: Sequence[RoundRecord]) -> bytes:
 def _told_settings(settings: dict[str, Any]) -> str:
     share, optimizer = settings.get("fraction"), settings.get("optimizer")
     begun = str(settings.get("started")).replace("T", " ").replace("+00:00", " UTC")
-    told = [f"{settings.get('clients')} clients"]
+    count = settings.get("clients")
+    told = [f"{count} {'client' if count == 1 else 'clients'}"]
     if isinstance(share, float) and 0 < share < 1:
         told = [f"{told[0]}, {share:.0%} of them a round"]
     told += [f"{settings.get('transfer')} updates", _told(settings.get("accumulator"), "mean")]
