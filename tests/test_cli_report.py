@@ -164,7 +164,7 @@ def test_an_old_page_is_replaced_only_by_force(tmp_path: Path, capsys: Capture) 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: Capture) -> None:
     told = fails(capsys, "report", tmp_path)
-    assert told == f"{tmp_path / 'run.json'}: expected a file of a run, there is none"
+    assert told == f"{tmp_path}: this folder is not from fedavg run; a report needs one"
     write_settings(tmp_path, SETTINGS)
     assert "rounds.jsonl: expected a file of a run" in fails(capsys, "report", tmp_path)
     (tmp_path / "rounds.jsonl").write_text("{}\n")

@@ -620,7 +620,7 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
     ),
     "no model": (
         "def train(p, c): ...\ndef initial_model(seed): ...",
-        "training.py: initial_model: expected a model as a mapping from names to arrays, got NoneTy",
+        "training.py: initial_model: expected a model as a mapping from names to arrays, got ",
     ),
     "nulls": ("\0", "cannot be imported: "),
 }
