@@ -160,7 +160,7 @@ class Sums(ABC, Generic[Total]):
                 if len(segments) == 1:
                     out = flats[first.key][first.start : first.start + first.size]
                 else:
-                    out = np.empty(sum(segment.size for segment in segments), dtype)
+                    out = buffers.wide.view(dtype)[: sum(segment.size for segment in segments)]
                 part = block, total, segments
                 beyond = self._divide(part, weight, targets[first.key], base, buffers, out)
                 offset = 0
