@@ -116,7 +116,8 @@ def flat(array: Array, start: int, size: int) -> Array:
         One dimension; a view if the array is C-contiguous, else a copy.
     """
     if array.flags.c_contiguous:
-        return np.asarray(array).reshape(-1)[start : start + size]
+        whole = array.reshape(-1)
+        return whole if size == whole.size else whole[start : start + size]
     elements: Array = np.asarray(array).flat[start : start + size]
     return elements
 
@@ -147,14 +148,16 @@ def load(
         and first.dtype in (np.float32, np.float64)
     ):
         return [(flat(first, segments[0].start, block.size), 0)]
-    narrow = all(fits_float32(params[segment.key].dtype) for segment in segments)
+    sources = [flat(params[segment.key], segment.start, segment.size) for segment in segments]
+    narrow = all(map(fits_float32, {source.dtype for source in sources}))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
-    if len(segments) < len(block.segments):
-        values.fill(0.0)
     upper = None
     with np.errstate(invalid="ignore"):  # NaNs are found by whoever reads the values
-        for segment in segments:
-            source = flat(params[segment.key], segment.start, segment.size)
+        if narrow and len(segments) == len(block.segments):
+            np.concatenate(sources, out=values, casting="unsafe")
+            return [(values, 0)]
+        values.fill(0.0)
+        for segment, source in zip(segments, sources, strict=True):
             if _exceeds_float64(source):
                 if upper is None:
                     upper = buffers.upper[: block.size]

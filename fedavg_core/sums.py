@@ -287,9 +287,8 @@ class ExactSums(Sums[ExactSum]):
 
     def undo(self, terms: Sequence[Term], mark: list[int]) -> None:
         """See `Sums.undo`."""
-        buffers = self._buffers[0]
         for (block, total), before in zip(self._blocks, mark, strict=False):
-            made = total.additions - before
+            buffers, made = self._buffers[0], total.additions - before
             for params, weight in terms:
                 for values, exponent in load(block, params, params, buffers):
                     if made > 0:

@@ -684,7 +684,8 @@ class TestAnInterruptedOffer:
         transfer = None if kind == "exact" else DIFF
         round = Round(start, 0, transfer=transfer, accumulator=kind, audit=True)
         more: dict[str, Any] = {} if transfer is None else {"transfer": transfer}
-        assert round.offer(update("a", base(), 2, **more)).accepted
+        if start is not None:  # and else it is the first offer, before which there are no sums
+            assert round.offer(update("a", base(), 2, **more)).accepted
         return round, update("b", base(), 3, metrics={"loss": 1.0}, **more)
 
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "name", kind))
