@@ -437,7 +437,8 @@ class Round:
             except OutOfRange as error:
                 problem = str(error)
         else:
-            problem = f"{len(accepted)} accepted where at least {self._min_updates} are needed"
+            least = f"{self._min_updates} {'is' if self._min_updates == 1 else 'are'}"
+            problem = f"{len(accepted)} accepted where at least {least} needed"
         if problem is not None:
             model, state = copy_params(self._model), copy_params(self._optimizer_state)
             problem = f"round {self._number}: {problem}; the model keeps its values"

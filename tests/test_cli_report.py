@@ -22,6 +22,7 @@ pytest.importorskip("rich")
 from fedavg_core.cli.page import page
 from fedavg_core.cli.page.axes import Places, linear, spread, ticks
 from fedavg_core.cli.page.markup import _hash, element, shown
+from fedavg_core.cli.page.metric import Metric
 from fedavg_core.cli.page.unit import MEMORY, TIME, Unit
 from fedavg_core.cli.run_log import Contribution, RoundRecord, append_round, write_settings
 from tests.test_cli_files import Capture, fails, run
@@ -241,7 +242,8 @@ def test_a_run_in_which_nothing_is_known_has_a_page() -> None:
         problem="too few",
     )
     seen = Texts(page(SETTINGS, [empty]))
-    assert "Learning" not in seen.text
+    assert "round by round" not in seen.text
+    assert "Left out where they were no finite numbers: lost." in seen.text
     assert "of the process" not in seen.texts
     assert "Refused updates without a norm: 1." in seen.text
     assert "|model kept|too few|" in seen.text
@@ -334,6 +336,52 @@ def test_ticks_span_what_they_are_asked_for(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low <= high <= found[-1]
     assert len(found) <= 9
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "labels"),
+    [
+        ([49.88, 49.99], False, ["49.875", "49.900", "49.925", "49.950", "49.975", "50.000"]),
+        ([0.9, 0.9025], True, ["90.00%", "90.05%", "90.10%", "90.15%", "90.20%", "90.25%"]),
+        ([1000.0, 1000.4], False, ["1,000.0", "1,000.1", "1,000.2", "1,000.3", "1,000.4"]),
+        ([0, 7], False, ["0", "2", "4", "6", "8"]),
+        ([0, 1e-9], False, ["0", "2e-10", "4e-10", "6e-10", "8e-10", "1e-09"]),
+        ([0, 4e9], False, ["0", "1e+09", "2e+09", "3e+09", "4e+09"]),
+        ([1 + 1e-9, 1 + 3e-9], False, []),
+    ],
+)
+def test_labels_have_the_decimals_that_their_steps_need(
+    values: list[float], share: bool, labels: list[str]
+) -> None:
+    metric = Metric("accuracy" if share else "loss", [])
+    told = [text for _, text in linear(values, metric.tell).marks]
+    assert not labels or told == labels
+    assert len(set(told)) == len(told)
+    size = 100 if share else 1
+    numbers = [float(text.rstrip("%").replace(",", "")) / size for text in told]
+    steps = np.diff(numbers)
+    assert steps == pytest.approx(steps[0], rel=1e-6)
+    units = [text for _, text in linear(values, Unit(1.0, "s").tell).marks]
+    assert len(set(units)) == len(units)
+
+
+def test_long_labels_have_room() -> None:
+    for step, expected in ((0.25, False), (1e-5, True)):
+        records = [record(n, metrics={}, evaluation={"loss": 49.5 + n * step}) for n in (0, 1)]
+        seen = Texts(page(SETTINGS, records))
+        assert (("class", "chart wide") in seen.attributes) is expected
+
+
+def test_metrics_that_are_no_numbers_are_named() -> None:
+    told = "Left out where they were no finite numbers: far, loss."
+    lost = record(0, metrics={}, evaluation={"far": None}, skipped_metrics=("loss",))
+    assert told in Texts(page(SETTINGS, [lost])).text
+    some = page(SETTINGS, [lost, record(1)])
+    assert told in Texts(some).text
+    assert b"loss, round by round" in some
+    assert "Left out" not in Texts(page(SETTINGS, [record(1)])).text
+    none = Texts(page(SETTINGS, [record(1, metrics={}, evaluation={})])).text
+    assert "Learning" not in none
 
 
 def test_values_far_apart_are_on_a_logarithmic_axis() -> None:

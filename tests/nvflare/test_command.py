@@ -323,7 +323,7 @@ def train(params, context):
     assert "MISSING_KEYS" in printed.out
     assert "model saved" not in printed.out
     assert printed.err == (
-        "nvflare_adapter: no round changed the model: round 1: 0 accepted where at least 1 are "
+        "nvflare_adapter: no round changed the model: round 1: 0 accepted where at least 1 is "
         "needed; the model keeps its values\n"
     )
     assert not (tmp_path / "out" / "model.npz").exists()

@@ -9,9 +9,9 @@ A chart of more rounds than can be told apart on a screen has several of them at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 from xml.etree.ElementTree import Element
 
 from fedavg_core.cli.page.markup import Content, element
@@ -22,8 +22,15 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Tell: TypeAlias = Callable[[float], str]
-"""How a value is written."""
+_WIDE_LABEL = 7
+
+
+class Tell(Protocol):
+    """How a value is written; with its step, where it is a mark of an axis."""
+
+    def __call__(self, value: float, step: float = 0.0, /) -> str:
+        """The text."""
+
 
 HEIGHT = 230
 """How high a chart is, in pixels."""
@@ -132,7 +139,8 @@ def linear(values: Sequence[float], tell: Tell) -> Axis:
     """An axis that has room for some values, if any; from zero, where they are not far from it."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     marks = ticks(0.0 if 0 <= low < 0.6 * high else low, high)
-    return Axis(marks[0], marks[-1], tuple((mark, tell(mark)) for mark in marks))
+    step = marks[1] - marks[0]
+    return Axis(marks[0], marks[-1], tuple((mark, tell(mark, step)) for mark in marks))
 
 
 def spread(values: Sequence[float], tell: Tell) -> Axis:
@@ -188,7 +196,9 @@ class Frame:
             )
             for place, tip in enumerate(tips)
         )
-        return svg("chart", HEIGHT, label, rules, values, numbers, *drawing, hits)
+        wide = any(len(told) > _WIDE_LABEL for _, told in self.axis.marks)
+        style = "chart wide" if wide else "chart"
+        return svg(style, HEIGHT, label, rules, values, numbers, *drawing, hits)
 
 
 def part(of_width: float) -> str:

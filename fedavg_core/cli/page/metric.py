@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fedavg_core.cli.page.unit import written
 from fedavg_core.cli.run_log import RoundRecord
 
-__all__ = ["Metric", "find_metrics"]
+__all__ = ["Metric", "find_metrics", "left_out"]
 
 
 class Metric:
@@ -33,9 +34,11 @@ class Metric:
             if any(value is not None for value in values):
                 yield whose, values
 
-    def tell(self, value: float) -> str:
-        """A value, for people."""
-        return f"{value:.4g}" if not self.is_share else f"{100 * value:.4g}%"
+    def tell(self, value: float, step: float = 0.0, /) -> str:
+        """A value, for people; with the decimals that a step needs, see `written`."""
+        if not self.is_share:
+            return written(value, 4, step)
+        return f"{written(100 * value, 4, 100 * step)}%"
 
 
 def find_metrics(records: Sequence[RoundRecord]) -> list[Metric]:
@@ -45,3 +48,15 @@ def find_metrics(records: Sequence[RoundRecord]) -> list[Metric]:
     names = sorted(evaluated, key=lambda name: "acc" not in name.lower())
     found = (Metric(name, records) for name in dict.fromkeys([*names, *reported]))
     return [metric for metric in found if list(metric.lines)]
+
+
+def left_out(records: Sequence[RoundRecord]) -> list[str]:
+    """The names of metrics that were, somewhere, no finite numbers."""
+    found = {
+        name
+        for record in records
+        for values in (record.metrics, record.evaluation)
+        for name, value in values.items()
+        if value is None
+    }
+    return sorted(found.union(*(record.skipped_metrics for record in records)))

@@ -12,8 +12,8 @@ from fedavg_core.cli.page.axes import Places
 from fedavg_core.cli.page.charts import Curve, Points, bars, curves, dots, figure
 from fedavg_core.cli.page.grid import Cell, Row, grid
 from fedavg_core.cli.page.markup import Content, element, shown
-from fedavg_core.cli.page.metric import Metric, find_metrics
-from fedavg_core.cli.page.unit import MEMORY, TIME, Unit
+from fedavg_core.cli.page.metric import Metric, find_metrics, left_out
+from fedavg_core.cli.page.unit import MEMORY, TIME, Unit, written
 from fedavg_core.cli.run_log import PARTS, STATES, Contribution, RoundRecord
 from fedavg_core.client import contributor_order
 
@@ -90,7 +90,8 @@ def _section(title: str, what: str, *content: Content) -> Element:
 def learning(places: Places, records: Sequence[RoundRecord]) -> Content:
     """How the metrics went; None if there are none."""
     metrics = find_metrics(records)
-    if not metrics:
+    names = left_out(records)
+    if not metrics and not names:
         return None
     figures = []
     for metric in metrics[:_MOST_CHARTS]:
@@ -106,8 +107,13 @@ def learning(places: Places, records: Sequence[RoundRecord]) -> Content:
     return _section(
         "Learning",
         "Test: the new global model, evaluated. Train: what the contributors reported, weighted as "
-        f"their updates.{f' {more} more metrics are in the record.' if more else ''}",
-        element("div", figures, class_="charts"),
+        f"their updates.{f' {more} more metrics are in the record.' if more else ''}"
+        + (
+            f" Left out where they were no finite numbers: {shown(', '.join(names), 400)}."
+            if names
+            else ""
+        ),
+        element("div", figures, class_="charts") if figures else None,
     )
 
 
@@ -271,6 +277,9 @@ def sizes(places: Places, records: Sequence[RoundRecord]) -> Element:
         )
         return [[norm for norms in here for norm in norms] for here in places.gathered(by_round)]
 
+    def tell(norm: float, step: float = 0.0, /) -> str:
+        return written(norm, 3, step)
+
     clouds = [
         Points("averaged", norms("accepted"), "one"),
         Points("refused", norms("refused"), "bad", crosses=True),
@@ -282,7 +291,7 @@ def sizes(places: Places, records: Sequence[RoundRecord]) -> Element:
         for record in records
         for one in record.contributions
     )
-    drawing = dots(places, clouds, line, "{:.3g}".format, _MOST_DOTS, "norms of the updates")
+    drawing = dots(places, clouds, line, tell, _MOST_DOTS, "norms of the updates")
     return _section(
         "Size of the updates",
         "By how much each contributor changed the model it was sent, and by how much the round "

@@ -1,10 +1,38 @@
-"""Units in which times and sizes are told."""
+"""How numbers are told, and the units of times and sizes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from decimal import Decimal
 
-__all__ = ["MEMORY", "TIME", "Unit"]
+__all__ = ["MEMORY", "TIME", "Unit", "written"]
+
+_MOST_PLAIN = 1e6
+_MOST_DECIMALS = 6
+_MOST_DIGITS = 17
+
+
+def written(value: float, digits: int, step: float = 0.0) -> str:
+    """A number, for people.
+
+    Args:
+        value: The number.
+        digits: How many significant digits it has where it stands alone.
+        step: How far it is from the next one of a row, which is a round number; 0 if it stands
+            alone. Then it has as many decimals as the step needs, so that equal steps look equal.
+
+    Returns:
+        The text.
+    """
+    if step <= 0:
+        return f"{value:.{digits}g}"
+    exponent = Decimal(f"{step:.2e}").normalize().as_tuple().exponent
+    last = exponent if isinstance(exponent, int) else 0  # the power of ten of its last digit
+    if abs(value) < _MOST_PLAIN and last >= -_MOST_DECIMALS:
+        return f"{value:,.{max(0, -last)}f}"
+    size = math.floor(math.log10(abs(value))) if value else last
+    return f"{value:.{min(max(1, size - last + 1), _MOST_DIGITS)}g}"
 
 
 @dataclass(frozen=True)
@@ -19,9 +47,10 @@ class Unit:
     size: float
     name: str
 
-    def tell(self, count: float) -> str:
-        """So many of it."""
-        return f"{count:.3g} {self.name}" if count < 1000 else f"{count:,.0f} {self.name}"
+    def tell(self, count: float, step: float = 0.0, /) -> str:
+        """So many of it; with the decimals that a step needs, see `written`."""
+        alone = f"{count:,.0f}" if count >= 1000 else written(count, 3)
+        return f"{written(count, 3, step) if step else alone} {self.name}"
 
     @classmethod
     def fit(cls, most: float, units: tuple[Unit, ...]) -> Unit:
