@@ -305,6 +305,10 @@ def transfer_type(arguments: Arguments) -> fc.TransferType:
     diff = arguments.params_transfer_type is TransferType.DIFF or kind == "WEIGHT_DIFF"
     transfer = fc.TransferType.DIFF if diff else fc.TransferType.FULL
     given = arguments.model, arguments.initial_model, arguments.initial_ckpt, arguments.start_from
+    if arguments.model is not None and arguments.initial_model is not None:
+        raise fc.UsageError(
+            "initial_model: expected model or initial_model, which is an older name for it, got both"
+        )
     if diff and all(one is None for one in given):
         raise fc.UsageError(
             "model: expected a model for the differences of DIFF to be taken from, got None"

@@ -60,7 +60,7 @@ class NumpyFedAvgRecipe(Recipe):
         model: The model that round 0 starts from: an array or a list (one parameter, named
             ``"numpy_key"``), or a dict of arrays. A list is taken as float64. None: the clients
             start from their own, and the first round's mean is the first global model.
-        initial_model: An older name for `model`, which goes before it.
+        initial_model: An older name for `model`.
         initial_ckpt: An npy or npz file, or a checkpoint, to take the model from; it goes before
             both. A relative path is a file here, an absolute one is read by the server.
         min_clients: How many clients must have answered for a round to end. One whose training

@@ -283,6 +283,10 @@ WRONG = [
         "min_updates: expected at most min_clients, 2, with which a round closes, got 3",
     ),
     (
+        {"model": [1.0], "initial_model": [1.0]},
+        "initial_model: expected model or initial_model, which is an older name for it, got both",
+    ),
+    (
         {"params_transfer_type": "DIFF"},
         "model: expected a model for the differences of DIFF to be taken from, got None",
     ),
