@@ -307,7 +307,7 @@ def transfer_type(arguments: Arguments) -> fc.TransferType:
     given = arguments.model, arguments.initial_model, arguments.initial_ckpt, arguments.start_from
     if arguments.model is not None and arguments.initial_model is not None:
         raise fc.UsageError(
-            "initial_model: expected model or initial_model, which is an older name for it, got both"
+            "initial_model: expected model or initial_model, an older name for it, got both"
         )
     if diff and all(one is None for one in given):
         raise fc.UsageError(

@@ -284,7 +284,7 @@ WRONG = [
     ),
     (
         {"model": [1.0], "initial_model": [1.0]},
-        "initial_model: expected model or initial_model, which is an older name for it, got both",
+        "initial_model: expected model or initial_model, an older name for it, got both",
     ),
     (
         {"params_transfer_type": "DIFF"},
