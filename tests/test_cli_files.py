@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -729,3 +730,20 @@ def test_on_a_terminal_there_is_a_bar_by_bytes(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert b"reading" in shown
     assert b"MiB" in shown
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_version_is_that_of_the_installed_package(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        if not installed:
+            raise PackageNotFoundError(name)
+        return f"1.2 of {name}"
+
+    monkeypatch.setattr("fedavg_core.cli.arguments.version", version)
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    shown = "1.2 of fedavg-core" if installed else "(not installed)"
+    assert capsys.readouterr().out == f"fedavg-core {shown}\n"
