@@ -298,16 +298,32 @@ def test_there_are_corners_enough() -> None:
     assert len({str(corner) for corner in CORNERS}) == len(CORNERS)
 
 
-@means
-@pytest.mark.parametrize("corner", CORNERS, ids=str)
-def test_a_corner_comes_out_as_worked_out_by_hand(corner: Corner, mean: Any) -> None:
-    corner.check(mean)
+def check_each(corners: list[Corner], mean: Any) -> None:
+    wrong = []
+    for corner in corners:
+        try:
+            corner.check(mean)
+        except Exception as error:
+            wrong.append(f"{corner}: {error!r}")
+    assert corners
+    assert not wrong, "\n".join(wrong)
+
+
+every_dtype = pytest.mark.parametrize(
+    "dtype", sorted({corner.dtype.name for corner in CORNERS}), ids=str
+)
 
 
 @means
-@pytest.mark.parametrize("corner", [corner.negated() for corner in CORNERS], ids=str)
-def test_a_corner_with_every_sign_turned_comes_out_turned(corner: Corner, mean: Any) -> None:
-    corner.check(mean)
+@every_dtype
+def test_a_corner_comes_out_as_worked_out_by_hand(dtype: str, mean: Any) -> None:
+    check_each([corner for corner in CORNERS if corner.dtype.name == dtype], mean)
+
+
+@means
+@every_dtype
+def test_a_corner_with_every_sign_turned_comes_out_turned(dtype: str, mean: Any) -> None:
+    check_each([corner.negated() for corner in CORNERS if corner.dtype.name == dtype], mean)
 
 
 @means

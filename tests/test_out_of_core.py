@@ -604,7 +604,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, kind: str
         return result
 
     peak(1)
-    clients = 200 if THOROUGH else 100
+    clients = 200 if THOROUGH else 50
     # Threads that another test has left behind may allocate meanwhile: the least of two tells.
     few, many = (min(peak(n), peak(n)) for n in (10, clients))
     assert many < 4 * MIB
