@@ -158,9 +158,9 @@ def test_ctrl_c_ends_the_workers_and_the_run_goes_on_with_the_same_bits(
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.startswith(b"fedavg: interrupted; 2 of 4 rounds are done, ")
-    assert err.count(b"\n") == 1
+    assert process.returncode == 130, err.decode()
+    assert err.startswith(b"fedavg: interrupted; 2 of 4 rounds are done, "), err.decode()
+    assert err.count(b"\n") == 1, err.decode()
     assert len(os.listdir(pids)) == 2
     for pid in os.listdir(pids):
         with pytest.raises(ProcessLookupError):
