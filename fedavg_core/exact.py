@@ -15,8 +15,10 @@ The origin is chosen from the first array that comes: so that limb 0 has room fo
 such products (`_anchor`). Then
 
 * **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and all but the
-  smallest elements are multiples of limb 0's unit already: they are added in one operation. The few
-  that are not (below about 2**-10 of the largest) are taken out and go the general way.
+  smallest elements are multiples of limb 0's unit already: they are added in one operation. Of the
+  few that are not (below about 2**-10 of the largest) the whole units are added with the others,
+  and the rest is kept aside, loose, with its position: until there is so much of it that a limb
+  pays (`tuck`), no addition and no mean has to pass over one.
 * **The general way** cuts the array at the limbs' units, from the top (`rint`, subtract, scale by
   2**STEP, again), as the Ozaki scheme does (Ozaki, Ogita, Oishi and Rump, 2012). A slice is an
   integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
@@ -34,13 +36,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 from math import frexp, ldexp
+from operator import methodcaller
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["STEP", "ExactSum", "NonFiniteError", "Scratch", "positions"]
+__all__ = ["LOOSE_BOUND", "STEP", "ExactSum", "NonFiniteError", "Scratch", "positions"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -52,9 +56,14 @@ _HEADROOM = 6  # bits that limb 0 has, at least, above the first product
 _AMPLE = 10
 _CAPACITY = 1 << 53
 _SETTLED = 1 << (STEP - 1)
+LOOSE_BOUND = _SETTLED
+"""What no loose part exceeds, in units of limb -1."""
+
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
+_MOST_LOOSE = 16
+_LOOSE = 0  # in place of a bound: the step was to keep something aside
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
 
 
@@ -100,25 +109,44 @@ class ExactSum:
         origin: The exponent of limb 0's unit; None while nothing was added.
         limbs: The limbs, by their number. One whose bound is zero counts as zero, whatever the
             memory holds: a reset writes nothing, and the next addition need not read.
+        loose: Parts of limb -1 that are not in it yet: ascending positions, each once, and what to
+            add there in units of limb 0. A few, and together for a small part of the elements.
         bounds: What no element of a limb exceeds.
         additions: How many additions were made, in all.
     """
 
-    __slots__ = ("_done", "_memory", "_steps", "additions", "bounds", "limbs", "origin", "size")
+    __slots__ = (
+        "_done",
+        "_memory",
+        "_steps",
+        "additions",
+        "bounds",
+        "limbs",
+        "loose",
+        "origin",
+        "size",
+    )
 
     def __init__(self, size: int, memory: Mapping[int, Floats] | None = None) -> None:
         self.size = size
         self._memory = {} if memory is None else memory
         self.origin: int | None = None
         self.limbs: dict[int, Floats] = {}
+        self.loose: list[tuple[Indices, Floats]] = []
         self.bounds: dict[int, int] = {}
         self.additions = 0
         self._steps: list[tuple[int, Indices | None, Floats, int]] = []
         self._done: list[Any] = []
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is in the sum, not even what cancels."""
+        return not any(self.bounds.values())  # with a loose part comes one in limb 0
+
     def reset(self) -> None:
         """Make the sum zero again; the memory of the limbs that most sums need is kept."""
         self.bounds = dict.fromkeys(self.limbs, 0)
+        self.loose = []
         self.limbs = {k: limb for k, limb in self.limbs.items() if abs(k) <= 1}
         self.origin = None
 
@@ -134,6 +162,8 @@ class ExactSum:
             NonFiniteError: An element is NaN or infinite.
         """
         odd, shift = _dyadic(weight)
+        if len(self.loose) == _MOST_LOOSE or self._loose_size() > self.size >> _SPARSE:
+            self.tuck()
 
         def deposit() -> None:
             if values.dtype == np.float32:
@@ -151,10 +181,11 @@ class ExactSum:
         """Add another sum, exactly; with any error nothing is added.
 
         Args:
-            other: Another sum; only read.
+            other: Another sum; its value stays.
             sign: 1, or -1 to subtract it.
             at: Which of the elements to add it to: as many as the other has. All of them if None.
         """
+        other.tuck()
         if self.origin is None:
             self.origin = other.origin
         where = None if at is None else np.arange(self.size)[at]
@@ -173,26 +204,48 @@ class ExactSum:
         """The sums of some of the elements.
 
         Args:
-            where: Which elements: positions, or a slice.
+            where: Which elements: ascending positions, or a slice of consecutive ones.
 
         Returns:
             A new sum; this one is unchanged.
         """
-        limbs = {k: limb[where].copy() for k, limb in self.limbs.items() if self.bounds[k]}
-        size = next(iter(limbs.values())).size if limbs else np.arange(self.size)[where].size
-        taken = ExactSum(size)
+        if isinstance(where, slice):
+            start, stop, _ = where.indices(self.size)
+            taken = ExactSum(stop - start)
+            inside = [slice(*np.searchsorted(at, (start, stop))) for at, _ in self.loose]
+            taken.loose = [
+                (at[i] - start, part[i]) for (at, part), i in zip(self.loose, inside, strict=True)
+            ]
+        else:
+            taken = ExactSum(where.size)
+            taken.loose = [_among(where, at, part) for at, part in self.loose]
         taken.origin = self.origin
-        taken.limbs = limbs
-        taken.bounds = {k: self.bounds[k] for k in limbs}
+        taken.limbs = {k: self.limbs[k][where].copy() for k in self.used()}
+        taken.bounds = {k: self.bounds[k] for k in taken.limbs}
         return taken
 
     def settle(self) -> None:
         """Carry until each limb holds at most half a unit of the next; the value stays."""
+        self.tuck()
         k = min(self.used(), default=0)
         while k <= max(self.used(), default=k - 1):
             if self.bounds.get(k, 0) > _SETTLED:
                 self._carry(k)
             k += 1
+
+    def tuck(self) -> None:
+        """Put what is loose where it belongs, into limb -1; the value stays."""
+        while self.loose:
+            where, part = self.loose[-1]
+            limb = self._room(-1, LOOSE_BOUND)
+            self.bounds[-1] += LOOSE_BOUND
+            moved = limb[where] + part * 2.0**STEP
+            # In one call: nothing can come between the two.
+            both = partial(limb.__setitem__, where, moved), self.loose.pop
+            list(map(methodcaller("__call__"), both))
+
+    def _loose_size(self) -> int:
+        return sum(where.size for where, _ in self.loose)
 
     def used(self) -> list[int]:
         """The limbs that may hold something, from the lowest."""
@@ -245,8 +298,12 @@ class ExactSum:
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
-            rest *= 2.0**STEP
-            self._cut(-1, where, rest, 1, _SETTLED)
+            below = rest * 2.0**STEP
+            if np.array_equal(np.rint(below), below):
+                self._steps.append((-1, where, rest, _LOOSE))
+                self._done.extend(map(self.loose.append, ((where, rest),)))
+            else:
+                self._cut(-1, where, below, 1, _SETTLED)
         return True
 
     def _add_general(
@@ -334,9 +391,7 @@ class ExactSum:
 
     def _blank(self, k: int, spare: Floats) -> Floats:
         """Where to write what goes to limb k: its own memory if the sum is zero, else the spare."""
-        if any(self.bounds.values()):
-            return spare[: self.size]
-        return self._limb(k)
+        return self._limb(k) if self.is_zero else spare[: self.size]
 
     def _limb(self, k: int) -> Floats:
         """Limb k, made if need be."""
@@ -377,7 +432,7 @@ class ExactSum:
         Any error: a MemoryError on the way, or a KeyboardInterrupt between any two instructions.
         `additions` says whether the addition stands.
         """
-        before, was_zero = self.additions, not any(self.bounds.values())
+        before, was_zero = self.additions, self.is_zero
         self._steps, self._done = [], []
         try:
             deposit()
@@ -386,8 +441,11 @@ class ExactSum:
             if self.additions == before:  # pragma: no branch  (else it came after)
                 steps = self._steps[: len(self._done)]
                 if was_zero:
-                    steps, self.bounds = [], dict.fromkeys(self.limbs, 0)
+                    steps, self.loose, self.bounds = [], [], dict.fromkeys(self.limbs, 0)
                 for k, where, part, bound in steps:
+                    if bound == _LOOSE:
+                        self.loose.pop()
+                        continue
                     limb = self._room(k, bound)  # a carry may have come since
                     self.bounds[k] += bound
                     limb[slice(None) if where is None else where] -= part
@@ -427,6 +485,13 @@ def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
     if whole < mask.size:
         found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
     return found if found.size <= most else None
+
+
+def _among(where: Indices, at: Indices, part: Floats) -> tuple[Indices, Floats]:
+    """Of parts at some positions those that are among others, all ascending: where there, which."""
+    index = np.minimum(np.searchsorted(at, where), at.size - 1)
+    found = np.flatnonzero(at[index] == where)
+    return found, part[index[found]]
 
 
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:

@@ -33,6 +33,7 @@ Run: TypeAlias = "tuple[int, int]"
 """The first of some consecutive elements of an array, and their number."""
 
 _EDGE_LIMBS = 5  # those that are not filled, at both ends, and what carries over
+_LOOSE_BYTES = 2  # of parts kept aside: 16 each, for an eighth of the elements at most
 _READ_COPIES = 4  # of elements that are read, while they are put in C order
 _BLOCK_COPIES = 3  # of a block's sum: itself moved, what undoes an addition, a part taken
 _BLOCK_BYTES = 400  # what dividing and rounding take, an element
@@ -215,7 +216,8 @@ def sum_bytes(dtypes: Collection[np.dtype[Any]], total: Weight, least: int) -> i
     lowest = min(_last_place(number) for number in numbers)
     highest = max(math.frexp(number.largest)[1] for number in numbers)
     bits = highest + exponents(total)[1] + 1 - lowest - least  # 1: with a base it is twice the sum
-    return (bits // STEP + _EDGE_LIMBS) * np.dtype(np.float64).itemsize
+    limbs = bits // STEP + _EDGE_LIMBS
+    return limbs * np.dtype(np.float64).itemsize + _LOOSE_BYTES
 
 
 def _last_place(number: NumberFormat) -> int:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import STEP, ExactSum
+from fedavg_core.exact import LOOSE_BOUND, STEP, ExactSum
 
 __all__ = ["digits", "extent", "from_digits", "leading", "nearest", "sign"]
 
@@ -52,13 +52,16 @@ def extent(total: ExactSum) -> tuple[int, int]:
         ``(least, reach)``: every sum that is not zero is at least ``2**least`` in magnitude, and
         every sum is less than ``2**reach``.
     """
-    used, origin = total.used(), total.origin or 0
-    bound = sum(total.bounds[k] << (STEP * (k - used[0])) for k in used)
-    least = origin + STEP * used[0]
+    bounds = {k: total.bounds[k] for k in total.used()}
+    if total.loose:
+        bounds[-1] = bounds.get(-1, 0) + len(total.loose) * LOOSE_BOUND
+    lowest = min(bounds)
+    bound = sum(bound << (STEP * (k - lowest)) for k, bound in bounds.items())
+    least = (total.origin or 0) + STEP * lowest
     return least, least + bound.bit_length()
 
 
-def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[int, bool] | None:
+def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[int, int] | None:
     """The sums of some elements as float64, if that can be had at once.
 
     Args:
@@ -68,8 +71,9 @@ def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[
         spare: As many numbers; overwritten.
 
     Returns:
-        ``(exponent, exact)``: the sums are ``out · 2**exponent``, rounded to nearest even, or
-        exact. None if it takes more than that, or if every sum is zero.
+        ``(exponent, roundings)``: the sums are ``out · 2**exponent``, after so many roundings,
+        each with a relative error below 2**-52; exact if there were none. None if it takes more
+        than that, or if every sum is zero.
     """
     used = total.used()
     if total.origin is None or not used or used[-1] - used[0] > 2:
@@ -87,7 +91,12 @@ def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[
             np.multiply(total.limbs[lower[1]][place], 2.0**-STEP, out=out)
             np.add(spare, out, out=spare)
         np.add(total.limbs[top][place], spare, out=out)
-    return total.origin + STEP * top, not lower
+    # All are multiples of one unit. A partial sum of few bits is exact, and from one of many bits
+    # loose parts do not lead back to few. So no error is large beside the sum.
+    for where, part in total.loose:
+        start, stop = np.searchsorted(where, (place.start, place.stop))
+        out[where[start:stop] - place.start] += part[start:stop] * 2.0 ** (-STEP * top)
+    return total.origin + STEP * top, bool(lower) + len(total.loose)
 
 
 def leading(total: ExactSum) -> Iterator[tuple[Indices, Floats, Floats, int, bool]]:

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum, Scratch, positions
+from fedavg_core.exact import STEP, ExactSum, Scratch, positions
 from fedavg_core.model import NumberFormat
 from fedavg_core.readout import extent, leading, nearest, sign
 
@@ -40,6 +40,7 @@ _DIVISION_ERROR = 8  # more than a rounded sum times a rounded inverse is off, i
 _SAFE_SCALE = 900
 _BEYOND = 2.0**1000
 _PIECE = 1 << 16  # elements divided with care in one go, which takes some thirty arrays as large
+_ROW = 256  # elements looked at together for those that are midway
 _SPLITTER = 2.0**27 + 1
 
 
@@ -96,45 +97,96 @@ def _quick(
     if number.kind == "integer":
         return None
     size = place.stop - place.start
-    values, spare, strange = scratch.product[:size], scratch.spare[:size], scratch.small[:size]
+    values, spare = scratch.product[:size], scratch.spare[:size]
     found = nearest(total, place, values, spare)
     if found is None:
         return None
-    exponent, exact = found
+    exponent, roundings = found
     numerator, bits, scale = _scaled(weight, exponent)
     unused = 53 - number.precision
-    if abs(scale) > _SAFE_SCALE or (not unused and not (exact and bits <= 53)):
+    if abs(scale) > _SAFE_SCALE or (not unused and (roundings or bits > 53)):
         return None
     if unused:
         values *= ldexp((1 << bits) / numerator, scale)
     else:
         values /= ldexp(numerator / (1 << bits), -scale)
-    doubt = None
+    doubt: npt.NDArray[np.bool_] | None = None
     # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
     least, reach = (power + scale - exponent for power in extent(total))
     if least < number.least_exponent or reach + 1 >= frexp(number.largest)[1]:
         np.abs(values, out=spare)
         doubt = ((spare < 2.0**number.least_exponent) & (spare > 0.0)) | (spare > number.largest)
-    if unused:
-        half = 1 << (unused - 1)
-        pattern, aside = values.view(np.int64), spare.view(np.int64)
+        values[doubt] = 0.0
+    if not unused:
+        result[:] = values
+    else:
+        pattern, half = values.view(np.int64), 1 << (unused - 1)
+        if number.precision == 24:
+            result[:] = values
+            aside = pattern  # the values are not needed any more
+        else:
+            aside = spare.view(np.int64)
         np.bitwise_and(pattern, (1 << unused) - 1, out=aside)
-        aside -= half - _DIVISION_ERROR
-        distance, near = aside.view(np.uint64), np.uint64(2 * _DIVISION_ERROR)
-        if distance.min() <= near:
-            np.less_equal(distance, near, out=strange)
-            doubt = strange if doubt is None else doubt | strange
-        if number.precision < 24:
+        error = _DIVISION_ERROR + 2 * roundings
+        aside -= half - error
+        distance, near = aside.view(np.uint64), np.uint64(2 * error)
+        midway = _at_most(distance, near)
+        if aside is not pattern:
             # Halfway cases are in doubt, so adding half a unit and cutting rounds to nearest.
             pattern += half
             pattern &= -(1 << unused)
-    if doubt is None:
-        result[:] = values
-        return np.empty(0, np.intp)
-    where = positions(doubt, size)
-    values[where] = 0.0
-    result[:] = values
-    return where
+            result[:] = values
+        if doubt is None:
+            return _break_ties(total, place, midway, weight, scale, unused, result)
+        doubt[midway] = True
+    return np.empty(0, np.intp) if doubt is None else positions(doubt, size)
+
+
+def _at_most(numbers: npt.NDArray[np.uint64], most: np.uint64) -> Indices:
+    """Where numbers are at most so large, fast if that is in few places."""
+    whole = numbers.size - numbers.size % _ROW
+    rows = numbers[:whole].reshape(-1, _ROW)
+    hits = np.flatnonzero(rows.min(axis=1) <= most)
+    row, column = np.nonzero(rows[hits] <= most)
+    tail = np.flatnonzero(numbers[whole:] <= most)
+    return np.concatenate([hits[row] * _ROW + column, tail + whole])
+
+
+def _break_ties(
+    total: ExactSum,
+    place: slice,
+    midway: Indices,
+    weight: int | Fraction,
+    scale: int,
+    unused: int,
+    result: Array,
+) -> Indices:
+    """Write quotients that are nearly midway between two normal numbers; the positions left over.
+
+    A sum of two limbs, less the midpoint times the weight: of the upper limb and the product, if
+    they are alike, the difference is exact (Sterbenz, 1974); adding the lower limb to it keeps the
+    sign of the exact result, though it rounds.
+    """
+    numerator, bits, _ = _scaled(weight, 0)
+    zeros = (numerator & -numerator).bit_length() - 1
+    if not midway.size or bits - zeros > unused - 1:  # else a midpoint times the weight is exact
+        return midway
+    part = total.take(place.start + midway)
+    part.tuck()
+    used = part.used()
+    if used[-1] - used[0] > 1:
+        return midway
+    upper, lower = part.limbs[used[-1]], np.zeros(midway.size)
+    if len(used) == 2:
+        lower += part.limbs[used[0]] * 2.0**-STEP
+    values = (upper + lower) * ldexp((1 << bits) / numerator, scale)
+    cut = values.view(np.int64) & -(1 << unused)
+    middle = (cut | 1 << (unused - 1)).view(np.float64) * ldexp(numerator, -bits - scale)
+    alike = (np.abs(upper) <= 2.0 * np.abs(middle)) & (np.abs(middle) <= 2.0 * np.abs(upper))
+    side = ((upper - middle) + lower) * np.sign(middle)
+    up = (side > 0.0) | ((side == 0.0) & ((cut >> unused) & 1 == 1))
+    result[midway] = (cut + (up.astype(np.int64) << unused)).view(np.float64)
+    return midway[~alike]
 
 
 def _careful(

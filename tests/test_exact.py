@@ -31,6 +31,12 @@ def values_of(total: ExactSum) -> list[Fraction]:
             assert digit == np.rint(digit)
             assert abs(digit) <= total.bounds[k] <= 1 << 53
             result[i] += Fraction(float(digit)) * unit
+    for where, part in total.loose:
+        assert total.origin is not None
+        for i, fraction in zip(where, part, strict=True):
+            assert abs(fraction) <= 0.5
+            assert (fraction * 2.0**STEP).is_integer()
+            result[i] += Fraction(float(fraction)) * Fraction(2) ** total.origin
     return result
 
 
@@ -316,3 +322,72 @@ def test_what_is_taken_back_after_a_carry_is_within_the_bounds(
         total.add(values, weight, scratch)
         count += 1
     assert values_of(total) == [count * f for f in exactly(values, weight)]
+
+
+def mostly_large(seed: int, size: int = 320) -> npt.NDArray[np.float32]:
+    """Numbers of which one in forty is below limb 0, by far or by a little."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
+    small = rng.choice(size, size // 40, replace=False)
+    values[small] *= np.exp2(rng.choice([-11.0, -16.0, -30.0], small.size))
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_what_is_loose_counts_wherever_the_sum_is_read(count: int) -> None:
+    terms = [(mostly_large(seed), 600 + seed) for seed in range(count)]
+    total, scratch, most = ExactSum(320), Scratch(320), 0
+    for values, weight in terms:
+        total.add(values, weight, scratch)
+        most = max(most, len(total.loose))
+        assert sum(at.size for at, _ in total.loose) <= 2 * 320 // 16
+    assert most
+    expected = [
+        sum((Fraction(float(values[i])) * weight for values, weight in terms), Fraction(0))
+        for i in range(320)
+    ]
+    assert values_of(total) == expected
+    chosen = np.arange(3, 320, 7)
+    assert values_of(total.take(chosen)) == [expected[i] for i in chosen]
+    assert values_of(total.take(slice(40, 200))) == expected[40:200]
+    assert sign(total).tolist() == [(f > 0) - (f < 0) for f in expected]
+    twice = ExactSum(320)
+    twice.add_sum(total)
+    twice.add_sum(total, at=slice(None))
+    assert values_of(twice) == [2 * f for f in expected]
+    assert values_of(total) == expected
+    total.settle()
+    assert values_of(total) == expected
+    total.reset()
+    assert total.is_zero
+    assert values_of(total) == [0] * 320
+
+
+def test_an_addition_that_fails_at_its_end_takes_back_what_is_loose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total, scratch = ExactSum(320), Scratch(320)
+    total.add(mostly_large(1), 601, scratch)
+    before, real = values_of(total), ExactSum._add_float32
+
+    def interrupted(self: ExactSum, *args: Any) -> bool:
+        assert real(self, *args)
+        assert len(total.loose) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExactSum, "_add_float32", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        total.add(mostly_large(2), 602, scratch)
+    assert len(total.loose) == 1
+    assert values_of(total) == before
+
+
+def test_few_loose_parts_at_a_time_are_kept() -> None:
+    values = np.ones(320, np.float32)
+    values[7] = 2.0**-20
+    total, scratch, kept = ExactSum(320), Scratch(320), []
+    for _ in range(40):
+        total.add(values, 601, scratch)
+        kept.append(len(total.loose))
+    assert max(kept) == 16
+    assert values_of(total) == [40 * f for f in exactly(values, 601)]

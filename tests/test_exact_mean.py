@@ -395,6 +395,27 @@ def test_a_quotient_next_to_a_midpoint_is_rounded_to_its_own_side(seed: int) -> 
     assert mean.mean()["x"].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("precision, dtype", [(11, "float16"), (8, "bfloat16"), (24, "float32")])
+def test_what_is_far_below_a_midpoint_tips_the_mean_to_its_side(
+    precision: int, dtype: str, negative: bool
+) -> None:
+    # Of m (weight 601), 2m and d (weight 77 each) the mean is m + d·77/755: beside a midpoint m by
+    # a share of about 2**-50 of itself, and on it where d is zero.
+    rng = np.random.default_rng(precision)
+    middle = 2 * rng.integers(1 << (precision - 1), 1 << precision, 3_000) + 1
+    beside = np.where(rng.random(middle.size) < 0.05, rng.integers(-1, 2, middle.size), 0)
+    sent = np.dtype(np.float32 if precision < 24 else np.float64)
+    values = middle.astype(sent) * 2.0**-precision * (-1 if negative else 1)
+    mean = WeightedMean(ModelSpec.of({"x": np.empty(middle.size, dtype_named(dtype))}))
+    mean.add({"x": values}, 601)
+    mean.add({"x": 2 * values}, 77)
+    mean.add({"x": (np.sign(values) * beside * 2.0**-48).astype(sent)}, 77)
+    even = middle - 1 + 2 * ((middle >> 1) & 1)
+    expected = np.where(beside == 0, even, middle + beside) * 2.0**-precision
+    assert (np.abs(mean.mean()["x"].astype(np.float64)) == expected).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e5m2"])
 @pytest.mark.parametrize("base", [False, True])
 def test_midpoints_at_the_end_of_float64_are_out_of_a_narrow_range(dtype: str, base: bool) -> None:

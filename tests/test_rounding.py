@@ -1,0 +1,114 @@
+"""Quotients of sums whose limbs are laid by hand, beside the midpoints of the result's format."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from fedavg_core.exact import STEP, ExactSum, Scratch
+from fedavg_core.model import number_format
+from fedavg_core.rounding import quotient
+from tests.conftest import THOROUGH
+
+SIZE = 400
+UNIT = Fraction(1, 1 << STEP)
+
+
+def rounded(number: Fraction, precision: int) -> float:
+    """A number to so many bits, half to even."""
+    if not number:
+        return 0.0
+    exponent = abs(number.numerator).bit_length() - number.denominator.bit_length()
+    while abs(number) >= Fraction(2) ** exponent:
+        exponent += 1
+    unit = Fraction(2) ** (exponent - precision)
+    if abs(number) < Fraction(2) ** (exponent - 1):
+        unit /= 2
+    return float(round(number / unit) * unit)
+
+
+def laid(
+    sums: list[Fraction], lay: str, rng: np.random.Generator
+) -> tuple[ExactSum, list[Fraction]]:
+    """An `ExactSum` of these numbers in one of its forms, and what it holds: multiples of a unit.
+
+    ``lay`` says where what is below limb 0's unit lies: loose (in 1 to 3 parts), in limb -1, there
+    with much that limb 0 has the negative of, in both, or in limbs -1 and -2.
+    """
+    step = UNIT * UNIT if lay == "two limbs" else UNIT
+    sums = [round(number / step) * step for number in sums]
+    total = ExactSum(len(sums))
+    total.origin = 0
+    wholes = [round(number) for number in sums]
+    rests = [number - whole for number, whole in zip(sums, wholes, strict=True)]
+    total.limbs[0] = np.array([float(whole) for whole in wholes])
+    total.bounds[0] = 1 << 53
+    if lay != "loose":
+        share = 2 if lay == "both" else 1
+        parts = [round(rest / share / UNIT) for rest in rests]
+        rests = [rest - part * UNIT for rest, part in zip(rests, parts, strict=True)]
+        if lay == "cancelling":
+            moved = rng.integers(1, 1 << 26, len(sums))
+            total.limbs[0] -= moved
+            parts = [part + int(m) * (1 << STEP) for part, m in zip(parts, moved, strict=True)]
+        total.limbs[-1] = np.array([float(part) for part in parts])
+        total.bounds[-1] = 1 << 52
+    if lay == "two limbs":
+        total.limbs[-2] = np.array([float(rest / step) for rest in rests])
+        total.bounds[-1] = total.bounds[-2] = 1 << STEP
+        return total, sums
+    while any(rests):
+        parts = [int(rng.integers(-(1 << 22), 1 << 22)) * UNIT for _ in rests]
+        if len(total.loose) == 2:
+            parts = rests
+        parts = [
+            p if abs(r - p) <= Fraction(1, 2) else r for p, r in zip(parts, rests, strict=True)
+        ]
+        rests = [rest - part for rest, part in zip(rests, parts, strict=True)]
+        at = np.array([i for i, part in enumerate(parts) if part], np.intp)
+        total.loose.append((at, np.array([float(parts[i]) for i in at])))
+    return total, sums
+
+
+@pytest.mark.parametrize("lay", ["loose", "limb -1", "cancelling", "both", "two limbs"])
+@pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 29, 45])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
+    lay: str, weight_bits: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(weight_bits)
+    number = number_format(np.dtype(dtype))
+    for sum_bits in (1, 3, 12, 30, 44, 50):
+        for _ in range(5 if THOROUGH else 1):
+            weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
+            odd = 2 * rng.integers(1 << (number.precision - 1), 1 << number.precision, SIZE) + 1
+            scale = Fraction(2) ** (sum_bits - 1 - number.precision - weight_bits)
+            steps = int(UNIT / scale)
+            if 1 < steps < 1 << number.precision:  # half of them are next to a multiple of the unit
+                odd[::2] -= odd[::2] % steps
+                odd[::2] += pow(weight, -1, steps)
+            midpoints = [Fraction(int(m)) * weight * scale for m in odd]
+            share = [Fraction(2) ** int(e) for e in rng.integers(-56, -36, SIZE)]
+            sign = rng.integers(-1, 2, (2, SIZE))
+            near = [
+                (m + m * s * int(a)) * (1 - 2 * int(b == 1))
+                for m, s, a, b in zip(midpoints, share, *sign, strict=True)
+            ]
+            total, sums = laid(near, lay, rng)
+            out = np.empty(SIZE, dtype)
+            divisor = weight * Fraction(2) ** (sum_bits - weight_bits)
+            assert quotient(total, divisor, number, Scratch(97), out) == -1
+            assert out.tolist() == [rounded(s / divisor, number.precision) for s in sums]
+
+
+def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
+    rng = np.random.default_rng(0)
+    parts = rng.integers(-(1 << 23), 1 << 23, SIZE)
+    total = ExactSum(SIZE)
+    total.origin, total.limbs[0], total.bounds[0] = -125, np.zeros(SIZE), 1
+    total.loose = [(np.arange(SIZE), parts * 2.0**-STEP)]
+    out = np.empty(SIZE, np.float32)
+    assert quotient(total, 2, number_format(out.dtype), Scratch(SIZE), out) == -1
+    assert out.tolist() == [round(Fraction(int(part), 2)) * 2.0**-149 for part in parts]
