@@ -10,6 +10,7 @@ and on nothing else: not on blocks, nor on threads.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -180,6 +181,9 @@ class PlainSums(Sums[PlainSum]):
                 f"key {quoted(segments[0].key)}: the sum of the weights is beyond the largest "
                 f"number of {self._dtype}"
             )
+        first, last = segments[0], segments[-1]
+        if base is None and last.place.stop - first.offset == out.size:
+            segments = [replace(first, size=out.size)]  # they lie side by side
         for segment in segments:
             place = slice(offset, offset + segment.size)
             spare = buffers.scratch.product.view(self._dtype)[: segment.size]

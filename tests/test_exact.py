@@ -327,7 +327,7 @@ def test_what_is_taken_back_after_a_carry_is_within_the_bounds(
 def mostly_large(seed: int, size: int = 320) -> npt.NDArray[np.float32]:
     """Numbers of which one in forty is below limb 0, by far or by a little."""
     rng = np.random.default_rng(seed)
-    values = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
+    values: npt.NDArray[np.float64] = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
     small = rng.choice(size, size // 40, replace=False)
     values[small] *= np.exp2(rng.choice([-11.0, -16.0, -30.0], small.size))
     return values.astype(np.float32)

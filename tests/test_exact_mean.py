@@ -396,7 +396,9 @@ def test_a_quotient_next_to_a_midpoint_is_rounded_to_its_own_side(seed: int) -> 
 
 
 @pytest.mark.parametrize("negative", [False, True])
-@pytest.mark.parametrize("precision, dtype", [(11, "float16"), (8, "bfloat16"), (24, "float32")])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [(11, "float16"), (8, "bfloat16"), (24, "float32")]
+)
 def test_what_is_far_below_a_midpoint_tips_the_mean_to_its_side(
     precision: int, dtype: str, negative: bool
 ) -> None:

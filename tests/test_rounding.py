@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedavg_core.exact import STEP, ExactSum, Scratch
-from fedavg_core.model import number_format
+from fedavg_core.model import ArraySpec
 from fedavg_core.rounding import quotient
 from tests.conftest import THOROUGH
 
@@ -60,15 +60,14 @@ def laid(
         total.bounds[-1] = total.bounds[-2] = 1 << STEP
         return total, sums
     while any(rests):
-        parts = [int(rng.integers(-(1 << 22), 1 << 22)) * UNIT for _ in rests]
+        loose = [int(rng.integers(-(1 << 22), 1 << 22)) * UNIT for _ in rests]
         if len(total.loose) == 2:
-            parts = rests
-        parts = [
-            p if abs(r - p) <= Fraction(1, 2) else r for p, r in zip(parts, rests, strict=True)
-        ]
-        rests = [rest - part for rest, part in zip(rests, parts, strict=True)]
-        at = np.array([i for i, part in enumerate(parts) if part], np.intp)
-        total.loose.append((at, np.array([float(parts[i]) for i in at])))
+            loose = rests
+        pairs = zip(loose, rests, strict=True)
+        loose = [part if abs(rest - part) <= Fraction(1, 2) else rest for part, rest in pairs]
+        rests = [rest - part for rest, part in zip(rests, loose, strict=True)]
+        at = np.array([i for i, part in enumerate(loose) if part], np.intp)
+        total.loose.append((at, np.array([float(loose[i]) for i in at])))
     return total, sums
 
 
@@ -79,7 +78,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
     lay: str, weight_bits: int, dtype: str
 ) -> None:
     rng = np.random.default_rng(weight_bits)
-    number = number_format(np.dtype(dtype))
+    number = ArraySpec((), np.dtype(dtype)).number
     for sum_bits in (1, 3, 12, 30, 44, 50):
         for _ in range(5 if THOROUGH else 1):
             weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
@@ -108,7 +107,7 @@ def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
     parts = rng.integers(-(1 << 23), 1 << 23, SIZE)
     total = ExactSum(SIZE)
     total.origin, total.limbs[0], total.bounds[0] = -125, np.zeros(SIZE), 1
-    total.loose = [(np.arange(SIZE), parts * 2.0**-STEP)]
+    total.loose = [(np.arange(SIZE), parts.astype(np.float64) * 2.0**-STEP)]
     out = np.empty(SIZE, np.float32)
-    assert quotient(total, 2, number_format(out.dtype), Scratch(SIZE), out) == -1
+    assert quotient(total, 2, ArraySpec((), out.dtype).number, Scratch(SIZE), out) == -1
     assert out.tolist() == [round(Fraction(int(part), 2)) * 2.0**-149 for part in parts]
