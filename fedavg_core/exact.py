@@ -87,13 +87,20 @@ class Scratch:
 
     Args:
         size: The largest number of elements of an addition.
+
+    Attributes:
+        product: For products, and before there are any, in the same memory:
+        bits: for bit patterns;
+        small: for a mask.
+        spare: For anything else.
     """
 
     def __init__(self, size: int) -> None:
-        self.bits = np.empty(size, np.uint32)
-        self.small = np.empty(size, np.bool_)
         self.product = np.empty(size, np.float64)
         self.spare = np.empty(size, np.float64)
+        # The less memory in use, the more of it stays in the cache.
+        self.bits = self.product.view(np.uint32)[:size]
+        self.small = self.product.view(np.bool_)[4 * size : 5 * size]
 
 
 class ExactSum:
@@ -299,7 +306,7 @@ class ExactSum:
             self._deposit(0, None, product, bound)
             rest -= whole
             below = rest * 2.0**STEP
-            if np.array_equal(np.rint(below), below):
+            if (np.rint(below) == below).all():
                 self._steps.append((-1, where, rest, _LOOSE))
                 self._done.extend(map(self.loose.append, ((where, rest),)))
             else:

@@ -223,5 +223,5 @@ def _first_not_finite(values: Array, buffers: Buffers) -> int:
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(np.dot(values, values)):
                 return -1  # a sum of squares can only be finite if they all are
-    fine = np.isfinite(values, out=buffers.scratch.small[: values.size])
+    fine = np.isfinite(values, out=buffers.scratch.spare.view(np.bool_)[: values.size])
     return -1 if fine.all() else int(np.argmin(fine))
