@@ -11,6 +11,9 @@ the sign of
 
 is that of one more exact sum. A tie, sign zero, goes to the even one.
 
+Most elements do not come so far (`_quick`): float64 alone tells how they round unless it is near to
+a midpoint, and of most of these, ties above all, also on which side they are (`_break_ties`).
+
 A double-double is brought to fewer bits in two steps without rounding twice by *rounding to odd*
 (Boldo and Melquiond, 2008): if it is not itself a float64, the neighbouring float64 with an odd
 last bit stands for it, and that one is on no boundary of a narrower format.
