@@ -219,13 +219,18 @@ class ExactSum:
         if isinstance(where, slice):
             start, stop, _ = where.indices(self.size)
             taken = ExactSum(stop - start)
-            inside = [slice(*np.searchsorted(at, (start, stop))) for at, _ in self.loose]
-            taken.loose = [
-                (at[i] - start, part[i]) for (at, part), i in zip(self.loose, inside, strict=True)
-            ]
         else:
             taken = ExactSum(where.size)
-            taken.loose = [_among(where, at, part) for at, part in self.loose]
+        for at, part in self.loose:
+            if isinstance(where, slice):
+                inside = slice(*np.searchsorted(at, (start, stop)))
+                found, chosen = at[inside] - start, part[inside]
+            else:
+                index = np.minimum(np.searchsorted(at, where), at.size - 1)
+                found = np.flatnonzero(at[index] == where)
+                chosen = part[index[found]]
+            if found.size:
+                taken.loose.append((found, chosen))
         taken.origin = self.origin
         taken.limbs = {k: self.limbs[k][where].copy() for k in self.used()}
         taken.bounds = {k: self.bounds[k] for k in taken.limbs}
@@ -492,13 +497,6 @@ def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
     if whole < mask.size:
         found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
     return found if found.size <= most else None
-
-
-def _among(where: Indices, at: Indices, part: Floats) -> tuple[Indices, Floats]:
-    """Of parts at some positions those that are among others, all ascending: where there, which."""
-    index = np.minimum(np.searchsorted(at, where), at.size - 1)
-    found = np.flatnonzero(at[index] == where)
-    return found, part[index[found]]
 
 
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:

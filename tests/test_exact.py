@@ -350,6 +350,9 @@ def test_what_is_loose_counts_wherever_the_sum_is_read(count: int) -> None:
     chosen = np.arange(3, 320, 7)
     assert values_of(total.take(chosen)) == [expected[i] for i in chosen]
     assert values_of(total.take(slice(40, 200))) == expected[40:200]
+    large = np.flatnonzero(np.abs(terms[0][0]) >= 1)[:1]  # of which no part of the first is loose
+    for taken in (total.take(large), total.take(slice(large[0], large[0] + 1))):
+        assert values_of(taken.take(np.arange(1))) == [expected[large[0]]]
     assert sign(total).tolist() == [(f > 0) - (f < 0) for f in expected]
     twice = ExactSum(320)
     twice.add_sum(total)
