@@ -12,7 +12,6 @@ with the opposite weight, exactly. Ordinary arithmetic is in `plain_sums`.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,6 +27,7 @@ from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, qu
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
+from fedavg_core.results import Results, size_of
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight
 
@@ -38,7 +38,6 @@ Term: TypeAlias = "tuple[Params, Weight]"
 Total = TypeVar("Total")
 
 _THREAD_SHARE = 1 << 20  # elements that it takes to make a further thread worth its start
-_LARGE = 4 << 20  # bytes of an array from which on it has memory, and large pages, of its own
 _GRID = 0  # the exponent of the grid on which digits are told
 
 
@@ -140,13 +139,13 @@ class Sums(ABC, Generic[Total]):
             base: What to add them to; only read.
 
         Returns:
-            New arrays; see `_Results` for their memory.
+            New arrays; see `Results` for their memory.
 
         Raises:
             OutOfRange: A result is beyond the largest number of its dtype.
             UsageError: The base is not finite.
         """
-        results = _Results(targets, [block for block, _ in self._blocks])
+        results = Results(targets, [block for block, _ in self._blocks])
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
@@ -158,7 +157,7 @@ class Sums(ABC, Generic[Total]):
                     alike.setdefault(kind, []).append(segment)
             for (weight, dtype), segments in alike.items():
                 run = results.run(segments)
-                out = buffers.wide.view(dtype)[: _size(segments)] if run is None else run
+                out = buffers.wide.view(dtype)[: size_of(segments)] if run is None else run
                 part = block, total, segments
                 spec = targets[segments[0].key]
                 beyond = self._divide(part, weight, spec, base, buffers, out)
@@ -257,55 +256,6 @@ class Sums(ABC, Generic[Total]):
                         of = segment.offset + start - segment.start
                         length = stop - start
                         yield total, slice(at, at + length), source, slice(of, of + length)
-
-
-class _Results:
-    """New arrays for the means.
-
-    Small ones lie side by side in one piece of memory, in the order in which blocks hold them: so
-    they can be written many at a time, and the memory comes in large pages. It is free when none of
-    them is in use any more.
-
-    Args:
-        targets: What they shall look like.
-        blocks: All blocks, in their order.
-
-    Attributes:
-        arrays: The arrays, in the order of the targets.
-        flat: The same, in one dimension.
-    """
-
-    def __init__(self, targets: Mapping[str, ArraySpec], blocks: Sequence[Block]) -> None:
-        self._start: dict[str, int] = {}
-        ends: dict[np.dtype[Any], int] = {}
-        sizes = {key: math.prod(spec.shape) for key, spec in targets.items()}
-        for key in (s.key for block in blocks for s in block.segments if s.start == 0):
-            if key in targets and sizes[key] * targets[key].dtype.itemsize < _LARGE:
-                self._start[key] = ends.get(targets[key].dtype, 0)
-                ends[targets[key].dtype] = self._start[key] + sizes[key]
-        self._memory = {dtype: np.empty(size, dtype) for dtype, size in ends.items()}
-        self.flat = {
-            key: self._memory[spec.dtype][self._start[key] :][: sizes[key]]
-            if key in self._start
-            else np.empty(sizes[key], spec.dtype)
-            for key, spec in targets.items()
-        }
-        self.arrays = {key: self.flat[key].reshape(spec.shape) for key, spec in targets.items()}
-
-    def run(self, segments: Sequence[Segment]) -> Array | None:
-        """The elements of some segments of one dtype as one array; None if others lie between."""
-        first, last = segments[0], segments[-1]
-        if first is last:
-            return self.flat[first.key][first.start : first.start + first.size]
-        start, stop = self._start.get(first.key), self._start.get(last.key)
-        if start is None or stop is None or stop + last.size - start != _size(segments):
-            return None
-        return self._memory[self.flat[first.key].dtype][start : stop + last.size]
-
-
-def _size(segments: Sequence[Segment]) -> int:
-    """The number of elements of some segments."""
-    return sum(segment.size for segment in segments)
 
 
 class ExactSums(Sums[ExactSum]):
