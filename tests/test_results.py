@@ -45,7 +45,7 @@ def test_every_element_has_its_own_place_and_a_run_is_of_its_segments(
 
 def test_large_arrays_in_one_block_with_small_ones_have_memory_of_their_own() -> None:
     rng = np.random.default_rng(0)
-    sizes = {"small": 10, "large": (4 << 20) // 4, "last": 10}
+    sizes = {"first": 1 << 20, "small": 10, "large": 1 << 20, "last": 10}
     updates = [{k: rng.random(n, np.float32) for k, n in sizes.items()} for _ in range(2)]
     means = []
     for block in (1 << 24, 1 << 19):
@@ -56,3 +56,12 @@ def test_large_arrays_in_one_block_with_small_ones_have_memory_of_their_own() ->
         assert means[-1]["small"].base is means[-1]["last"].base
         assert means[-1]["small"].base is not means[-1]["large"].base
     assert same_bits(*means)
+
+
+def test_means_of_other_weights_may_lie_between() -> None:
+    values = {key: np.full(5, number, np.float32) for number, key in enumerate("abcd", 1)}
+    mean = WeightedMean()
+    mean.add(values, 3)
+    mean.add({"b": 9 * values["b"]}, 1)
+    expected = {**values, "b": 3 * values["b"]}
+    assert same_bits(mean.mean(), expected)
