@@ -19,8 +19,13 @@ with its 64-bit records.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import IO
 
 from fedavg_core.errors import quoted
@@ -28,11 +33,11 @@ from fedavg_core.errors import quoted
 __all__ = [
     "BLOCK",
     "MOST_MEMBERS",
+    "UNSEALED",
     "Damaged",
+    "Seal",
     "check_archive",
     "require",
-    "seal",
-    "unsealed_comment",
 ]
 
 BLOCK = 1 << 18
@@ -43,6 +48,11 @@ MOST_MEMBERS = 1 << 16
 
 _SEAL = b"fedavg-core sha256 "
 _DIGEST_LENGTH = 64
+
+UNSEALED = _SEAL + b"0" * _DIGEST_LENGTH
+"""The comment to close a zip file with that is to be sealed: a seal with zeros for the checksum."""
+
+_SHARE = 1 << 24
 _MOST_INFLATION = 100
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -68,25 +78,58 @@ def require(fine: bool, problem: str) -> None:
         raise Damaged(problem)
 
 
-def unsealed_comment() -> bytes:
-    """The comment to close a zip file with that is to be sealed.
+class Seal:
+    """The checksum of a zip file that is being written, and will be closed with `UNSEALED`.
 
-    Returns:
-        A seal with zeros for the checksum.
-    """
-    return _SEAL + b"0" * _DIGEST_LENGTH
-
-
-def seal(file: IO[bytes]) -> None:
-    """Put the checksum into a zip file that was closed with `unsealed_comment`.
+    It is taken of the bytes as they stand in the file: behind the writer, by a thread, where the
+    file is large and the operating system knows it; else in the end.
 
     Args:
-        file: The whole file, open for reading and writing.
+        file: The file, empty, open for reading and writing.
     """
-    end = file.seek(0, 2) - _DIGEST_LENGTH
-    digest = _hash(file, end)
-    file.seek(end)
-    file.write(digest)
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._reached = 0
+        self._thread = ThreadPoolExecutor(1, "fedavg-seal")
+        self._shares: list[Future[None]] = []
+        self._apart: Callable[[int, int], bytes] | None = None
+        if hasattr(os, "pread"):  # pragma: no branch
+            with suppress(OSError):  # memory has no number
+                self._apart = partial(os.pread, file.fileno())
+
+    def reach(self, position: int) -> None:
+        """Tell how far the file is as it will stay.
+
+        Args:
+            position: Where the first byte is that may still change.
+
+        Raises:
+            OSError: As the file raises it.
+        """
+        if self._apart is not None and position - self._reached >= _SHARE:
+            self._file.flush()
+            share = self._digest, self._apart, self._reached, position
+            self._shares.append(self._thread.submit(_update, *share))
+            self._reached = position
+
+    def write(self) -> None:
+        """Put the checksum into the file, which is closed as a zip file by now.
+
+        Raises:
+            OSError: As the file raises it.
+        """
+        for share in self._shares:
+            share.result()
+        end = self._file.seek(0, 2) - _DIGEST_LENGTH
+        _update(self._digest, _from(self._file), self._reached, end)
+        self._file.seek(end)
+        self._file.write(_hexadecimal(self._digest))
+
+    def close(self) -> None:
+        """End the thread, whether or not the checksum was written."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def check_archive(file: IO[bytes], limit: int) -> bool:
@@ -134,9 +177,10 @@ def _find_end(file: IO[bytes], size: int) -> tuple[int, bool]:
             return end, False
         if tail[_END.size : -_DIGEST_LENGTH] == _SEAL:
             found = tail[-_DIGEST_LENGTH:]
+            digest = hashlib.sha256()
+            _update(digest, _from(file), 0, size - _DIGEST_LENGTH)
             require(
-                found == _hash(file, size - _DIGEST_LENGTH),
-                "damaged: its contents do not match their checksum",
+                found == _hexadecimal(digest), "damaged: its contents do not match their checksum"
             )
             return end, True
     raise Damaged("damaged, or no npz file: no end of a zip archive at its end")
@@ -221,14 +265,27 @@ def _check_layout(file: IO[bytes], members: list[zipfile.ZipInfo], directory: in
     require(directory - position in gaps, "it has bytes that belong to no member")
 
 
-def _hash(file: IO[bytes], length: int) -> bytes:
-    """The SHA-256, in hexadecimal, of a file's first bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while length > 0:
-        block = file.read(min(length, BLOCK))
+def _from(file: IO[bytes]) -> Callable[[int, int], bytes]:
+    """A way to read a number of bytes at a position of a file."""
+
+    def read(size: int, position: int) -> bytes:
+        file.seek(position)
+        return file.read(size)
+
+    return read
+
+
+def _update(
+    digest: hashlib._Hash, read: Callable[[int, int], bytes], start: int, stop: int
+) -> None:
+    """Take a checksum further, by the bytes from one position to another."""
+    while start < stop:
+        block = read(min(stop - start, BLOCK), start)
         if not block:
-            raise EOFError("the file became shorter while it was read")
+            raise OSError("the file became shorter while it was read")
         digest.update(block)
-        length -= len(block)
+        start += len(block)
+
+
+def _hexadecimal(digest: hashlib._Hash) -> bytes:
     return digest.hexdigest().encode("ascii")

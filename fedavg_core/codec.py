@@ -47,11 +47,11 @@ import numpy.typing as npt
 from fedavg_core.archive import (
     BLOCK,
     MOST_MEMBERS,
+    UNSEALED,
     Damaged,
+    Seal,
     check_archive,
     require,
-    seal,
-    unsealed_comment,
 )
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
@@ -208,6 +208,7 @@ class NpzWriter:
         """Begin the next array; False if that was the last."""
         if self._member is not None:
             self._member.close()
+            self._seal.reach(self._file.tell())
         name, array = next(self._coming, (None, None))
         if name is None or array is None:
             return False
@@ -218,8 +219,9 @@ class NpzWriter:
 
     def __enter__(self) -> NpzWriter:
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._seal = Seal(self._file)
         try:
-            self._archive.comment = unsealed_comment()
+            self._archive.comment = UNSEALED
             self._archive.writestr(zipfile.ZipInfo(_INDEX), self._index)
         except BaseException:
             self._abandon()
@@ -239,14 +241,13 @@ class NpzWriter:
                 if self._left:
                     raise UsageError("expected all elements of all arrays, some did not come")
                 self._archive.close()
+                self._seal.write()
         finally:
             self._abandon()
-        if kind is None:
-            seal(self._file)
 
     def _abandon(self) -> None:
-        """Have `zipfile` forget the file, which would else go on writing to it when collected."""
-        for part in (self._member, self._archive):
+        """Have all forget the file; `zipfile` would else go on writing to it when collected."""
+        for part in (self._member, self._archive, self._seal):
             if part is not None:
                 with suppress(OSError, ValueError):
                     part.close()

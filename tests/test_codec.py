@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import struct
 import sys
+import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,8 @@ from hypothesis.extra import numpy as hnp
 
 import fedavg_core.archive as archive_module
 import fedavg_core.codec as codec_module
-from fedavg_core.archive import BLOCK, seal, unsealed_comment
+from fedavg_core.archive import BLOCK, UNSEALED, Seal
+from fedavg_core.checkpoint import Checkpoint, save_checkpoint
 from fedavg_core.codec import NpzWriter, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, same_bits
@@ -69,13 +73,13 @@ def sealed(*members: tuple[str, bytes], index: Any = None, method: int = 0) -> b
     """A file like one of ours, with a seal that is right and an index that may lie."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as archive:
-        archive.comment = unsealed_comment()
+        archive.comment = UNSEALED
         if index is not None:
             text = index if isinstance(index, (str, bytes)) else json.dumps(index)
             archive.writestr("fedavg.json", text)
         for name, data in members:
             archive.writestr(name, data)
-    seal(file)
+    Seal(file).write()
     return file.getvalue()
 
 
@@ -400,7 +404,7 @@ def test_a_mutated_file_is_read_or_refused_and_nothing_else(
     mutated = bytes(data)
     if reseal and len(mutated) > 64 and b"fedavg-core sha256" in mutated[-90:]:
         file = io.BytesIO(mutated)
-        seal(file)  # so that the mutation is not caught by the checksum alone
+        Seal(file).write()  # so that the mutation is not caught by the checksum alone
         mutated = file.getvalue()
     try:
         arrays, meta = read(mutated)
@@ -766,6 +770,94 @@ def test_arrays_that_come_in_pieces_make_the_same_file() -> None:
             for start in range(0, array.size, 4):
                 writer.write(array.reshape(-1)[start : start + 4])
     assert file.getvalue() == written(arrays, {"round": 3})
+
+
+class TestTheSealBehindTheWriter:
+    """The checksum of a large file is taken by a thread while the file is written."""
+
+    ARRAYS: ClassVar = {
+        f"a{size}": np.arange(size, dtype=np.float32)
+        for size in (0, 1, 300, 5 * BLOCK // 4, 17, 900, 2500)
+    }
+
+    def pretend_large(
+        self, monkeypatch: pytest.MonkeyPatch, pread: Callable[..., bytes] = os.pread
+    ) -> list[tuple[int, int]]:
+        """What is read is noted: how much, and where."""
+        noted = []
+
+        def read(descriptor: int, size: int, position: int) -> bytes:
+            assert threading.current_thread().name.startswith("fedavg-seal")
+            noted.append((size, position))
+            return pread(descriptor, size, position)
+
+        monkeypatch.setattr(archive_module, "_SHARE", 1000)
+        monkeypatch.setattr(os, "pread", read)
+        return noted
+
+    def check_nothing_runs(self) -> None:
+        assert not any(t.name.startswith("fedavg-seal") for t in threading.enumerate())
+
+    def test_the_bytes_are_those_of_a_small_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noted = self.pretend_large(monkeypatch)
+        with open(tmp_path / "x.npz", "w+b") as file:
+            write_npz(file, self.ARRAYS, {"round": 3})
+        assert (tmp_path / "x.npz").read_bytes() == written(self.ARRAYS, {"round": 3})
+        sizes, positions = zip(*noted, strict=True)
+        assert list(positions) == [sum(sizes[:n]) for n in range(len(sizes))]
+        assert sum(sizes) > 5 * BLOCK
+        assert max(sizes) == BLOCK
+        self.check_nothing_runs()
+
+    def test_of_less_than_a_share_no_thread_reads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noted = self.pretend_large(monkeypatch)
+        small = {"a": np.zeros(100, np.float32)}
+        with open(tmp_path / "x.npz", "w+b") as file:
+            write_npz(file, small)
+        assert (tmp_path / "x.npz").read_bytes() == written(small)
+        assert noted == []
+
+    @pytest.mark.parametrize("cause", ["it fails", "the file is shorter"])
+    def test_a_read_that_fails_is_an_error_and_leaves_nothing(
+        self, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def pread(descriptor: int, size: int, position: int) -> bytes:
+            if cause == "it fails":
+                raise OSError(errno.EIO, "Input/output error")
+            return b""
+
+        self.pretend_large(monkeypatch, pread)
+        path = tmp_path / "x.npz"
+        told = "Input/output error" if cause == "it fails" else "the file became shorter"
+        with pytest.raises(CheckpointError, match=told):
+            save_checkpoint(path, Checkpoint(self.ARRAYS, 1))
+        assert list(tmp_path.iterdir()) == []
+        self.check_nothing_runs()
+
+    def test_a_short_read_is_gone_on_with(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.pread
+        self.pretend_large(monkeypatch, lambda fd, size, at: real(fd, min(size, 999), at))
+        with open(tmp_path / "x.npz", "w+b") as file:
+            write_npz(file, self.ARRAYS)
+        assert (tmp_path / "x.npz").read_bytes() == written(self.ARRAYS)
+
+    def test_an_error_of_the_writers_ends_the_thread(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.pretend_large(monkeypatch)
+        with open(tmp_path / "x.npz", "w+b") as file:
+            writer = NpzWriter(file, ModelSpec.of(self.ARRAYS)).__enter__()
+            for name in list(self.ARRAYS)[1:4]:
+                writer.write(self.ARRAYS[name])
+            assert any(t.name.startswith("fedavg-seal") for t in threading.enumerate())
+            writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+        self.check_nothing_runs()
 
 
 @pytest.mark.parametrize("before", [0, 6])
