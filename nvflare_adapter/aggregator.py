@@ -101,7 +101,7 @@ class FedAvgAggregator(ModelAggregator):
         self._clients: list[str] = []
         self._received: Counter[str] = Counter()
         self._known: set[str] = set()
-        self._mean: fc.WeightedMean | None = None
+        self._mean: fc.WeightedMean | None = None  # of models like the last outcome's:
         self._spec: fc.ModelSpec | None = None
         self._state: fc.Params = {}
 
@@ -138,17 +138,18 @@ class FedAvgAggregator(ModelAggregator):
             round = fc.Round.from_state(kept.extra["round"], kept.arrays, model, optimizer, state)
             self._received.update(kept.extra["received"])
             self._known = {receipt.contributor for receipt in round.accepted}
+            self._mean = None
             return round
-        spec = self._asked().averaged(fc.ModelSpec.of(model))
-        if model and spec != self._spec:
-            self._mean, self._spec = fc.WeightedMean(spec, accumulator=self.accumulator), spec
+        if self._mean is None or not model or fc.ModelSpec.of(model) != self._spec:
+            spec = self._asked().averaged(fc.ModelSpec.of(model)) if model else None
+            self._mean = fc.WeightedMean(spec, accumulator=self.accumulator)
         return fc.Round(
             model,
             number,
             min_updates=self.min_updates,
             transfer=None if self.transfer is None else fc.TransferType(self.transfer),
             limits=self._asked(),
-            accumulator=self._mean if model and self._mean is not None else self.accumulator,
+            accumulator=self._mean,
             audit=self.audit,
             server_optimizer=optimizer,
             optimizer_state=state,
@@ -262,6 +263,7 @@ class FedAvgAggregator(ModelAggregator):
             self.log_warning(fl_ctx, outcome.problem)
         fl_ctx.set_prop(_STATISTICS, told, private=True, sticky=False)
         self._state = outcome.optimizer_state
+        self._spec = fc.ModelSpec.of(outcome.model)
         extra: dict[str, Any] = {"report": report_of_outcome(outcome), "arrays": self._state}
         if outcome.audit is not None:
             extra["audit"] = outcome.audit.to_text()

@@ -84,6 +84,35 @@ def test_the_new_model_is_the_exact_weighted_mean(server: Server) -> None:
     }
 
 
+def test_the_memory_of_the_sums_serves_the_rounds_of_a_job_that_begins_without_a_model(
+    server: Server,
+) -> None:
+    aggregator, fl_ctx = opened(server, {})
+    assert aggregator.accept(result(params(1, 2, 3, n=5)), fl_ctx)
+    first, _ = closed(aggregator, fl_ctx, {})
+    sums = aggregator._mean._sums._blocks
+    aggregator.reset(fl_ctx)
+    fl_ctx = server.context(first, 1)
+    aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    assert aggregator.accept(result(params(4, 5, 6, n=8), round=1), fl_ctx)
+    second, _ = closed(aggregator, fl_ctx, first)
+    assert fc.same_bits(second, params(4, 5, 6, n=8))
+    assert aggregator._mean._sums._blocks is sums
+
+
+def test_a_first_model_that_came_to_nothing_does_not_bind_the_next(server: Server) -> None:
+    aggregator, fl_ctx = opened(server, {}, min_updates=2)
+    assert aggregator.accept(result(params(1, 2, 3, n=5)), fl_ctx)
+    assert closed(aggregator, fl_ctx, {})[0] == {}
+    aggregator.reset(fl_ctx)
+    fl_ctx = server.context({}, 1)
+    aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    other = {"w": np.zeros((7, 2)), "v": np.ones(1)}
+    for name in ("site-1", "site-2"):
+        assert aggregator.accept(result(other, name, round=1), fl_ctx)
+    assert fc.same_bits(closed(aggregator, fl_ctx, {})[0], other)
+
+
 def test_differences_are_added_to_the_model_with_one_rounding(server: Server) -> None:
     aggregator, fl_ctx = opened(server, transfer="DIFF")
     tiny = {"w": np.full(3, 2.0**-25, dtype=np.float32)}
