@@ -280,10 +280,11 @@ class WeightedMean:
                 ``base + mean``, rounded once. Only read.
 
         Returns:
-            New arrays; those below 4 MiB lie side by side in one piece of memory, which is freed
-            with the last of them. With a base its keys, in its order and dtypes, those that no
-            update brought copied; without one the keys that some update brought. Correctly rounded,
-            to nearest even, from exact sums. An exact zero is +0.0.
+            Arrays that nobody else has; those below 4 MiB lie side by side in one piece of memory.
+            Their memory is new, or that of one of the last two means in which nobody has an array
+            any more (a bare address does not count). With a base its keys, in its order and dtypes,
+            those that no update brought copied; without one the keys that some update brought.
+            Correctly rounded, to nearest even, from exact sums. An exact zero is +0.0.
 
         Raises:
             OutOfRange: A result is beyond the largest number of its dtype.

@@ -3,12 +3,17 @@
 Large arrays have memory of their own. Small ones of one dtype lie side by side in one piece, in the
 order in which blocks hold them. So those of a block are written in one go, and the memory comes in
 large pages, where the system has them: taking a thousand small pieces from it costs more than the
-arithmetic does. The piece is free when none of its arrays is in use any more.
+arithmetic does.
+
+Large pages are dear as well: to have them cleared by the system can take longer than an addition.
+So the memory of the last two means stays (`Memory`), and serves again once nobody has an array in
+it. Where each new model takes the place of the one before, the two serve in turn.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,11 +23,59 @@ import numpy.typing as npt
 from fedavg_core.blocks import Block, Segment
 from fedavg_core.model import ArraySpec
 
-__all__ = ["Results", "size_of"]
+__all__ = ["Memory", "Results", "size_of"]
 
 Array: TypeAlias = npt.NDArray[Any]
+Piece: TypeAlias = "tuple[int, np.dtype[Any]]"
+"""A number of elements, and their dtype."""
 
 _LARGE = 4 << 20  # bytes; NumPy asks for large pages from here on
+
+
+class Memory:
+    """The memory of the last two means, as arrays of one dimension."""
+
+    def __init__(self) -> None:
+        self._kept: list[list[Array]] = [[], []]
+
+    def __deepcopy__(self, memo: object) -> Memory:
+        return Memory()
+
+    def lend(self, pieces: Mapping[Any, Piece]) -> dict[Any, Array]:
+        """Memory for one mean, which nobody has.
+
+        Args:
+            pieces: What is wanted, under any names.
+
+        Returns:
+            Arrays under those names, whose contents do not matter. Others are to be given views of
+            them: that somebody has one then shows in the references to the array.
+        """
+        idle: dict[Piece, list[Array]] = {}
+        busy: list[Array] = []
+        for mean in self._kept:
+            busy = []  # in the end, of the later of the two
+            while mean:
+                array, references = _last_of(mean)
+                if references == _UNUSED:
+                    idle.setdefault((array.size, array.dtype), []).append(array)
+                else:
+                    busy.append(array)
+        lent = {
+            name: idle[piece].pop() if idle.get(piece) else np.empty(*piece)
+            for name, piece in pieces.items()
+        }
+        self._kept = [busy, list(lent.values())]
+        return lent
+
+
+def _last_of(arrays: list[Array]) -> tuple[Array, int]:
+    """Take the last array off a list, and count the references to it."""
+    array = arrays.pop()
+    return array, sys.getrefcount(array)
+
+
+_UNUSED = _last_of([np.empty(0)])[1]
 
 
 class Results:
@@ -31,13 +84,16 @@ class Results:
     Args:
         targets: What they shall look like.
         blocks: All blocks, in their order.
+        memory: Where to take their memory from.
 
     Attributes:
         arrays: The arrays, in the order of the targets.
         flat: The same, in one dimension.
     """
 
-    def __init__(self, targets: Mapping[str, ArraySpec], blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, targets: Mapping[str, ArraySpec], blocks: Sequence[Block], memory: Memory
+    ) -> None:
         self._start: dict[str, int] = {}
         ends: dict[np.dtype[Any], int] = {}
         sizes = {key: math.prod(spec.shape) for key, spec in targets.items()}
@@ -45,12 +101,14 @@ class Results:
             if key in targets and sizes[key] * targets[key].dtype.itemsize < _LARGE:
                 self._start[key] = ends.get(targets[key].dtype, 0)
                 ends[targets[key].dtype] = self._start[key] + sizes[key]
-        self._memory = {dtype: np.empty(size, dtype) for dtype, size in ends.items()}
+        pieces: dict[Any, Piece] = {dtype: (size, dtype) for dtype, size in ends.items()}
+        for key in targets.keys() - self._start.keys():
+            pieces[key] = sizes[key], targets[key].dtype
+        self._memory = memory.lend(pieces)
         self.flat = {
-            key: self._memory[spec.dtype][self._start[key] :][: sizes[key]]
-            if key in self._start
-            else np.empty(sizes[key], spec.dtype)
+            key: self._memory[spec.dtype if key in self._start else key][start:][: sizes[key]]
             for key, spec in targets.items()
+            for start in (self._start.get(key, 0),)
         }
         self.arrays = {key: self.flat[key].reshape(spec.shape) for key, spec in targets.items()}
 

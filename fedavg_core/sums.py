@@ -27,7 +27,7 @@ from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, qu
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
-from fedavg_core.results import Results, size_of
+from fedavg_core.results import Memory, Results, size_of
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight
 
@@ -54,6 +54,7 @@ class Sums(ABC, Generic[Total]):
         self._threads = threads
         self._blocks: list[tuple[Block, Total]] = []
         self._buffers: list[Buffers] = []
+        self._memory = Memory()
 
     @abstractmethod
     def add(self, terms: Sequence[Term]) -> None:
@@ -145,7 +146,7 @@ class Sums(ABC, Generic[Total]):
             OutOfRange: A result is beyond the largest number of its dtype.
             UsageError: The base is not finite.
         """
-        results = Results(targets, [block for block, _ in self._blocks])
+        results = Results(targets, [block for block, _ in self._blocks], self._memory)
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedavg_core.accumulator import WeightedMean
 from fedavg_core.blocks import pack
 from fedavg_core.model import ArraySpec, same_bits
-from fedavg_core.results import Results
+from fedavg_core.results import Memory, Results
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16)]
 
@@ -26,7 +31,7 @@ def test_every_element_has_its_own_place_and_a_run_is_of_its_segments(
     spec = {f"k{i}": ArraySpec((size,), dtype) for i, (size, dtype, _) in enumerate(arrays)}
     wanted = {f"k{i}": spec[f"k{i}"] for i, (_, _, want) in enumerate(arrays) if want}
     blocks = list(pack(spec, capacity))
-    results = Results(wanted, blocks)
+    results = Results(wanted, blocks, Memory())
     assert {key: ArraySpec(a.shape, a.dtype) for key, a in results.arrays.items()} == wanted
     for one, other in itertools.combinations(results.arrays.values(), 2):
         assert not np.shares_memory(one, other)
@@ -65,3 +70,103 @@ def test_means_of_other_weights_may_lie_between() -> None:
     mean.add({"b": 9 * values["b"]}, 1)
     expected = {**values, "b": 3 * values["b"]}
     assert same_bits(mean.mean(), expected)
+
+
+LARGE = 1 << 20
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "the array": lambda array: array,
+    "a part of it": lambda array: array[3:9],
+    "another shape": lambda array: array.reshape(2, -1).T,
+    "another dtype": lambda array: array.view(np.uint8),
+    "a buffer of it": lambda array: memoryview(array),
+    "an array over a buffer of it": lambda array: np.frombuffer(array, np.float32),
+    "an iterator over it": lambda array: array.flat,
+    "its base": lambda array: array.base,
+    "what DLPack makes of it": lambda array: np.from_dlpack(array),
+}
+
+
+def averaged(mean: WeightedMean, value: float) -> dict[str, Any]:
+    """The mean of one model, of a large array and two small ones."""
+    mean.reset()
+    sizes = {"large": LARGE, "small": 10, "other": 300}
+    mean.add({key: np.full(size, value, np.float32) for key, size in sizes.items()}, 3)
+    return mean.mean()
+
+
+def addresses(arrays: dict[str, Any]) -> set[int]:
+    return {array.ctypes.data for array in arrays.values()}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("key", ["large", "small"])
+def test_memory_that_somebody_has_is_left_alone(holder: str, key: str) -> None:
+    mean = WeightedMean()
+    array = averaged(mean, 1)[key]
+    held = HOLDERS[holder](array)
+    del array
+    before = np.array(held)
+    kept = [averaged(mean, value) for value in (2, 3, 4)]
+    kept[1:] = [averaged(mean, 5)]
+    assert np.array_equal(np.array(held), before)
+    assert all(np.all(array == 2) for array in kept[0].values())
+
+
+def test_memory_that_nobody_has_serves_the_next_mean() -> None:
+    mean = WeightedMean()
+    first = averaged(mean, 1)
+    places = addresses(first)
+    del first
+    assert addresses(averaged(mean, 2)) == places
+
+
+def test_where_each_mean_takes_the_place_of_the_last_two_memories_serve_in_turn() -> None:
+    mean = WeightedMean()
+    model, places = averaged(mean, 1), []
+    for value in range(2, 8):
+        model = averaged(mean, value)
+        places.append(addresses(model))
+        assert all(np.all(array == value) for array in model.values())
+    assert places[0] == places[2] == places[4]
+    assert places[1] == places[3] == places[5]
+    assert not places[0] & places[1]
+
+
+def test_no_more_than_two_means_are_kept() -> None:
+    mean = WeightedMean()
+    tracemalloc.start()
+    try:
+        history = [averaged(mean, value) for value in range(6)]
+        one = 4 * (LARGE + 310)
+        assert tracemalloc.get_traced_memory()[0] > 6 * one
+        sums = tracemalloc.get_traced_memory()[0] - 6 * one
+        del history
+        assert tracemalloc.get_traced_memory()[0] < sums + 2.1 * one
+        averaged(mean, 7)
+        assert tracemalloc.get_traced_memory()[0] < sums + 2.1 * one
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_of_another_size_or_dtype_does_not_serve() -> None:
+    mean = WeightedMean()
+    mean.add({"a": np.ones(LARGE, np.float32), "b": np.ones(LARGE, np.float64)}, 1)
+    bases: list[dict[str, Any]] = [
+        {"a": np.zeros(LARGE, np.float64), "b": np.zeros(LARGE, np.float16)},
+        {"a": np.zeros(LARGE, np.int32), "b": np.zeros(LARGE, np.float32)},
+    ]
+    for base in bases:
+        model = mean.mean(base)
+        assert {key: array.dtype for key, array in model.items()} == {
+            key: array.dtype for key, array in base.items()
+        }
+        assert all(np.all(array == 1) for array in model.values())
+        del model
+
+
+def test_a_copy_of_a_mean_keeps_no_memory_of_the_other() -> None:
+    mean = WeightedMean()
+    places = addresses(averaged(mean, 1))
+    other = copy.copy(mean)
+    assert not addresses(other.mean()) & places
+    assert addresses(mean.mean()) == places
