@@ -62,6 +62,7 @@ LOOSE_BOUND = _SETTLED
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
+_FEW = 1 << 14  # places that are looked at one by one
 _MOST_LOOSE = 16
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
@@ -487,15 +488,18 @@ def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
     Returns:
         The positions, ascending; None if they are more than that.
     """
-    whole = mask.size & -8
-    eights = mask[:whole].view(np.uint64)
-    hits = np.flatnonzero(eights != 0)
-    if hits.size > most:
-        return None
-    inside = np.flatnonzero(eights[hits].view(np.bool_))
-    found: Indices = (hits[inside >> 3] << 3) + (inside & 7)
-    if whole < mask.size:
-        found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
+    if mask.size < _FEW:
+        found: Indices = np.flatnonzero(mask)
+    else:
+        whole = mask.size & -8
+        eights = mask[:whole].view(np.uint64)
+        hits = positions(eights != 0, most)
+        if hits is None:
+            return None
+        inside = np.flatnonzero(eights[hits].view(np.bool_))
+        found = (hits[inside >> 3] << 3) + (inside & 7)
+        if whole < mask.size:
+            found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
     return found if found.size <= most else None
 
 

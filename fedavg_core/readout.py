@@ -93,9 +93,12 @@ def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[
         np.add(total.limbs[top][place], spare, out=out)
     # All are multiples of one unit. A partial sum of few bits is exact, and from one of many bits
     # loose parts do not lead back to few. So no error is large beside the sum.
-    for where, part in total.loose:
-        start, stop = np.searchsorted(where, (place.start, place.stop))
-        out[where[start:stop] - place.start] += part[start:stop] * 2.0 ** (-STEP * top)
+    if total.loose:
+        where, part = map(np.concatenate, zip(*total.loose, strict=True))
+        if out.size < total.size:
+            inside = (place.start <= where) & (where < place.stop)
+            where, part = where[inside] - place.start, part[inside]
+        np.add.at(out, where, part * 2.0 ** (-STEP * top))
     return total.origin + STEP * top, bool(lower) + len(total.loose)
 
 
