@@ -488,7 +488,7 @@ def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
     Returns:
         The positions, ascending; None if they are more than that.
     """
-    if mask.size < _FEW:
+    if mask.size <= _FEW:
         found: Indices = np.flatnonzero(mask)
     else:
         whole = mask.size & -8

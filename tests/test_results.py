@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -122,14 +123,14 @@ def test_memory_that_nobody_has_serves_the_next_mean() -> None:
 
 def test_where_each_mean_takes_the_place_of_the_last_two_memories_serve_in_turn() -> None:
     mean = WeightedMean()
-    model, places = averaged(mean, 1), []
+    model, memories = averaged(mean, 1), []
     for value in range(2, 8):
         model = averaged(mean, value)
-        places.append(addresses(model))
+        memories.append([weakref.ref(model[key].base) for key in ("large", "small")])
         assert all(np.all(array == value) for array in model.values())
-    assert places[0] == places[2] == places[4]
-    assert places[1] == places[3] == places[5]
-    assert not places[0] & places[1]
+    for memory, later in zip(memories, memories[2:], strict=False):
+        assert all(one() is other() is not None for one, other in zip(memory, later, strict=True))
+    assert all(one() is not other() for one, other in zip(*memories[:2], strict=True))
 
 
 def test_no_more_than_two_means_are_kept() -> None:
