@@ -11,14 +11,14 @@ The idea of summing on a fixed grid, where order cannot matter, is that of repro
 (Demmel and Nguyen, 2013) and of the superaccumulator (Kulisch and Miranker, 1986; Neal, 2015);
 limbs that are created only where the data ask for them keep it as small as a double-double.
 
-The origin is chosen from the first array that comes: so that limb 0 has room for some hundreds of
+The origin is chosen from the first array that comes: so that limb 0 has room for some dozens of
 such products (`_anchor`). Then
 
 * **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and all but the
   smallest elements are multiples of limb 0's unit already: they are added in one operation. Of the
-  few that are not (below about 2**-10 of the largest) the whole units are added with the others,
-  and the rest is kept aside, loose, with its position: until there is so much of it that a limb
-  pays (`tuck`), no addition and no mean has to pass over one.
+  few that are not (below about 2**-13 of the largest) the whole units are added with the others,
+  and the rest is kept aside, loose, with its position: until that is so in so many places that a
+  limb pays (`tuck`), no addition and no mean has to pass over one.
 * **The general way** cuts the array at the limbs' units, from the top (`rint`, subtract, scale by
   2**STEP, again), as the Ozaki scheme does (Ozaki, Ogita, Oishi and Rump, 2012). A slice is an
   integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
@@ -34,7 +34,7 @@ A negative weight undoes an addition exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
 from math import frexp, ldexp
@@ -53,7 +53,6 @@ STEP = 24
 """Bits from one limb to the next."""
 
 _HEADROOM = 6  # bits that limb 0 has, at least, above the first product
-_AMPLE = 10
 _CAPACITY = 1 << 53
 _SETTLED = 1 << (STEP - 1)
 LOOSE_BOUND = _SETTLED
@@ -63,6 +62,7 @@ _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
 _FEW = 1 << 14  # places that are looked at one by one
+_PIECE = 1 << 12  # elements that are carried in one go
 _MOST_LOOSE = 16
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
@@ -109,8 +109,8 @@ class ExactSum:
 
     Args:
         size: n, at least 1.
-        memory: Arrays of n float64 for limbs of these numbers; their contents do not matter.
-            Limbs for which there is none take their own.
+        memory: Arrays of n float64 for the first limbs that are needed, the last array for the
+            first of them; their contents do not matter. Further limbs take their own.
 
     Attributes:
         size: n.
@@ -135,9 +135,9 @@ class ExactSum:
         "size",
     )
 
-    def __init__(self, size: int, memory: Mapping[int, Floats] | None = None) -> None:
+    def __init__(self, size: int, memory: Iterable[Floats] = ()) -> None:
         self.size = size
-        self._memory = {} if memory is None else memory
+        self._memory = list(memory)
         self.origin: int | None = None
         self.limbs: dict[int, Floats] = {}
         self.loose: list[tuple[Indices, Floats]] = []
@@ -153,9 +153,9 @@ class ExactSum:
 
     def reset(self) -> None:
         """Make the sum zero again; the memory of the limbs that most sums need is kept."""
-        self.bounds = dict.fromkeys(self.limbs, 0)
-        self.loose = []
-        self.limbs = {k: limb for k, limb in self.limbs.items() if abs(k) <= 1}
+        near = sorted((k for k in self.limbs if abs(k) <= 1), key=abs, reverse=True)
+        self._memory += [self.limbs[k] for k in near]
+        self.limbs, self.bounds, self.loose = {}, {}, []
         self.origin = None
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
@@ -170,8 +170,12 @@ class ExactSum:
             NonFiniteError: An element is NaN or infinite.
         """
         odd, shift = _dyadic(weight)
-        if len(self.loose) == _MOST_LOOSE or self._loose_size() > self.size >> _SPARSE:
-            self.tuck()
+        most = self.size >> _SPARSE
+        if len(self.loose) == _MOST_LOOSE or self._loose_size() > most:
+            if not self.bounds.get(-1):
+                self._join()
+            if self.bounds.get(-1) or self._loose_size() > most >> 1:
+                self.tuck()
 
         def deposit() -> None:
             if values.dtype == np.float32:
@@ -253,9 +257,21 @@ class ExactSum:
             limb = self._room(-1, LOOSE_BOUND)
             self.bounds[-1] += LOOSE_BOUND
             moved = limb[where] + part * 2.0**STEP
-            # In one call: nothing can come between the two.
-            both = partial(limb.__setitem__, where, moved), self.loose.pop
-            list(map(methodcaller("__call__"), both))
+            _do_both(partial(limb.__setitem__, where, moved), self.loose.pop)
+
+    def _join(self) -> None:
+        """Make one list of all that is loose, and whole units part of limb 0; the value stays."""
+        places, parts = map(np.concatenate, zip(*self.loose, strict=True))
+        where, of = np.unique(places, return_inverse=True)
+        part = np.bincount(of, weights=parts)
+        whole = np.rint(part)
+        part -= whole
+        left = np.flatnonzero(part)
+        joined = [(where[left], part[left])] if left.size else []
+        limb = self._room(0, len(self.loose))
+        self.bounds[0] += len(self.loose)
+        moved = limb[where] + whole
+        _do_both(partial(limb.__setitem__, where, moved), partial(setattr, self, "loose", joined))
 
     def _loose_size(self) -> int:
         return sum(where.size for where, _ in self.loose)
@@ -280,8 +296,7 @@ class ExactSum:
             return False
         reach = (top_bits >> 24) - 126 if top_bits >> 24 else -126  # every |value| < 2**reach
         high = reach + weight_bits + shift
-        headroom = min(_AMPLE, max(_HEADROOM, _FAST_WEIGHT_BITS - 9 - weight_bits))
-        if high - self._anchor(high, headroom) > 52:
+        if high - self._anchor(high) > 52:
             self._rebase(high)
         origin = self._anchor(high)
         # A float32 ≥ 2**e is a multiple of 2**(e - 23): from this e on products are whole units.
@@ -388,10 +403,10 @@ class ExactSum:
             k -= 1
             bound = 1 << (STEP - 1 + piece.bit_length())
 
-    def _anchor(self, high: int, headroom: int = _HEADROOM) -> int:
+    def _anchor(self, high: int) -> int:
         """The origin; if there is none yet, one such that limb 0 has head-room over 2**high."""
         if self.origin is None:
-            self.origin = high + headroom - 53
+            self.origin = high + _HEADROOM - 53
         return self.origin
 
     def _rebase(self, high: int) -> None:
@@ -410,7 +425,7 @@ class ExactSum:
         """Limb k, made if need be."""
         if k not in self.limbs:
             self.bounds[k] = 0
-            self.limbs[k] = self._memory[k] if k in self._memory else np.empty(self.size)
+            self.limbs[k] = self._memory.pop() if self._memory else np.empty(self.size)
         return self.limbs[k]
 
     def _room(self, k: int, bound: int) -> Floats:
@@ -467,15 +482,22 @@ class ExactSum:
             self._steps, self._done = [], []
 
     def _carry(self, k: int) -> None:
-        """Move the upper part of limb k to the limb above."""
+        """Move the upper part of limb k to the limb above, some elements at a time."""
         limb = self.limbs[k]
         bound = (self.bounds[k] >> STEP) + 1
         above = self._room(k + 1, bound)
-        upper = np.rint(limb * 2.0**-STEP)
-        lower = upper * -(2.0**STEP)
         self.bounds[k + 1] += bound
-        list(map(np.add, (above, limb), (upper, lower), (above, limb)))
+        for start in range(0, self.size, _PIECE):
+            pair = above[start : start + _PIECE], limb[start : start + _PIECE]
+            upper = np.rint(pair[1] * 2.0**-STEP)
+            lower = upper * -(2.0**STEP)
+            list(map(np.add, pair, (upper, lower), pair))
         self.bounds[k] = _SETTLED
+
+
+def _do_both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    """Do two things in one call: nothing can come between them."""
+    list(map(methodcaller("__call__"), (first, second)))
 
 
 def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:

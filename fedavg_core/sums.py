@@ -340,10 +340,10 @@ class ExactSums(Sums[ExactSum]):
             total.add_sum(piece, at=segment.place)
 
     def _make(self, sizes: Sequence[int]) -> Iterator[ExactSum]:
-        limbs = {k: np.empty(sum(sizes)) for k in (0, -1)}  # pages are taken as they are written
+        limbs = [np.empty(sum(sizes)) for _ in range(2)]  # pages are taken as they are written
         start = 0
         for size in sizes:
-            yield ExactSum(size, {k: limb[start : start + size] for k, limb in limbs.items()})
+            yield ExactSum(size, [limb[start : start + size] for limb in limbs])
             start += size
 
     def _divide(

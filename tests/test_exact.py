@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import fedavg_core.exact as exact_module
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch, positions
 from fedavg_core.readout import digits, from_digits, leading, sign
+from tests.interruption import Interruption
 
 SIZE = 7
 WEIGHTS = [1, 600, (1 << 29) - 1, (1 << 29) + 1, (1 << 60) + 1, Fraction(0.1), Fraction(5e-324)]
@@ -205,6 +206,11 @@ def test_a_reset_sum_is_zero_and_keeps_its_memory() -> None:
     total.reset()
     total.add_sum(summed((np.ones(3), 5)))
     assert values_of(total) == [5] * 3
+    limbs = [total.limbs[0], total._room(-1, 1), total._room(1, 1)]
+    total.reset()
+    total.add(np.ones(3, np.float32), 1, Scratch(3))
+    assert total.limbs[0] is limbs[0]
+    assert {id(total._room(k, 1)) for k in (-1, 1)} == set(map(id, limbs[1:]))
 
 
 def test_an_empty_sum_has_no_leading_values_and_no_digits() -> None:
@@ -345,7 +351,7 @@ def mostly_large(seed: int, size: int = 320) -> npt.NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     values: npt.NDArray[np.float64] = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
     small = rng.choice(size, size // 40, replace=False)
-    values[small] *= np.exp2(rng.choice([-11.0, -16.0, -30.0], small.size))
+    values[small] *= np.exp2(rng.choice([-14.0, -18.0, -30.0], small.size))
     return values.astype(np.float32)
 
 
@@ -401,12 +407,89 @@ def test_an_addition_that_fails_at_its_end_takes_back_what_is_loose(
     assert values_of(total) == before
 
 
-def test_few_loose_parts_at_a_time_are_kept() -> None:
+@pytest.mark.parametrize(("places", "most"), [([7], 16), ([7, 30], 11)])
+def test_what_is_loose_in_the_same_places_stays_so_without_a_limb_of_its_own(
+    places: list[int], most: int
+) -> None:
     values = np.ones(320, np.float32)
-    values[7] = 2.0**-20
+    values[places] = -3 * 2.0**-21
     total, scratch, kept = ExactSum(320), Scratch(320), []
-    for _ in range(40):
+    for count in range(1, 101):
         total.add(values, 601, scratch)
         kept.append(len(total.loose))
-    assert max(kept) == 16
-    assert values_of(total) == [40 * f for f in exactly(values, 601)]
+        assert values_of(total) == [count * f for f in exactly(values, 601)]
+    assert max(kept) == most
+    assert min(total.used()) == 0
+
+
+def with_fractions(eighths: int, at: int, size: int = 320) -> npt.NDArray[np.float32]:
+    """Ones, but for one number: times w it is w times so many eighths of a unit off a whole one."""
+    values = np.ones(size, np.float32)
+    values[at] = (1 + eighths * 2.0**-23) * 2.0**-16
+    return values
+
+
+def test_what_is_loose_and_becomes_whole_units_is_loose_no_more() -> None:
+    total, scratch = ExactSum(320), Scratch(320)
+    for _ in range(16):
+        total.add(with_fractions(1, at=7), 601, scratch)
+    assert [len(total.loose), *(float(part[0]) for _, part in total.loose)] == [16, *[0.125] * 16]
+    total.add(np.ones(320, np.float32), 601, scratch)
+    assert total.loose == []
+    assert values_of(total)[7] == 16 * exactly(with_fractions(1, at=7), 601)[7] + 601
+
+
+def test_beside_a_limb_for_them_loose_parts_are_few_as_well() -> None:
+    total, scratch, values = ExactSum(640), Scratch(640), with_fractions(1, at=7, size=640)
+    total.add(values, 601, scratch)
+    total.tuck()
+    for _ in range(79):
+        total.add(values, 601, scratch)
+        assert len(total.loose) <= 16
+    assert values_of(total) == [80 * f for f in exactly(values, 601)]
+
+
+def full_of_loose_parts() -> ExactSum:
+    """A sum with as many loose parts as are kept, near to a carry and beside a limb above."""
+    total, scratch = ExactSum(320), Scratch(320)
+    for number in range(16):
+        at = (7, 30, 99)[number % 3]
+        total.add(with_fractions([1, -2, 3][number % 3], at), 601 + 2 * number, scratch)
+    assert len(total.loose) == 16
+    total._carry(0)
+    total.limbs[0] += (1 << 52) - total.bounds[0]
+    total.bounds[0] = (1 << 53) - 3
+    return total
+
+
+def test_what_loose_parts_add_to_limb_0_is_within_its_bound() -> None:
+    total, scratch = ExactSum(320), Scratch(320)
+    for sign_ in (1, -1):
+        for _ in range(10):
+            total.add(with_fractions(3, at=7), sign_ * 601, scratch)
+        total.limbs[0][7] = sign_ * total.bounds[0]
+        value = values_of(total)
+        total._join()
+        assert values_of(total) == value
+        total.limbs[0][7] = 0
+
+
+@pytest.mark.parametrize("step", ["_join", "tuck", "settle"])
+def test_putting_a_sum_in_order_leaves_its_value_whenever_it_is_interrupted(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_module, "_PIECE", 100)
+    total = full_of_loose_parts()
+    value = values_of(total)
+    with Interruption(-1, "exact") as all_of_it:
+        getattr(total, step)()
+    assert values_of(total) == value
+    count = -1 - all_of_it.left
+    assert count > 100
+    for moment in range(1, count + 1, 3):
+        total = full_of_loose_parts()
+        with pytest.raises(KeyboardInterrupt), Interruption(moment, "exact"):
+            getattr(total, step)()
+        assert values_of(total) == value
+        total.add(np.ones(320, np.float32), 3, Scratch(320))
+        assert values_of(total) == [v + 3 for v in value]

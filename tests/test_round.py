@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -31,6 +29,7 @@ from fedavg_core.transfer import diff
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import ROUND, good, model
 from tests.conftest import THOROUGH
+from tests.interruption import Interruption
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
 
@@ -634,36 +633,7 @@ class TestAFaultWhileAdding:
         assert round.offer(update("b", self.params())).accepted
 
 
-class _Interruption:
-    """Raises KeyboardInterrupt before the n-th instruction of those that add an update."""
-
-    FILES = ("round", "accumulator", "robust_mean", "kept_updates", "clipped_mean")
-
-    def __init__(self, moment: int) -> None:
-        self.left = moment
-        self.files = {str(Path(round_module.__file__).with_name(f"{n}.py")) for n in self.FILES}
-
-    def __enter__(self) -> _Interruption:
-        self.before = sys.gettrace()
-        sys.settrace(self.call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.before)
-
-    def call(self, frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self.files:
-            return None
-        frame.f_trace_opcodes = True
-        return self.step
-
-    def step(self, frame: Any, event: str, argument: Any) -> Any:
-        if event == "opcode":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self.step
-
+ADDING = ("round", "accumulator", "robust_mean", "kept_updates", "clipped_mean")
 
 KINDS: list[Any] = [
     "exact",
@@ -691,13 +661,13 @@ class TestAnInterruptedOffer:
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "name", kind))
     def test_was_made_or_was_not_at_any_moment(self, kind: Any) -> None:
         round, offered = self.rounds(kind)
-        with _Interruption(-1) as all_of_it:
+        with Interruption(-1, *ADDING) as all_of_it:
             round.offer(offered)
         count, expected = -1 - all_of_it.left, round.close()
         made = []
         for moment in range(1, count + 1, 1 if THOROUGH else 3):
             round, offered = self.rounds(kind)
-            with pytest.raises(KeyboardInterrupt), _Interruption(moment):
+            with pytest.raises(KeyboardInterrupt), Interruption(moment, *ADDING):
                 round.offer(offered)
             was_made = "b" in [receipt.contributor for receipt in round.accepted]
             made.append(was_made)

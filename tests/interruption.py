@@ -1,0 +1,45 @@
+"""An interruption (Ctrl-C) at a moment of one's choice."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fedavg_core
+
+__all__ = ["Interruption"]
+
+
+class Interruption:
+    """Raises KeyboardInterrupt before the n-th instruction of some modules of the core.
+
+    Args:
+        moment: n; none comes if that is negative, and -1 - `left` is their number in the end.
+        modules: The names of the modules.
+    """
+
+    def __init__(self, moment: int, *modules: str) -> None:
+        self.left = moment
+        self._files = {str(Path(fedavg_core.__file__).with_name(f"{name}.py")) for name in modules}
+
+    def __enter__(self) -> Interruption:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in self._files:
+            return None
+        frame.f_trace_opcodes = True
+        return self._step
+
+    def _step(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._step
