@@ -39,7 +39,7 @@ class Pace:
         budget: Seconds after which to stop, once the least are run.
     """
 
-    least: int = 4
+    least: int = 7
     most: int = 20
     budget: float = 12.0
 

@@ -67,6 +67,7 @@ def _ieee(precision: int, least_exponent: int) -> NumberFormat:
     return NumberFormat("float", precision, least_exponent, largest)
 
 
+_ARRAYS = (np.ndarray, np.generic)
 _FLOATS = {
     "float16": _ieee(11, -14),
     "float32": _ieee(24, -126),
@@ -150,7 +151,7 @@ def check_array(key: object, value: object) -> npt.NDArray[Any]:
             Reason.BAD_NAME, expected="parameter names that are strings", got=quoted(key)
         )
     # The arithmetic of zero-dimensional arrays gives NumPy's scalars, so those are arrays here.
-    if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
+    if not isinstance(value, _ARRAYS) or isinstance(value, np.ma.MaskedArray):
         kind = type(value).__name__
         raise RefusedUpdate(Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {kind}")
     if number_format(value.dtype) is None:
