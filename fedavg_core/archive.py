@@ -82,7 +82,7 @@ class Seal:
     """The checksum of a zip file that is being written, and will be closed with `UNSEALED`.
 
     It is taken of the bytes as they stand in the file: behind the writer, by a thread, where the
-    file is large and the operating system knows it; else in the end.
+    file is large, the operating system knows it and a thread is to be had; else in the end.
 
     Args:
         file: The file, empty, open for reading and writing.
@@ -96,7 +96,7 @@ class Seal:
         self._shares: list[Future[None]] = []
         self._apart: Callable[[int, int], bytes] | None = None
         if hasattr(os, "pread"):  # pragma: no branch
-            with suppress(OSError):  # memory has no number
+            with suppress(AttributeError, OSError):  # memory has no number
                 self._apart = partial(os.pread, file.fileno())
 
     def reach(self, position: int) -> None:
@@ -111,8 +111,12 @@ class Seal:
         if self._apart is not None and position - self._reached >= _SHARE:
             self._file.flush()
             share = self._digest, self._apart, self._reached, position
-            self._shares.append(self._thread.submit(_update, *share))
-            self._reached = position
+            try:
+                self._shares.append(self._thread.submit(_update, *share))
+            except RuntimeError:  # there are no more threads to be had, or Python is about to end
+                self._apart = None
+            else:
+                self._reached = position
 
     def write(self) -> None:
         """Put the checksum into the file, which is closed as a zip file by now.

@@ -154,9 +154,10 @@ class ExactSum:
     def reset(self) -> None:
         """Make the sum zero again; the memory of the limbs that most sums need is kept."""
         near = sorted((k for k in self.limbs if abs(k) <= 1), key=abs, reverse=True)
-        self._memory += [self.limbs[k] for k in near]
-        self.limbs, self.bounds, self.loose = {}, {}, []
-        self.origin = None
+        memory = [*self._memory, *(self.limbs[k] for k in near)]
+        fields = ("_memory", "limbs", "bounds", "loose", "origin")
+        # In one call: a limb is never both in use and to be had.
+        list(map(setattr, (self,) * len(fields), fields, (memory, {}, {}, [], None)))
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
         """Add ``weight · values``, exactly; with any error nothing is added.

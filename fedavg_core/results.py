@@ -57,7 +57,8 @@ class Memory:
             busy = []  # in the end, of the later of the two
             while mean:
                 array, references = _last_of(mean)
-                if references == _UNUSED:
+                # What somebody has made another shape of, or read-only, is not used again.
+                if references == _UNUSED and array.ndim == 1 and array.flags.carray:
                     idle.setdefault((array.size, array.dtype), []).append(array)
                 else:
                     busy.append(array)

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +28,7 @@ from hypothesis.extra import numpy as hnp
 import fedavg_core.archive as archive_module
 import fedavg_core.codec as codec_module
 from fedavg_core.archive import BLOCK, UNSEALED, Seal
-from fedavg_core.checkpoint import Checkpoint, save_checkpoint
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedavg_core.codec import NpzWriter, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, same_bits
@@ -846,6 +848,58 @@ class TestTheSealBehindTheWriter:
         with open(tmp_path / "x.npz", "w+b") as file:
             write_npz(file, self.ARRAYS)
         assert (tmp_path / "x.npz").read_bytes() == written(self.ARRAYS)
+
+    @pytest.mark.parametrize("after", [0, 2])
+    def test_without_a_thread_it_is_taken_in_the_end(
+        self, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noted, real, calls = self.pretend_large(monkeypatch), ThreadPoolExecutor.submit, [0]
+
+        def submit(*arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > after:
+                raise RuntimeError("can't start new thread")
+            return real(*arguments)
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+        with open(tmp_path / "x.npz", "w+b") as file:
+            write_npz(file, self.ARRAYS)
+        assert (tmp_path / "x.npz").read_bytes() == written(self.ARRAYS)
+        assert bool(noted) is bool(after)
+        self.check_nothing_runs()
+
+    def test_a_large_model_is_saved_while_python_ends(self, tmp_path: Path) -> None:
+        program = f"""
+import atexit, threading, time
+import numpy as np
+from fedavg_core import Checkpoint, load_checkpoint, save_checkpoint
+
+model = {{str(number): np.ones(1 << 22, np.float32) for number in range(3)}}
+
+def save(name):
+    time.sleep(0.3)
+    save_checkpoint({str(tmp_path)!r} + "/" + name, Checkpoint(model, 1))
+
+atexit.register(save, "atexit.npz")
+threading.Thread(target=save, args=("thread.npz",)).start()
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        for name in ("atexit.npz", "thread.npz"):
+            assert load_checkpoint(tmp_path / name).model["2"].sum() == 1 << 22
+
+    def test_a_file_need_have_no_number(self) -> None:
+        class Plain:
+            """No more than what is asked of a file."""
+
+            def __init__(self) -> None:
+                self.held = io.BytesIO()
+                for name in ("read", "write", "seek", "tell", "flush"):
+                    setattr(self, name, getattr(self.held, name))
+
+        file: Any = Plain()
+        write_npz(file, ARRAYS)
+        assert file.held.getvalue() == written(ARRAYS)
 
     def test_an_error_of_the_writers_ends_the_thread(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -213,6 +213,23 @@ def test_a_reset_sum_is_zero_and_keeps_its_memory() -> None:
     assert {id(total._room(k, 1)) for k in (-1, 1)} == set(map(id, limbs[1:]))
 
 
+def test_after_an_interrupted_reset_another_makes_it_zero_with_limbs_of_their_own() -> None:
+    def some() -> ExactSum:
+        total = ExactSum(3, [np.empty(3), np.empty(3)])
+        total.add(np.array([1, 1e-30, 1e30]), 1, Scratch(3))
+        return total
+
+    with Interruption(-1, "exact") as all_of_it:
+        some().reset()
+    for moment in range(1, -all_of_it.left):
+        total = some()
+        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, "exact"):
+            total.reset()
+        total.reset()
+        total.add(np.array([1, 1e-30, 1e30]), 3, Scratch(3))
+        assert values_of(total) == exactly(np.array([1, 1e-30, 1e30]), 3)
+
+
 def test_an_empty_sum_has_no_leading_values_and_no_digits() -> None:
     empty = ExactSum(2)
     assert list(leading(empty)) == []

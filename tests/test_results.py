@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tracemalloc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,24 @@ def test_memory_of_another_size_or_dtype_does_not_serve() -> None:
         }
         assert all(np.all(array == 1) for array in model.values())
         del model
+
+
+@pytest.mark.parametrize("attribute", ["writeable", "shape", "strides", "dtype"])
+def test_memory_that_was_made_another_array_does_not_serve(attribute: str) -> None:
+    mean = WeightedMean()
+    base = averaged(mean, 1)["large"].base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if attribute == "writeable":
+            base.setflags(write=False)
+        elif attribute == "shape":
+            base.shape = (2, -1)
+        elif attribute == "strides":
+            base.strides = (0,)
+        else:
+            base.dtype = np.uint32
+    del base
+    assert all(np.all(array == 2) for array in averaged(mean, 2).values())
 
 
 def test_a_copy_of_a_mean_keeps_no_memory_of_the_other() -> None:
