@@ -135,7 +135,7 @@ def resumed(
         CheckpointError: A file is missing or damaged.
     """
     folder = path if path.is_dir() else path.parent
-    start = fc.CheckpointStore(path).load() if path.is_dir() else fc.load_checkpoint(path)
+    start = _newest_in(path) if path.is_dir() else fc.load_checkpoint(path)
     if start.round >= job["num_rounds"]:
         raise fc.UsageError(
             f"num_rounds: expected more than the {start.round} rounds that start_from has "
@@ -155,3 +155,13 @@ def resumed(
         ):
             files[name] = found
     return files
+
+
+def _newest_in(folder: Path) -> fc.Checkpoint:
+    """The newest checkpoint in a folder; if they are in folders below it, the error says where."""
+    store = fc.CheckpointStore(folder)
+    below = {str(path.parent.relative_to(folder)) for path in folder.rglob("*/round-*.npz")}
+    if below and not store.paths():
+        places = ", ".join(map(quoted, sorted(below)))
+        raise fc.CheckpointError(folder, f"there is no checkpoint in this folder, but in {places}")
+    return store.load()

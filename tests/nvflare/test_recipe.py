@@ -640,6 +640,14 @@ def test_a_server_optimizer_that_cannot_go_on_is_an_error_here_and_now(tmp_path:
             recipe(start_from=path, server_optimizer=optimizer)
 
 
+def test_a_jobs_folder_in_place_of_that_of_its_models_is_an_error_that_names_the_latter(
+    tmp_path: Path,
+) -> None:
+    ended(tmp_path / "server" / "models")
+    with pytest.raises(fc.CheckpointError, match="in this folder, but in 'server/models'"):
+        recipe(start_from=tmp_path, num_rounds=5)
+
+
 def test_a_damaged_checkpoint_to_start_from_is_named(tmp_path: Path) -> None:
     path = ended(tmp_path / "models")
     (path / "round-00000003.npz").write_bytes(b"nothing")
