@@ -52,7 +52,7 @@ _DIGEST_LENGTH = 64
 UNSEALED = _SEAL + b"0" * _DIGEST_LENGTH
 """The comment to close a zip file with that is to be sealed: a seal with zeros for the checksum."""
 
-_SHARE = 1 << 24
+_SHARE = 1 << 24  # bytes that make it worth to wake the thread of a seal
 _MOST_INFLATION = 100
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")

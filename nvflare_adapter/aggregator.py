@@ -101,8 +101,8 @@ class FedAvgAggregator(ModelAggregator):
         self._clients: list[str] = []
         self._received: Counter[str] = Counter()
         self._known: set[str] = set()
-        self._mean: fc.WeightedMean | None = None  # of models like the last outcome's:
-        self._spec: fc.ModelSpec | None = None
+        self._mean: fc.WeightedMean | None = None
+        self._spec: fc.ModelSpec | None = None  # of the last outcome, and so of what that one takes
         self._state: fc.Params = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
