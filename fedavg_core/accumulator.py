@@ -13,11 +13,11 @@ Two kinds of arithmetic:
 * ``"float64"`` and ``"float32"``. The sum is rounded at each addition, as other systems do it; the
   last bits depend on the order.
 
-An update is added whole or not at all, whatever goes wrong on the way; a NaN is found in the pass
-that adds. The exact sums undo what they had added before it by adding the same with the opposite
-weight; that is exact, so nothing remains. The plain sums write beside what they had. Only if the
-undoing is itself interrupted (KeyboardInterrupt, twice) are the sums unusable until they are reset,
-and say so.
+An update is added whole or not at all, whatever goes wrong on the way. The exact sums find a NaN in
+the pass that adds, and undo what they had added before it by adding the same with the opposite
+weight; that is exact, so nothing remains. The plain sums look for NaNs first, and finish what is
+interrupted (`count` tells). Only if the undoing or finishing is itself interrupted
+(KeyboardInterrupt, twice) are the sums unusable until they are reset, and say so.
 
 Parameters may be missing from an update; each has its own denominator.
 """
@@ -168,7 +168,7 @@ class WeightedMean:
         return copy.deepcopy(self)
 
     def add(self, params: Params, weight: float) -> None:
-        """Add one update, whole or not at all.
+        """Add one update, whole or not at all; after an interruption `count` tells which.
 
         Args:
             params: The parameters, or some of them; only read, and not kept. Any dtype of real
@@ -269,7 +269,7 @@ class WeightedMean:
                 self._books.total + other._books.total,
             ),
             partial(self._sums.merge, other._sums, brought),
-            partial(self._sums.undo_merge, other._sums, brought),
+            partial(self._sums.recover_merge, other._sums, brought),
         )
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
@@ -436,11 +436,11 @@ class WeightedMean:
         self._change(
             _Books(spec, weights, count, total),
             partial(self._sums.add, signed),
-            partial(self._sums.undo, signed),
+            partial(self._sums.recover, signed),
         )
 
     def _change(
-        self, books: _Books, do: Callable[[], None], undo: Callable[[list[int]], None]
+        self, books: _Books, do: Callable[[], None], recover: Callable[[list[Any]], bool]
     ) -> None:
         """Change the sums and the books together, or neither, whatever error comes between."""
         self._check_whole()
@@ -453,8 +453,10 @@ class WeightedMean:
         except BaseException:
             if self._books is not books:  # pragma: no branch  (else it came after the change)
                 self._broken = True
-                undo(mark)
-                self._sums.shrink(mark)
+                if recover(mark):
+                    self._books = books
+                else:
+                    self._sums.shrink(mark)
                 self._broken = False
             raise
 

@@ -1,15 +1,22 @@
 """Weighted sums of named arrays in ordinary arithmetic, rounded at each addition.
 
-A float64 or float32 array for each block holds the sum, and a second one takes the next: an
-addition is written beside the sum that it goes on from, and counts once all of it is there. So a
-NaN that is found on the way, in the pass that adds, leaves nothing behind, though nothing that was
-added can be taken out again exactly. The last bits of a sum depend on the order of the additions,
-and on nothing else: not on blocks, nor on threads.
+A float64 or float32 array for each block holds the sum, and is added to in place. What was added
+cannot be taken out again exactly, so an addition is looked at before it is made: one pass over all
+of an update finds its NaNs, and only then a second one adds it. That reads the update twice, and is
+still no slower than to write each sum beside the one before it, which it goes on from: storing to
+memory that is not in the cache reads it first, and a sum takes more of it than an update. (A block
+that is still zero needs no look ahead. It is written, and counts if all of the update was finite.)
+
+From the first addition on there is no way back, only forward: what is interrupted then is finished
+(`recover`). Each block knows how much of the update was added to it.
+
+The last bits of a sum depend on the order of the additions, and on nothing else: not on blocks, nor
+on threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -28,42 +35,42 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class PlainSum:
-    """A rounded sum of n elements, and memory for the next; a new one is zero.
+    """A rounded sum of n elements; a new one is zero.
 
     Args:
-        pair: Two arrays of n float64 or float32; their contents do not matter.
+        array: n float64 or float32; their contents do not matter.
 
     Attributes:
-        current: Which of the two arrays is the sum; -1 for neither, which is zero.
+        array: The sum, unless it is zero.
+        is_zero: Whether nothing was added.
+        parts: Of how many parts the addition under way consists.
+        made: As many items as parts were added.
     """
 
-    __slots__ = ("_pair", "current")
+    __slots__ = ("array", "is_zero", "made", "parts")
 
-    def __init__(self, pair: Sequence[Array]) -> None:
-        self._pair = pair
-        self.current = -1
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.is_zero = True
+        self.parts = 0
+        self.made: list[Array] = []
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether nothing was added."""
-        return self.current < 0
+    def begin(self) -> None:
+        """Begin an addition."""
+        self.parts = 0
+        self.made = []
 
-    @property
-    def value(self) -> Array:
-        """The sum, if it is not zero."""
-        return self._pair[self.current]
-
-    def next(self) -> tuple[int, Array]:
-        """The number and the memory of the array that is not the sum."""
-        number = int(self.current == 0)
-        return number, self._pair[number]
+    def add(self, product: Array) -> None:
+        """Add a part."""
+        before = self.array if self.made or not self.is_zero else 0.0
+        # It is counted by the very call that adds it: nothing can come between the two.
+        self.made.extend(map(np.add, (before,), (product,), (self.array,)))
 
     def fork(self) -> Array:
-        """A copy of the sum, which is the sum from here on, and may be changed in place."""
-        number, array = self.next()
-        array[:] = 0 if self.is_zero else self.value
-        self.current = number
-        return array
+        """A copy of the sum, which is the sum from here on."""
+        self.array = np.zeros_like(self.array) if self.is_zero else self.array.copy()
+        self.is_zero = False
+        return self.array
 
 
 class PlainSums(Sums[PlainSum]):
@@ -78,73 +85,101 @@ class PlainSums(Sums[PlainSum]):
     def __init__(self, dtype: np.dtype[Any], block: int, threads: int) -> None:
         super().__init__(block, threads)
         self._dtype = dtype
+        self._checked = False  # whether the addition under way is past its first pass
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
         factors = [self._factor(weight) for _, weight in terms]
 
-        def work(number: int, buffers: Buffers) -> None:
+        def check(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            product = buffers.scratch.product.view(self._dtype)[: block.size]
-            following, target = total.next()
-            source = None if total.is_zero else total.value
+            total.begin()
             for (params, _), factor in zip(terms, factors, strict=True):
                 for values, exponent in load(block, params, params, buffers):
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        scale = self._dtype.type(factor * 2.0**exponent)
-                        if values.dtype == np.float32 and self._dtype == np.float64:
-                            np.copyto(product, values)  # faster than a cast on the way
-                            np.multiply(product, scale, out=product)
-                        else:
-                            np.multiply(values, scale, out=product, casting="same_kind")
-                        index = _first_not_finite(values, buffers)  # now they are in the cache
-                        if index >= 0:
-                            raise not_finite(params, *block.locate(index))
-                        np.add(0.0 if source is None else source, product, out=target)
-                    source = target
-            if source is target:
-                total.current = following
+                    if total.is_zero and not total.parts:
+                        self._add_part(total, values, factor * 2.0**exponent, buffers)
+                    index = _first_not_finite(values, buffers)
+                    if index >= 0:
+                        raise not_finite(params, *block.locate(index))
+                    total.parts += 1
 
-        self._each_block(work)
+        self._each_block(check)
+        self._checked = True
+        # Backwards: what was looked at last may be in the cache.
+        self._each_block(self._rest_of(terms), backwards=True)
+
+    def _rest_of(self, terms: Sequence[Term]) -> Callable[[int, Buffers], None]:
+        """The work that adds to a block what was not added yet of terms that are finite."""
+
+        def work(number: int, buffers: Buffers) -> None:
+            block, total = self._blocks[number]
+            skipped = len(total.made)
+            for params, weight in terms if skipped < total.parts else ():
+                for values, exponent in load(block, params, params, buffers):
+                    if skipped:
+                        skipped -= 1
+                    else:
+                        factor = self._factor(weight) * 2.0**exponent
+                        self._add_part(total, values, factor, buffers)
+            total.is_zero = total.is_zero and not total.parts
+
+        return work
+
+    def _add_part(self, total: PlainSum, values: Array, factor: float, buffers: Buffers) -> None:
+        """Add values times a factor."""
+        product = buffers.scratch.product.view(self._dtype)[: values.size]
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale = self._dtype.type(factor)
+            if values.dtype == np.float32 and self._dtype == np.float64:
+                np.copyto(product, values)  # faster than a cast on the way
+                np.multiply(product, scale, out=product)
+            else:
+                np.multiply(values, scale, out=product, casting="same_kind")
+            total.add(product)
 
     def merge(self, other: Sums[PlainSum], keys: Collection[str]) -> None:
-        """See `Sums.merge`."""
+        """See `Sums.merge`: this writes beside the sums, and can be taken back."""
         begun: dict[int, Array] = {}
         for total, at, source, of in self._counterparts(other, keys):
             array = begun.get(id(total))
             if array is None:
                 array = begun[id(total)] = total.fork()
             with np.errstate(over="ignore", invalid="ignore"):
-                array[at] += source.value[of]
+                array[at] += source.array[of]
 
-    def mark(self) -> list[int]:
-        """See `Sums.mark`: which array of each block is its sum."""
-        return [total.current for _, total in self._blocks]
+    def mark(self) -> list[Any]:
+        """See `Sums.mark`: the array of each block, and whether it is zero."""
+        self._checked = False
+        return [(total.array, total.is_zero) for _, total in self._blocks]
 
-    def undo(self, terms: Sequence[Term], mark: list[int]) -> None:
-        """See `Sums.undo`."""
-        for (_, total), current in zip(self._blocks, mark, strict=False):
-            total.current = current
+    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
+        """See `Sums.recover`: from the first addition on, forward."""
+        work = self._rest_of(terms)
+        for number in range(len(self._blocks)) if self._checked else ():
+            work(number, self._buffers[0])  # in this thread: there may be no other to be had
+        return self._checked
 
-    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> None:
-        """See `Sums.undo_merge`."""
-        self.undo((), mark)
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+        """See `Sums.recover_merge`: back."""
+        for (_, total), (array, is_zero) in zip(self._blocks, mark, strict=False):
+            total.array, total.is_zero = array, is_zero
+        return False
 
     def reset(self) -> None:
         """See `Sums.reset`."""
         for _, total in self._blocks:
-            total.current = -1
+            total.is_zero = True
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
-        pieces = [total.value[segment.place] for segment, total in self._segments(key)]
+        pieces = [total.array[segment.place] for segment, total in self._segments(key)]
         return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
-            array = total.fork() if total.is_zero else total.value
+            array = total.fork() if total.is_zero else total.array
             array[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
     def _factor(self, weight: Weight) -> float:
@@ -159,10 +194,10 @@ class PlainSums(Sums[PlainSum]):
         return float(weight)
 
     def _make(self, sizes: Sequence[int]) -> Iterator[PlainSum]:
-        pair = [np.empty(sum(sizes), self._dtype) for _ in range(2)]
+        memory = np.empty(sum(sizes), self._dtype)  # pages are taken as they are written
         start = 0
         for size in sizes:
-            yield PlainSum([array[start : start + size] for array in pair])
+            yield PlainSum(memory[start : start + size])
             start += size
 
     def _divide(
@@ -190,7 +225,7 @@ class PlainSums(Sums[PlainSum]):
             mean = out[place] if out.dtype == self._dtype else spare
             with np.errstate(over="ignore", invalid="ignore"):
                 divisor = self._dtype.type(float(weight))
-                np.divide(total.value[segment.place], divisor, out=mean)
+                np.divide(total.array[segment.place], divisor, out=mean)
                 if base is not None:
                     start = flat(base[segment.key], segment.start, segment.size)
                     if _first_not_finite(start, buffers) >= 0:

@@ -62,27 +62,36 @@ class Sums(ABC, Generic[Total]):
 
         Raises:
             RefusedUpdate: A value is not finite. With this and any other error some may have been
-                added; then `undo` is due.
+                added; then `recover` is due.
         """
 
     @abstractmethod
     def merge(self, other: Sums[Total], keys: Collection[str]) -> None:
         """Add the sums that another one of the same kind has for some of the arrays.
 
-        With an error some may have been added; then `undo_merge` is due.
+        With an error some may have been added; then `recover_merge` is due.
         """
 
     @abstractmethod
-    def mark(self) -> list[int]:
-        """What `undo`, `undo_merge` and `shrink` need to know of the state: a number a block."""
+    def mark(self) -> list[Any]:
+        """Begin a change.
+
+        Returns:
+            What `recover`, `recover_merge` and `shrink` need to know of the state before it: an
+            item a block.
+        """
 
     @abstractmethod
-    def undo(self, terms: Sequence[Term], mark: list[int]) -> None:
-        """Take back what an `add` that failed has added since the mark."""
+    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
+        """Make whole what an `add` that failed has left, in one way or the other.
+
+        Returns:
+            Whether the terms are in the sums now; else what was added since the mark is not.
+        """
 
     @abstractmethod
-    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> None:
-        """Take back what a `merge` that failed has added since the mark, in the same way."""
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+        """Make whole what a `merge` that failed has left, in the same way."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -125,7 +134,7 @@ class Sums(ABC, Generic[Total]):
             self._buffers = [Buffers(largest) for _ in range(self._threads)]
         self._blocks += blocks
 
-    def shrink(self, mark: list[int]) -> None:
+    def shrink(self, mark: list[Any]) -> None:
         """Give back the room made since the mark."""
         del self._blocks[len(mark) :]
 
@@ -174,16 +183,16 @@ class Sums(ABC, Generic[Total]):
         self._each_block(work)
         return results.arrays
 
-    def _each_block(self, work: Callable[[int, Buffers], None]) -> None:
+    def _each_block(self, work: Callable[[int, Buffers], None], backwards: bool = False) -> None:
         """Do some work for each block, on several threads if there is enough of it.
 
         If it fails for several blocks, the error is that for the first of them, whatever the
-        threads: numbers are handed out in order, and each that was handed out is tried. When this
-        returns or raises, no thread is at work any more.
+        threads: numbers are handed out in order (unless backwards), and each that was handed out is
+        tried. When this returns or raises, no thread is at work any more.
         """
         size = sum(block.size for block, _ in self._blocks)
         threads = min(self._threads, size // _THREAD_SHARE, len(self._blocks))
-        numbers = iter(range(len(self._blocks)))
+        numbers = iter(range(len(self._blocks))[:: -1 if backwards else 1])
         failed: list[tuple[int, BaseException]] = []
         busy: list[None] = []
 
@@ -280,12 +289,12 @@ class ExactSums(Sums[ExactSum]):
         for total, at, source, of in self._counterparts(other, keys):
             total.add_sum(source.take(of), at=at)
 
-    def mark(self) -> list[int]:
+    def mark(self) -> list[Any]:
         """See `Sums.mark`: how many additions each block has had."""
         return [total.additions for _, total in self._blocks]
 
-    def undo(self, terms: Sequence[Term], mark: list[int]) -> None:
-        """See `Sums.undo`."""
+    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
+        """See `Sums.recover`: back."""
         for (block, total), before in zip(self._blocks, mark, strict=False):
             buffers, made = self._buffers[0], total.additions - before
             for params, weight in terms:
@@ -293,9 +302,10 @@ class ExactSums(Sums[ExactSum]):
                     if made > 0:
                         total.add(values, -weight * (1 << exponent), buffers.scratch)
                         made -= 1
+        return False
 
-    def undo_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> None:
-        """See `Sums.undo_merge`."""
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+        """See `Sums.recover_merge`: back."""
         made = {
             id(total): total.additions - before
             for (_, total), before in zip(self._blocks, mark, strict=False)
@@ -304,6 +314,7 @@ class ExactSums(Sums[ExactSum]):
             if made.get(id(total), 0) > 0:  # blocks since the mark go as a whole
                 total.add_sum(source.take(of), sign=-1, at=at)
                 made[id(total)] -= 1
+        return False
 
     def is_zero(self, key: str) -> bool:
         """Whether every element of an array's sum is zero."""

@@ -633,7 +633,7 @@ class TestAFaultWhileAdding:
         assert round.offer(update("b", self.params())).accepted
 
 
-ADDING = ("round", "accumulator", "robust_mean", "kept_updates", "clipped_mean")
+ADDING = ("round", "accumulator", "plain_sums", "robust_mean", "kept_updates", "clipped_mean")
 
 KINDS: list[Any] = [
     "exact",
