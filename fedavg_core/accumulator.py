@@ -440,7 +440,7 @@ class WeightedMean:
         )
 
     def _change(
-        self, books: _Books, do: Callable[[], None], recover: Callable[[list[Any]], bool]
+        self, books: _Books, do: Callable[[], None], recover: Callable[[list[int]], bool]
     ) -> None:
         """Change the sums and the books together, or neither, whatever error comes between."""
         self._check_whole()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedavg_core.exact import Scratch
 from fedavg_core.model import ArraySpec, Params
 
-__all__ = ["Block", "Buffers", "Segment", "fits_float32", "flat", "load", "pack"]
+__all__ = ["Block", "Buffers", "Segment", "fits_float32", "flat", "is_at_hand", "load", "pack"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -122,6 +122,14 @@ def flat(array: Array, start: int, size: int) -> Array:
     return elements
 
 
+def is_at_hand(block: Block, params: Params) -> bool:
+    """Whether a block's values can be read where they lie; also if there are none."""
+    array = params.get(block.segments[0].key)
+    return len(block.segments) == 1 and (
+        array is None or (array.flags.c_contiguous and array.dtype in (np.float32, np.float64))
+    )
+
+
 def load(
     block: Block, params: Params, keys: Collection[str], buffers: Buffers
 ) -> list[tuple[Array, int]]:
@@ -141,13 +149,8 @@ def load(
     segments = [segment for segment in block.segments if segment.key in keys]
     if not segments:
         return []
-    first = params[segments[0].key]
-    if (
-        len(block.segments) == 1
-        and first.flags.c_contiguous
-        and first.dtype in (np.float32, np.float64)
-    ):
-        return [(flat(first, segments[0].start, block.size), 0)]
+    if is_at_hand(block, params):
+        return [(flat(params[segments[0].key], segments[0].start, block.size), 0)]
     sources = [flat(params[segment.key], segment.start, segment.size) for segment in segments]
     narrow = all(map(fits_float32, {source.dtype for source in sources}))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]

@@ -1,13 +1,17 @@
 """Weighted sums of named arrays in ordinary arithmetic, rounded at each addition.
 
 A float64 or float32 array for each block holds the sum, and is added to in place. What was added
-cannot be taken out again exactly, so an addition is looked at before it is made: one pass over all
-of an update finds its NaNs, and only then a second one adds it. That reads the update twice, and is
-still no slower than to write each sum beside the one before it, which it goes on from: storing to
-memory that is not in the cache reads it first, and a sum takes more of it than an update. (A block
-that is still zero needs no look ahead. It is written, and counts if all of the update was finite.)
+cannot be taken out again exactly, so an addition takes two passes. The first reads all of an update
+and finds its NaNs; the second adds it. That reads the update twice, and is still no slower than to
+write each sum beside the one before it, which it goes on from: storing to memory that is not in the
+cache reads it first, and a sum takes more of it than an update.
 
-From the first addition on there is no way back, only forward: what is interrupted then is finished
+Where an update has to be copied to be read (float16, say, or many small arrays), to do so twice
+would be slower. There the first pass does write the new sum beside the one before it, in memory
+that is taken once it is needed, and the second pass lets it take the other's place. So it is with a
+block that is still zero, where there is nothing to be beside of.
+
+From the second pass on there is no way back, only forward: what is interrupted then is finished
 (`recover`). Each block knows how much of the update was added to it.
 
 The last bits of a sum depend on the order of the additions, and on nothing else: not on blocks, nor
@@ -23,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.blocks import Block, Buffers, Segment, flat, load
+from fedavg_core.blocks import Block, Buffers, Segment, flat, is_at_hand, load
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, quoted
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.sums import Sums, Term, base_not_finite, not_finite
@@ -35,42 +39,59 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class PlainSum:
-    """A rounded sum of n elements; a new one is zero.
+    """A rounded sum of n elements, and memory for the next; a new one is zero.
 
     Args:
         array: n float64 or float32; their contents do not matter.
 
     Attributes:
-        array: The sum, unless it is zero.
-        is_zero: Whether nothing was added.
-        parts: Of how many parts the addition under way consists.
+        current: Which of two arrays is the sum; -1 for neither, which is zero.
+        following: Which of them will be, once the addition under way is made.
+        parts: Of how many parts, to be added in place, that addition consists.
         made: As many items as parts were added.
     """
 
-    __slots__ = ("array", "is_zero", "made", "parts")
+    __slots__ = ("_pair", "current", "following", "made", "parts")
 
     def __init__(self, array: Array) -> None:
-        self.array = array
-        self.is_zero = True
-        self.parts = 0
-        self.made: list[Array] = []
+        self._pair = [array]
+        self.current = -1
+        self.begin()
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing was added."""
+        return self.current < 0
+
+    @property
+    def value(self) -> Array:
+        """The sum, if it is not zero."""
+        return self._pair[self.current]
 
     def begin(self) -> None:
         """Begin an addition."""
+        self.following = self.current
         self.parts = 0
-        self.made = []
+        self.made: list[Array] = []
 
     def add(self, product: Array) -> None:
-        """Add a part."""
-        before = self.array if self.made or not self.is_zero else 0.0
+        """Add a part in place."""
         # It is counted by the very call that adds it: nothing can come between the two.
-        self.made.extend(map(np.add, (before,), (product,), (self.array,)))
+        self.made.extend(map(np.add, (self.value,), (product,), (self.value,)))
+
+    def next(self) -> tuple[int, Array]:
+        """The number and the memory of an array that is not the sum."""
+        number = int(self.current == 0)
+        if number == len(self._pair):
+            self._pair.append(np.empty_like(self.value))
+        return number, self._pair[number]
 
     def fork(self) -> Array:
-        """A copy of the sum, which is the sum from here on."""
-        self.array = np.zeros_like(self.array) if self.is_zero else self.array.copy()
-        self.is_zero = False
-        return self.array
+        """A copy of the sum, which is the sum from here on, and may be changed in place."""
+        number, array = self.next()
+        array[:] = 0 if self.is_zero else self.value
+        self.current = number
+        return array
 
 
 class PlainSums(Sums[PlainSum]):
@@ -91,51 +112,61 @@ class PlainSums(Sums[PlainSum]):
         """See `Sums.add`."""
         factors = [self._factor(weight) for _, weight in terms]
 
-        def check(number: int, buffers: Buffers) -> None:
+        def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
             total.begin()
+            in_place = not total.is_zero and all(is_at_hand(block, params) for params, _ in terms)
+            source = None if total.is_zero else total.value
+            following, target = (total.current, source) if in_place else total.next()
             for (params, _), factor in zip(terms, factors, strict=True):
                 for values, exponent in load(block, params, params, buffers):
-                    if total.is_zero and not total.parts:
-                        self._add_part(total, values, factor * 2.0**exponent, buffers)
-                    index = _first_not_finite(values, buffers)
+                    product = None if in_place else self._product(values, factor, exponent, buffers)
+                    index = _first_not_finite(values, buffers)  # now they are in the cache
                     if index >= 0:
                         raise not_finite(params, *block.locate(index))
-                    total.parts += 1
+                    if product is None:
+                        total.parts += 1
+                        continue
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        np.add(0.0 if source is None else source, product, out=target)
+                    source, total.following = target, following
 
-        self._each_block(check)
+        self._each_block(work)
         self._checked = True
         # Backwards: what was looked at last may be in the cache.
         self._each_block(self._rest_of(terms), backwards=True)
 
     def _rest_of(self, terms: Sequence[Term]) -> Callable[[int, Buffers], None]:
-        """The work that adds to a block what was not added yet of terms that are finite."""
+        """The second pass: what it has to do, or has left to do, for a block."""
+        factors = [self._factor(weight) for _, weight in terms]
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
             skipped = len(total.made)
-            for params, weight in terms if skipped < total.parts else ():
-                for values, exponent in load(block, params, params, buffers):
-                    if skipped:
-                        skipped -= 1
-                    else:
-                        factor = self._factor(weight) * 2.0**exponent
-                        self._add_part(total, values, factor, buffers)
-            total.is_zero = total.is_zero and not total.parts
+            for (params, _), factor in zip(terms, factors, strict=True):
+                if skipped < total.parts:
+                    for values, exponent in load(block, params, params, buffers):
+                        if skipped:
+                            skipped -= 1
+                            continue
+                        product = self._product(values, factor, exponent, buffers)
+                        with np.errstate(over="ignore", invalid="ignore"):
+                            total.add(product)
+            total.current = total.following
 
         return work
 
-    def _add_part(self, total: PlainSum, values: Array, factor: float, buffers: Buffers) -> None:
-        """Add values times a factor."""
+    def _product(self, values: Array, factor: float, exponent: int, buffers: Buffers) -> Array:
+        """Values times a factor times a power of two, in a buffer."""
         product = buffers.scratch.product.view(self._dtype)[: values.size]
         with np.errstate(over="ignore", invalid="ignore"):
-            scale = self._dtype.type(factor)
+            scale = self._dtype.type(factor * 2.0**exponent)
             if values.dtype == np.float32 and self._dtype == np.float64:
                 np.copyto(product, values)  # faster than a cast on the way
                 np.multiply(product, scale, out=product)
             else:
                 np.multiply(values, scale, out=product, casting="same_kind")
-            total.add(product)
+        return product
 
     def merge(self, other: Sums[PlainSum], keys: Collection[str]) -> None:
         """See `Sums.merge`: this writes beside the sums, and can be taken back."""
@@ -145,41 +176,42 @@ class PlainSums(Sums[PlainSum]):
             if array is None:
                 array = begun[id(total)] = total.fork()
             with np.errstate(over="ignore", invalid="ignore"):
-                array[at] += source.array[of]
+                array[at] += source.value[of]
 
-    def mark(self) -> list[Any]:
-        """See `Sums.mark`: the array of each block, and whether it is zero."""
+    def mark(self) -> list[int]:
+        """See `Sums.mark`: which array of each block is its sum."""
         self._checked = False
-        return [(total.array, total.is_zero) for _, total in self._blocks]
+        return [total.current for _, total in self._blocks]
 
-    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
-        """See `Sums.recover`: from the first addition on, forward."""
-        work = self._rest_of(terms)
-        for number in range(len(self._blocks)) if self._checked else ():
-            work(number, self._buffers[0])  # in this thread: there may be no other to be had
+    def recover(self, terms: Sequence[Term], mark: list[int]) -> bool:
+        """See `Sums.recover`: from the second pass on, forward."""
+        if self._checked:
+            work = self._rest_of(terms)
+            for number in range(len(self._blocks)):
+                work(number, self._buffers[0])  # in this thread: there may be no other to be had
         return self._checked
 
-    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
         """See `Sums.recover_merge`: back."""
-        for (_, total), (array, is_zero) in zip(self._blocks, mark, strict=False):
-            total.array, total.is_zero = array, is_zero
+        for (_, total), current in zip(self._blocks, mark, strict=False):
+            total.current = current
         return False
 
     def reset(self) -> None:
         """See `Sums.reset`."""
         for _, total in self._blocks:
-            total.is_zero = True
+            total.current = -1
 
     def parts(self, key: str) -> list[tuple[str, Array]]:
         """See `Sums.parts`: the rounded sum."""
-        pieces = [total.array[segment.place] for segment, total in self._segments(key)]
+        pieces = [total.value[segment.place] for segment, total in self._segments(key)]
         return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
     def restore(self, key: str, parts: Mapping[str, Array]) -> None:
         """See `Sums.restore`."""
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
-            array = total.fork() if total.is_zero else total.array
+            array = total.fork() if total.is_zero else total.value
             array[segment.place] += parts["sum"][segment.start : segment.start + segment.size]
 
     def _factor(self, weight: Weight) -> float:
@@ -225,7 +257,7 @@ class PlainSums(Sums[PlainSum]):
             mean = out[place] if out.dtype == self._dtype else spare
             with np.errstate(over="ignore", invalid="ignore"):
                 divisor = self._dtype.type(float(weight))
-                np.divide(total.array[segment.place], divisor, out=mean)
+                np.divide(total.value[segment.place], divisor, out=mean)
                 if base is not None:
                     start = flat(base[segment.key], segment.start, segment.size)
                     if _first_not_finite(start, buffers) >= 0:

@@ -73,16 +73,16 @@ class Sums(ABC, Generic[Total]):
         """
 
     @abstractmethod
-    def mark(self) -> list[Any]:
+    def mark(self) -> list[int]:
         """Begin a change.
 
         Returns:
-            What `recover`, `recover_merge` and `shrink` need to know of the state before it: an
-            item a block.
+            What `recover`, `recover_merge` and `shrink` need to know of the state before it: a
+            number a block.
         """
 
     @abstractmethod
-    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
+    def recover(self, terms: Sequence[Term], mark: list[int]) -> bool:
         """Make whole what an `add` that failed has left, in one way or the other.
 
         Returns:
@@ -90,7 +90,7 @@ class Sums(ABC, Generic[Total]):
         """
 
     @abstractmethod
-    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
         """Make whole what a `merge` that failed has left, in the same way."""
 
     @abstractmethod
@@ -134,7 +134,7 @@ class Sums(ABC, Generic[Total]):
             self._buffers = [Buffers(largest) for _ in range(self._threads)]
         self._blocks += blocks
 
-    def shrink(self, mark: list[Any]) -> None:
+    def shrink(self, mark: list[int]) -> None:
         """Give back the room made since the mark."""
         del self._blocks[len(mark) :]
 
@@ -289,11 +289,11 @@ class ExactSums(Sums[ExactSum]):
         for total, at, source, of in self._counterparts(other, keys):
             total.add_sum(source.take(of), at=at)
 
-    def mark(self) -> list[Any]:
+    def mark(self) -> list[int]:
         """See `Sums.mark`: how many additions each block has had."""
         return [total.additions for _, total in self._blocks]
 
-    def recover(self, terms: Sequence[Term], mark: list[Any]) -> bool:
+    def recover(self, terms: Sequence[Term], mark: list[int]) -> bool:
         """See `Sums.recover`: back."""
         for (block, total), before in zip(self._blocks, mark, strict=False):
             buffers, made = self._buffers[0], total.additions - before
@@ -304,7 +304,7 @@ class ExactSums(Sums[ExactSum]):
                         made -= 1
         return False
 
-    def recover_merge(self, other: Any, keys: Collection[str], mark: list[Any]) -> bool:
+    def recover_merge(self, other: Any, keys: Collection[str], mark: list[int]) -> bool:
         """See `Sums.recover_merge`: back."""
         made = {
             id(total): total.additions - before

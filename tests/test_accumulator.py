@@ -423,7 +423,8 @@ def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_a
     begun = [({"w": model(1)["w"], "n": LARGE_INTEGERS}, 3)][:held]
     sent = [
         ({"w": model(2)["w"], "n": LARGE_INTEGERS}, 0.3),
-        ({"new": np.ones(5), "n": LARGE_INTEGERS}, 7),
+        ({"new": np.ones(5), "w": model(3)["w"]}, 7),
+        ({"w": model(4)["w"], "n": LARGE_INTEGERS}, 2),
     ]
 
     def filled(updates: Any) -> fc.WeightedMean:
@@ -449,7 +450,7 @@ def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_a
         if mean.count == held:
             mean.add_many(sent)
             assert fc.same_bits(mean.state()[1], after[1]), moment
-    assert seen == {held, held + 2}
+    assert seen == {held, held + 3}
     assert moment > 500
 
 
