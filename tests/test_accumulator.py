@@ -411,6 +411,30 @@ def test_sums_of_nothing_are_of_nothing_after_an_interrupted_merge(
     assert fc.same_bits(mean.mean(), fc.weighted_mean([model(3)], [7], accumulator=kind))
 
 
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+@pytest.mark.parametrize("block", [2, 8, 1 << 10])
+def test_rounded_sums_are_those_of_one_addition_after_the_other(
+    kind: Accumulator, block: int
+) -> None:
+    rng = np.random.default_rng(0)
+    mean = fc.WeightedMean(accumulator=kind, block=block)
+    for last in "i2", "f4":  # after the reset the memory holds what was there before
+        mean.reset()
+        expected = {key: np.zeros(size, kind) for key, size in (("w", 12), ("b", 1), ("c", 2))}
+        for number, dtype in enumerate(("f4", "f2", "f4", "f4", "f2", "f2", "f4", last)):
+            params = {
+                key: rng.normal(9, 3, one.size).astype(dtype) for key, one in expected.items()
+            }
+            if number % 3 == 1:
+                del params["w" if number == 1 else "b"]
+            mean.add(params, 0.3 + number)
+            for key, array in params.items():
+                expected[key] += array.astype(kind) * np.dtype(kind).type(0.3 + number)
+        meta, arrays = mean.state()
+        for number, entry in enumerate(meta["keys"]):
+            assert np.array_equal(arrays[f"{number}.sum"], expected[entry["name"]])
+
+
 LARGE_INTEGERS = np.array([(1 << 53) + 1, -(1 << 62) - 5, 3], np.int64)
 """Which float64 cannot hold, so that they are added in two parts."""
 
