@@ -127,7 +127,8 @@ class Sums(ABC, Generic[Total]):
 
     def grow(self, spec: Mapping[str, ArraySpec]) -> None:
         """Make room for further arrays, whose sums are zero."""
-        cut = list(pack(spec, self._capacity))
+        # Gathered blocks take longest; at the end the other threads would wait for them.
+        cut = sorted(pack(spec, self._capacity), key=lambda block: len(block.segments) == 1)
         blocks = list(zip(cut, self._make([block.size for block in cut]), strict=True))
         largest = max((block.size for block in cut), default=0)
         if not self._buffers or largest > self._buffers[0].size:
