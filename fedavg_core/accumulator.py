@@ -171,8 +171,9 @@ class WeightedMean:
         """Add one update, whole or not at all; after an interruption `count` tells which.
 
         Args:
-            params: The parameters, or some of them; only read, and not kept. Any dtype of real
-                numbers will do: the mean has the dtype of the spec.
+            params: The parameters, or some of them; only read, and not kept. Nobody may change
+                them until this returns. Any dtype of real numbers will do: the mean has the dtype
+                of the spec.
             weight: How much it counts: a finite number above zero, taken at its exact value.
 
         Raises:

@@ -9,7 +9,7 @@ cache reads it first, and a sum takes more of it than an update.
 Where an update has to be copied to be read (float16, say, or many small arrays), to do so twice
 would be slower. There the first pass does write the new sum beside the one before it, in memory
 that is taken once it is needed, and the second pass lets it take the other's place. So it is with a
-block that is still zero, where there is nothing to be beside of.
+block that is still zero: there is no sum yet to spoil.
 
 From the second pass on there is no way back, only forward: what is interrupted then is finished
 (`recover`). Each block knows how much of the update was added to it.
