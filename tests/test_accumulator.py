@@ -26,6 +26,7 @@ import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.exact import ExactSum
 from fedavg_core.model import ArraySpec
+from fedavg_core.plain_sums import PlainSum
 from fedavg_core.weight import exact_weight
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
@@ -433,6 +434,33 @@ def test_rounded_sums_are_those_of_one_addition_after_the_other(
         meta, arrays = mean.state()
         for number, entry in enumerate(meta["keys"]):
             assert np.array_equal(arrays[f"{number}.sum"], expected[entry["name"]])
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_a_rounded_addition_that_is_interrupted_between_two_updates_is_finished(
+    kind: Accumulator, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [{"w": np.linspace(n, 7, 9, dtype=np.float32)} for n in range(4)]
+    mean, expected = (fc.WeightedMean(accumulator=kind, block=5) for _ in range(2))
+    for one in (mean, expected):
+        one.add(models[0], 3)
+    add, left = PlainSum.add, [moment]
+
+    def interrupted(total: PlainSum, product: Array) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        add(total, product)
+
+    sent = [(model, 0.3) for model in models[1:]]
+    monkeypatch.setattr(PlainSum, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mean.add_many(sent)
+    assert left[0] == moment - 1 - 6  # each part of the two blocks was added once
+    expected.add_many(sent)
+    assert mean.count == 4
+    assert fc.same_bits(mean.state()[1], expected.state()[1])
 
 
 LARGE_INTEGERS = np.array([(1 << 53) + 1, -(1 << 62) - 5, 3], np.int64)
