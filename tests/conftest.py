@@ -1,4 +1,4 @@
-"""Hypothesis profiles for the whole suite.
+"""Hypothesis profiles for the whole suite; and Ctrl-C, which some tests press.
 
 The environment variable HYPOTHESIS_PROFILE chooses one. Without it, `ci` is taken where the
 variable CI is set, and `default` elsewhere.
@@ -8,11 +8,15 @@ variable CI is set, and `default` elsewhere.
 * `nightly`: 10,000 examples, drawn anew.
 
 No profile has a deadline: how long an example takes says something about the machine only.
+
+A shell without job control has what it runs in the background ignore Ctrl-C, and so would all that a
+test starts.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -24,6 +28,9 @@ settings.register_profile("nightly", parent=_BASE, max_examples=10_000)
 
 _IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if _IN_CI else "default"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 THOROUGH = settings().max_examples >= 1_000
 """Whether the profile asks for all cases of the tests that count their own; else for a part."""
