@@ -9,8 +9,8 @@ variable CI is set, and `default` elsewhere.
 
 No profile has a deadline: how long an example takes says something about the machine only.
 
-A shell without job control has what it runs in the background ignore Ctrl-C, and so would all that a
-test starts.
+A shell without job control has what it runs in the background ignore Ctrl-C, and so would all that
+a test starts.
 """
 
 from __future__ import annotations
