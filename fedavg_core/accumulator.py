@@ -446,20 +446,21 @@ class WeightedMean:
         """Change the sums and the books together, or neither, whatever error comes between."""
         self._check_whole()
         mark = self._sums.mark()
-        try:
-            old = self._books.spec
-            self._sums.grow({key: spec for key, spec in books.spec.items() if key not in old})
-            do()
-            self._books = books
-        except BaseException:
-            if self._books is not books:  # pragma: no branch  (else it came after the change)
-                self._broken = True
-                if recover(mark):
-                    self._books = books
-                else:
-                    self._sums.shrink(mark)
-                self._broken = False
-            raise
+        with np.errstate(all="ignore"):
+            try:
+                old = self._books.spec
+                self._sums.grow({key: spec for key, spec in books.spec.items() if key not in old})
+                do()
+                self._books = books
+            except BaseException:
+                if self._books is not books:  # pragma: no branch  (else it came after the change)
+                    self._broken = True
+                    if recover(mark):
+                        self._books = books
+                    else:
+                        self._sums.shrink(mark)
+                    self._broken = False
+                raise
 
     def _check_whole(self) -> None:
         if self._broken:

@@ -29,6 +29,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _UPPER = 32  # bits below the upper part of a 64-bit integer
 _EXACT_IN_FLOAT64 = 1 << 53
+_READ_WHERE_THEY_LIE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def is_at_hand(block: Block, params: Params) -> bool:
     """Whether a block's values can be read where they lie; also if there are none."""
     array = params.get(block.segments[0].key)
     return len(block.segments) == 1 and (
-        array is None or (array.flags.c_contiguous and array.dtype in (np.float32, np.float64))
+        array is None or (array.dtype in _READ_WHERE_THEY_LIE and array.flags.c_contiguous)
     )
 
 
@@ -146,11 +147,12 @@ def load(
         exactly; none if the block has no key among those asked for. Values are float32 or float64,
         and stand in ``params`` or in the buffers: they hold until the buffers are used again.
     """
+    if is_at_hand(block, params):
+        key = block.segments[0].key
+        return [(flat(params[key], block.segments[0].start, block.size), 0)] if key in keys else []
     segments = [segment for segment in block.segments if segment.key in keys]
     if not segments:
         return []
-    if is_at_hand(block, params):
-        return [(flat(params[segments[0].key], segments[0].start, block.size), 0)]
     sources = [flat(params[segment.key], segment.start, segment.size) for segment in segments]
     narrow = all(map(fits_float32, {source.dtype for source in sources}))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]

@@ -20,6 +20,7 @@ on threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -127,8 +128,7 @@ class PlainSums(Sums[PlainSum]):
                     if product is None:
                         total.parts += 1
                         continue
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        np.add(0.0 if source is None else source, product, out=target)
+                    np.add(0.0 if source is None else source, product, out=target)
                     source, total.following = target, following
 
         self._each_block(work)
@@ -149,9 +149,7 @@ class PlainSums(Sums[PlainSum]):
                         if skipped:
                             skipped -= 1
                             continue
-                        product = self._product(values, factor, exponent, buffers)
-                        with np.errstate(over="ignore", invalid="ignore"):
-                            total.add(product)
+                        total.add(self._product(values, factor, exponent, buffers))
             total.current = total.following
 
         return work
@@ -159,13 +157,12 @@ class PlainSums(Sums[PlainSum]):
     def _product(self, values: Array, factor: float, exponent: int, buffers: Buffers) -> Array:
         """Values times a factor times a power of two, in a buffer."""
         product = buffers.scratch.product.view(self._dtype)[: values.size]
-        with np.errstate(over="ignore", invalid="ignore"):
-            scale = self._dtype.type(factor * 2.0**exponent)
-            if values.dtype == np.float32 and self._dtype == np.float64:
-                np.copyto(product, values)  # faster than a cast on the way
-                np.multiply(product, scale, out=product)
-            else:
-                np.multiply(values, scale, out=product, casting="same_kind")
+        scale = self._dtype.type(factor * 2.0**exponent)
+        if values.dtype == np.float32 and self._dtype == np.float64:
+            np.copyto(product, values)  # faster than a cast on the way
+            np.multiply(product, scale, out=product)
+        else:
+            np.multiply(values, scale, out=product, casting="same_kind")
         return product
 
     def merge(self, other: Sums[PlainSum], keys: Collection[str]) -> None:
@@ -175,8 +172,7 @@ class PlainSums(Sums[PlainSum]):
             array = begun.get(id(total))
             if array is None:
                 array = begun[id(total)] = total.fork()
-            with np.errstate(over="ignore", invalid="ignore"):
-                array[at] += source.value[of]
+            array[at] += source.value[of]
 
     def mark(self) -> list[int]:
         """See `Sums.mark`: which array of each block is its sum."""
@@ -255,24 +251,22 @@ class PlainSums(Sums[PlainSum]):
             place = slice(offset, offset + segment.size)
             spare = buffers.scratch.product.view(self._dtype)[: segment.size]
             mean = out[place] if out.dtype == self._dtype else spare
-            with np.errstate(over="ignore", invalid="ignore"):
-                divisor = self._dtype.type(float(weight))
-                np.divide(total.value[segment.place], divisor, out=mean)
-                if base is not None:
-                    start = flat(base[segment.key], segment.start, segment.size)
-                    if _first_not_finite(start, buffers) >= 0:
-                        raise base_not_finite({segment.key})
-                    mean += start.astype(self._dtype)
-                if number.kind == "integer":
-                    np.rint(mean, out=mean)
-                    least = -number.largest - 1 if spec.dtype.kind == "i" else 0
-                    fine = (mean >= least) & (mean < float(number.largest + 1))
-                    out[place] = np.where(fine, mean, 0)
-                    beyond = -1 if fine.all() else int(np.argmin(fine))
-                else:
-                    if mean is spare:
-                        out[place] = mean
-                    beyond = _first_not_finite(out[place], buffers)
+            np.divide(total.value[segment.place], self._dtype.type(float(weight)), out=mean)
+            if base is not None:
+                start = flat(base[segment.key], segment.start, segment.size)
+                if _first_not_finite(start, buffers) >= 0:
+                    raise base_not_finite({segment.key})
+                mean += start.astype(self._dtype)
+            if number.kind == "integer":
+                np.rint(mean, out=mean)
+                least = -number.largest - 1 if spec.dtype.kind == "i" else 0
+                fine = (mean >= least) & (mean < float(number.largest + 1))
+                out[place] = np.where(fine, mean, 0)
+                beyond = -1 if fine.all() else int(np.argmin(fine))
+            else:
+                if mean is spare:
+                    out[place] = mean
+                beyond = _first_not_finite(out[place], buffers)
             if beyond >= 0:
                 return offset + beyond
             offset += segment.size
@@ -286,9 +280,7 @@ def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
 
 def _first_not_finite(values: Array, buffers: Buffers) -> int:
     """The position of the first NaN or infinity, or -1."""
-    if values.dtype == np.float32:
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.dot(values, values)):
-                return -1  # a sum of squares can only be finite if they all are
+    if values.dtype == np.float32 and math.isfinite(values.dot(values)):
+        return -1  # a sum of squares can only be finite if they all are
     fine = np.isfinite(values, out=buffers.scratch.spare.view(np.bool_)[: values.size])
     return -1 if fine.all() else int(np.argmin(fine))

@@ -359,5 +359,6 @@ def _plain_mean(models: Sequence[Params], weights: Sequence[float]) -> dict[str,
     mean = {key: np.zeros(array.shape) for key, array in models[0].items()}
     for model, weight in zip(models, weights, strict=True):
         for key, array in model.items():
-            mean[key] += array.astype(np.float64) * (weight / total)
+            with np.errstate(all="ignore"):
+                mean[key] += array.astype(np.float64) * (weight / total)
     return mean

@@ -63,22 +63,25 @@ def quotient(
     Returns:
         The position of the first quotient beyond the largest number, or -1.
     """
-    piece = scratch.product.size
-    doubtful = [np.empty(0, np.intp)]
-    for start in range(0, total.size, piece):
-        place = slice(start, min(start + piece, total.size))
-        doubt = _quick(total, place, weight, number, scratch, out[place])
-        doubtful.append(np.arange(place.start, place.stop) if doubt is None else start + doubt)
-    careful = np.concatenate(doubtful)
-    out[careful] = 0
-    beyond: list[int] = []
-    for start in range(0, careful.size, _PIECE):
-        places = careful[start : start + _PIECE]
-        part = total.take(places)
-        for chosen, high, low, exponent, exact in leading(part):
-            values, lost = _careful(part, chosen, high, low, exponent, exact, weight, number, out)
-            out[places[chosen]] = values
-            beyond += places[chosen[lost]].tolist()
+    with np.errstate(all="ignore"):  # whatever the caller has set
+        piece = scratch.product.size
+        doubtful = [np.empty(0, np.intp)]
+        for start in range(0, total.size, piece):
+            place = slice(start, min(start + piece, total.size))
+            doubt = _quick(total, place, weight, number, scratch, out[place])
+            doubtful.append(np.arange(place.start, place.stop) if doubt is None else start + doubt)
+        careful = np.concatenate(doubtful)
+        out[careful] = 0
+        beyond: list[int] = []
+        for start in range(0, careful.size, _PIECE):
+            places = careful[start : start + _PIECE]
+            part = total.take(places)
+            for chosen, high, low, exponent, exact in leading(part):
+                values, lost = _careful(
+                    part, chosen, high, low, exponent, exact, weight, number, out
+                )
+                out[places[chosen]] = values
+                beyond += places[chosen[lost]].tolist()
     return min(beyond, default=-1)
 
 
@@ -219,8 +222,7 @@ def _careful(
         lower[doubt] = np.where(up, upper[doubt], lower[doubt])
     if number.kind == "integer":
         return _to_integers(base, lower, out.dtype, number)
-    with np.errstate(over="ignore"):
-        values = np.ldexp(lower, unit)
+    values = np.ldexp(lower, unit)
     lost = np.abs(values) > number.largest
     values[lost] = 0.0
     return values.astype(out.dtype), lost
@@ -285,41 +287,39 @@ def _float_bracket(
     They are ``lower · 2**unit`` and ``upper · 2**unit``, and not held to the format's largest.
     """
     doubtful = bool(error.any())
-    with np.errstate(over="ignore", under="ignore"):
-        if number.precision < 53:
-            # What is beyond this is far beyond the largest number as well.
-            lower = np.clip(np.ldexp(_to_odd(first, second - error), scale), -_BEYOND, _BEYOND)
-            lower = _nearest(lower, number)
-            if not doubtful:
-                return lower, lower, 0
-            upper = np.clip(np.ldexp(_to_odd(first, second + error), scale), -_BEYOND, _BEYOND)
-            return lower, _nearest(upper, number), 0
-        if scale > 0:
-            return first + (second - error), first + (second + error), scale
-        lower = np.ldexp(first + (second - error), scale)
-        upper = np.ldexp(first + (second + error), scale)
-        # Below the normal numbers ldexp has rounded a second time; there the results are whole
-        # multiples of the least subnormal.
-        tiny = (np.abs(upper) <= 2.0**number.least_exponent) & (first != 0.0)
-        if tiny.any():
-            least = number.least_exponent - 52
-            first, second, error = first[tiny], second[tiny], error[tiny]
-            base, below, above, _ = _integer_bracket(first, second, error, scale - least)
-            lower[tiny] = np.copysign(np.ldexp(base + below, least), first)
-            upper[tiny] = np.copysign(np.ldexp(base + above, least), first)
-        return lower, upper, 0
+    if number.precision < 53:
+        # What is beyond this is far beyond the largest number as well.
+        lower = np.clip(np.ldexp(_to_odd(first, second - error), scale), -_BEYOND, _BEYOND)
+        lower = _nearest(lower, number)
+        if not doubtful:
+            return lower, lower, 0
+        upper = np.clip(np.ldexp(_to_odd(first, second + error), scale), -_BEYOND, _BEYOND)
+        return lower, _nearest(upper, number), 0
+    if scale > 0:
+        return first + (second - error), first + (second + error), scale
+    lower = np.ldexp(first + (second - error), scale)
+    upper = np.ldexp(first + (second + error), scale)
+    # Below the normal numbers ldexp has rounded a second time; there the results are whole
+    # multiples of the least subnormal.
+    tiny = (np.abs(upper) <= 2.0**number.least_exponent) & (first != 0.0)
+    if tiny.any():
+        least = number.least_exponent - 52
+        first, second, error = first[tiny], second[tiny], error[tiny]
+        base, below, above, _ = _integer_bracket(first, second, error, scale - least)
+        lower[tiny] = np.copysign(np.ldexp(base + below, least), first)
+        upper[tiny] = np.copysign(np.ldexp(base + above, least), first)
+    return lower, upper, 0
 
 
 def _integer_bracket(
     first: Floats, second: Floats, error: Floats, scale: int
 ) -> tuple[Floats, Floats, Floats, int]:
     """The same among the integers: ``base + lower`` and ``base + upper``, with an even base."""
-    with np.errstate(over="ignore", under="ignore"):
-        # What vanishes here is far below one half, what overflows is far beyond any integer.
-        limit = 2.0**80
-        first = np.clip(np.ldexp(first, scale), -limit, limit)
-        second = np.clip(np.ldexp(second, scale), -limit, limit)
-        error = np.clip(np.ldexp(error, scale), -limit, limit)
+    # What vanishes here is far below one half, what overflows is far beyond any integer.
+    limit = 2.0**80
+    first = np.clip(np.ldexp(first, scale), -limit, limit)
+    second = np.clip(np.ldexp(second, scale), -limit, limit)
+    error = np.clip(np.ldexp(error, scale), -limit, limit)
     base = 2.0 * np.rint(first * 0.5)
     rest = first - base
     return base, np.rint(_to_odd(rest, second - error)), np.rint(_to_odd(rest, second + error)), 0

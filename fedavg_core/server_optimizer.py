@@ -364,7 +364,7 @@ def _rounded(key: str, values: Floats, spec: ArraySpec) -> Array:
     if np.isfinite(values).all():
         if spec.dtype.kind != "f":  # the conversions of ml_dtypes round twice, by way of float32
             return apply({key: np.zeros(spec.shape, spec.dtype)}, {key: values})[key]
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             result: Array = values.astype(spec.dtype)
         if np.isfinite(result).all():
             return result

@@ -201,11 +201,12 @@ class Sums(ABC, Generic[Total]):
             busy.append(None)  # before it looks whether something failed: see below
             number: int | None = None
             try:
-                while not failed:
-                    number = next(numbers, None)
-                    if number is None:
-                        return
-                    work(number, buffers)
+                with np.errstate(all="ignore"):  # each thread has its own
+                    while not failed:
+                        number = next(numbers, None)
+                        if number is None:
+                            return
+                        work(number, buffers)
             except BaseException as error:
                 failed.append((len(self._blocks) if number is None else number, error))
             finally:

@@ -93,7 +93,7 @@ def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
 
 def _difference(key: str, local: npt.NDArray[Any], base: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if local.dtype.kind not in "iu":
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             result: npt.NDArray[Any] = np.asarray(local - base)
         lost = ~np.isfinite(result) & np.isfinite(local) & np.isfinite(base)
         if lost.any():
