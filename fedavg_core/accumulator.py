@@ -36,13 +36,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.admission import check_base, check_update
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.exact import STEP
 from fedavg_core.model import (
     ArraySpec,
     ModelSpec,
     Params,
-    check_array,
     copy_params,
     dtype_named,
 )
@@ -57,7 +57,7 @@ from fedavg_core.weight import (
     weight_text,
 )
 
-__all__ = ["Accumulator", "WeightedMean", "check_base", "check_update", "weighted_mean"]
+__all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
@@ -468,71 +468,6 @@ class WeightedMean:
                 "expected a whole sum, got one that was interrupted while it was changed, "
                 "and could not be had back: reset the accumulator"
             )
-
-
-def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> dict[str, Array]:
-    """Refuse what can be refused without reading the values; read the mapping, once.
-
-    Args:
-        params: What came for an update; only read.
-        spec: What is known of the parameters.
-        fixed: Whether it may have no others.
-
-    Returns:
-        The entries of ``params``; the arrays are borrowed.
-
-    Raises:
-        RefusedUpdate: It is not fit to be added, whatever its values.
-    """
-    if not isinstance(params, Mapping):
-        raise RefusedUpdate(
-            Reason.DTYPE,
-            expected="a mapping from names to arrays",
-            got=f"a {type(params).__name__}",
-        )
-    params = dict(params)
-    if not params:
-        raise RefusedUpdate(Reason.MISSING_KEYS, expected="at least one parameter", got="none")
-    for key, value in params.items():
-        array = check_array(key, value)
-        known = spec.get(key)
-        if known is None and fixed:
-            raise RefusedUpdate(
-                Reason.UNEXPECTED_KEYS, key=key, expected="parameters of the model", got="another"
-            )
-        if known is not None and array.shape != known.shape:
-            raise RefusedUpdate(
-                Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
-            )
-    return params
-
-
-def check_base(
-    base: Params, keys: Iterable[str], spec: Mapping[str, ArraySpec]
-) -> dict[str, ArraySpec]:
-    """See that the mean of some updates can be added to a base.
-
-    Args:
-        base: The base; its values are not read.
-        keys: The parameters that some update brought.
-        spec: What they look like.
-
-    Returns:
-        What the base looks like.
-
-    Raises:
-        UsageError: It lacks one of them, or has it in another shape.
-    """
-    targets = dict(ModelSpec.of(base))
-    for key in keys:
-        if key not in targets:
-            raise UsageError(f"key {quoted(key)}: the base does not have it")
-        if targets[key].shape != spec[key].shape:
-            raise UsageError(
-                f"key {quoted(key)}: expected a base of shape {spec[key].shape}, "
-                f"got {targets[key].shape}"
-            )
-    return targets
 
 
 def weighted_mean(

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import WeightedMean, check_update
+from fedavg_core.accumulator import WeightedMean
+from fedavg_core.admission import check_update
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import check_base, check_update
+from fedavg_core.admission import check_base, check_update
 from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
