@@ -55,6 +55,7 @@ __all__ = [
     "CheckpointStore",
     "described",
     "load_checkpoint",
+    "make_folder",
     "replacing",
     "save_checkpoint",
 ]
@@ -125,6 +126,23 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     }
     with replacing(target) as file:
         write_npz(file, arrays, meta)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in, where they are not there.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: It could not be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            path, f"the folder could not be made ({error.strerror or error})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -275,12 +293,7 @@ class CheckpointStore:
         self._folder = Path(folder)
         self._keep = keep
         self._lock: int | None = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                self._folder, f"the folder could not be made ({error.strerror or error})"
-            ) from error
+        make_folder(self._folder)
 
     @property
     def folder(self) -> Path:

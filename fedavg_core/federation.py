@@ -289,6 +289,8 @@ class Federation:
                     taken += receipt.accepted
                     for observer in self._observers:
                         observer.update_judged(receipt)
+                        if receipt.accepted:
+                            observer.update_accepted(answer)
                 else:
                     failed.append(answer)
                     for observer in self._observers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.update import Update
 
 __all__ = ["Observer"]
 
@@ -25,6 +26,13 @@ class Observer:
 
         Args:
             receipt: The round's answer to it.
+        """
+
+    def update_accepted(self, update: Update) -> None:
+        """An update was added; after `update_judged`.
+
+        Args:
+            update: It. Its arrays are borrowed: only read, and not kept.
         """
 
     def client_failed(self, failure: Failure) -> None:

@@ -379,6 +379,71 @@ def test_without_a_folder_there_is_a_new_one(
     assert final(folder).keys() == {"w"}
 
 
+class TestKeepingUpdates:
+    """With ``--keep-updates`` each round of a run can be averaged again."""
+
+    @pytest.mark.parametrize(
+        "settings", [[], ["--transfer", "diff", "--workers", 2, "--optimizer", "fedadam"]]
+    )
+    def test_every_round_is_verified_from_its_folder(
+        self, training: Path, tmp_path: Path, capsys: Capture, settings: list[Any]
+    ) -> None:
+        folder = tmp_path / "run"
+        given = ["run", training, "--checkpoint", folder, "--clients", 3, *settings]
+        code, out, _ = run(capsys, *given, "--rounds", 4, "--keep-updates")
+        assert code == 0
+        command = out.splitlines()[-1].removeprefix("to check the last round: fedavg ")
+        name, record, pattern, *rest = shlex.split(command)
+        files = sorted(Path(pattern).parent.glob(Path(pattern).name))
+        assert run(capsys, name, record, *files, *rest)[0] == 0
+        assert run(capsys, *given, "--rounds", 6, "--resume")[0] == 0  # it still keeps them
+        for number in range(6):
+            updates = sorted((folder / f"updates-{number:08d}").iterdir())
+            assert [path.name for path in updates] == [f"site-{n}.npz" for n in (1, 2, 3)]
+            audit = folder / f"audit-{number:08d}.json"
+            name = f"round-{number:08d}.npz" if number else "first-model.npz"
+            code, out, err = run(capsys, "verify", audit, *updates, "--base", folder / name)
+            assert (code, err) == (0, "")
+            assert out.startswith(f"round {number}: the same bits (updates: 3")
+
+    def test_what_is_refused_is_not_kept_nor_what_an_interrupted_round_had(
+        self, tmp_path: Path, capsys: Capture
+    ) -> None:
+        training = written(
+            tmp_path,
+            """
+            import numpy as np
+            import fedavg_core as fc
+
+            def train(params, context):
+                if context.contributor == "site-2":
+                    return fc.TrainResult({"w": np.array([np.nan])}, 1)
+                return fc.TrainResult({"w": np.array([1.0]), "scalar": np.float64(2)}, 1)
+            """,
+        )
+        folder = tmp_path / "run"
+        stale = folder / "updates-00000000" / "site-9.npz"
+        stale.parent.mkdir(parents=True)
+        stale.touch()
+        given = ["--clients", 3, "--rounds", 1, "--checkpoint", folder, "--keep-updates"]
+        assert run(capsys, "run", training, *given, "--resume")[0] == 0
+        kept = sorted(stale.parent.iterdir())
+        assert [path.name for path in kept] == ["site-1.npz", "site-3.npz"]
+        assert run(capsys, "verify", folder / "audit-00000000.json", *kept)[0] == 0
+
+    def test_updates_that_cannot_be_written_are_one_line(
+        self, training: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "updates-00000000").touch()
+        given = ["--checkpoint", folder, "--keep-updates", "--resume"]
+        code, _, err = run(capsys, "run", training, *given)
+        updates = folder / "updates-00000000"
+        assert code == 2
+        assert err.endswith(f"\nfedavg: {updates}: the folder could not be made (File exists)\n")
+
+
 class TestResuming:
     """A run that is stopped anywhere and resumed has the bits of one that is not."""
 

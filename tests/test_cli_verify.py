@@ -52,15 +52,15 @@ def audited(path: Path, transfer: fc.TransferType) -> Path:
     return path
 
 
-def test_help_says_that_a_run_keeps_no_updates_and_how_audits_are_numbered(
+def test_help_says_where_a_run_keeps_updates_and_how_audits_are_numbered(
     capsys: Capture,
 ) -> None:
     run_help, verify_help = (
         " ".join(run(capsys, name, "--help")[1].split()) for name in ("run", "verify")
     )
-    assert "updates as well, which are not kept" in run_help
+    assert "those of round 4 in updates-00000004" in run_help
     assert "audit-00000004.json is of round 4" in run_help
-    assert "fedavg run --audit alone keeps no updates" in verify_help
+    assert "those of audit-00000004.json are in updates-00000004" in verify_help
     assert "the base of audit-00000004.json is round-00000004" in verify_help
 
 

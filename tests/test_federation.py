@@ -30,7 +30,7 @@ from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.server_optimizer import FedAdam
-from fedavg_core.update import TransferType
+from fedavg_core.update import TransferType, Update
 from tests.conftest import THOROUGH
 
 FULL, DIFF = TransferType.FULL, TransferType.DIFF
@@ -551,6 +551,9 @@ class Notes(Observer):
     def update_judged(self, receipt: Receipt) -> None:
         self.told.append(("judged", (receipt.contributor, receipt.accepted)))
 
+    def update_accepted(self, update: Update) -> None:
+        self.told.append(("accepted", (update.contributor, update.weight)))
+
     def client_failed(self, failure: Failure) -> None:
         self.told.append(("failed", failure.contributor))
 
@@ -574,6 +577,7 @@ class TestObservers:
             for event in (
                 ("started", (round, "a", "b", "c")),
                 ("judged", ("a", True)),
+                ("accepted", ("a", 1)),
                 ("failed", "b"),
                 ("judged", ("c", False)),
                 ("ended", round),

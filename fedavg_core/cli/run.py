@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -18,7 +19,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from fedavg_core.checkpoint import replacing
+import numpy as np
+
+from fedavg_core.checkpoint import make_folder, replacing
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import (
     name_shown,
@@ -50,11 +53,13 @@ from fedavg_core.federation import Federation
 from fedavg_core.model import Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
-from fedavg_core.update import TransferType
+from fedavg_core.update import TransferType, Update
 
 __all__ = ["add_commands"]
 
 MODEL = "model.npz"
+FIRST_MODEL = "first-model.npz"
+_KEPT = 3  # checkpoints
 _MOST_MEASURED = 4
 _MOST_NOTES = 10
 _AHEAD = 2  # so many clients for each worker, so that none waits for an earlier one's answer
@@ -92,8 +97,14 @@ def add_commands(commands: Subparsers) -> None:
         "--audit",
         action="store_true",
         help="write an audit file for each round to the folder: audit-00000004.json is of round 4, "
-        "which begins after 4 rounds, with the checkpoint round-00000004. fedavg verify needs the "
-        "clients' updates as well, which are not kept: TRAIN.py may save them",
+        "which begins after 4 rounds, with the checkpoint round-00000004",
+    )
+    add(
+        "--keep-updates",
+        action="store_true",
+        help="write audits, and keep all that fedavg verify needs beside them: the updates that "
+        "were averaged (those of round 4 in updates-00000004), every checkpoint, and the first "
+        "model (first-model.npz); that is a model for each client and round",
     )
     add(
         "--resume",
@@ -120,6 +131,8 @@ def _run(read: argparse.Namespace) -> int:
     if not read.json:
         print_line(f"model: {folder / MODEL}")
         print_line(f"to see how it went: fedavg report {_typed(folder)} -o report.html")
+        if read.keep_updates:
+            print_line(f"to check the last round: {_check(folder, read.rounds - 1)}")
     if problem is not None:
         raise FedAvgError(f"the model is written, but no round could be evaluated: {problem}")
     return 0
@@ -135,9 +148,10 @@ def _play(
         if read.workers > 1:
             workers = stack.enter_context(Workers(read.train, read.workers, quiet=read.json))
         watch = Watch(display.progress, workers)
-        recorder = _Recorder(folder, read, watch)
+        first = training.first_model(read.seed)
+        recorder = _Recorder(folder, read, watch, first)
         federation = Federation(
-            training.first_model(read.seed),
+            first,
             clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
             rounds=read.rounds,
             participation=read.fraction,
@@ -154,6 +168,7 @@ def _play(
             stop_when=recorder.keep,
             observers=(recorder, watch),
             checkpoint=folder,
+            keep=read.rounds if read.keep_updates else _KEPT,
             resume=read.resume,
         )
         before = done = federation.round
@@ -204,6 +219,14 @@ def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
         )
 
 
+def _check(folder: Path, round: int) -> str:
+    """The command that averages the updates of a round again."""
+    base = folder / (f"round-{round:08d}.npz" if round else FIRST_MODEL)
+    parts = [f"fedavg verify {_typed(folder / f'audit-{round:08d}.json')}"]
+    parts.append(f"{_typed(folder / f'updates-{round:08d}')}/*.npz")
+    return " ".join([*parts, *([f"--base {_typed(base)}"] if base.exists() else [])])
+
+
 def _typed(path: Path) -> str:
     """A path as it is to be typed in a shell, where it is not taken for an option."""
     text = str(path)
@@ -213,20 +236,38 @@ def _typed(path: Path) -> str:
 class _Recorder(Observer):
     """Keeps the record of the run, each round before its checkpoint is written."""
 
-    def __init__(self, folder: Path, read: argparse.Namespace, watch: Watch) -> None:
+    def __init__(
+        self, folder: Path, read: argparse.Namespace, watch: Watch, first: Params | None
+    ) -> None:
         self._folder = folder
+        self._first = first
         self._read = read
         self._watch = watch
         self._begun = False
+        self._updates = folder
         self.records: list[RoundRecord] = []
 
     def round_started(self, round: int, contributors: Sequence[str]) -> None:
         """Begin the record; only now no other writer can be in the folder."""
-        if self._begun:
-            return
-        write_settings(self._folder, settings_of(self._read))
-        start_log(self._folder, round)
-        self._begun = True
+        if not self._begun:
+            write_settings(self._folder, settings_of(self._read))
+            start_log(self._folder, round)
+            self._begun = True
+        if self._read.keep_updates:
+            self._updates = self._folder / f"updates-{round:08d}"
+            # Of the same round, if a run was interrupted in it.
+            shutil.rmtree(self._updates, ignore_errors=True)
+            make_folder(self._updates)
+            if round == 0 and self._first is not None:
+                with replacing(self._folder / FIRST_MODEL) as file:
+                    write_npz(file, self._first)
+
+    def update_accepted(self, update: Update) -> None:
+        """Keep an update, if they are to be kept."""
+        if self._read.keep_updates:
+            params = {key: np.asarray(value) for key, value in update.params.items()}
+            with replacing(self._updates / f"{update.contributor}.npz") as file:
+                write_npz(file, params)
 
     def keep(self, outcome: Outcome) -> bool:
         """Write the line of a round; as `stop_when`, which is asked before the checkpoint."""

@@ -153,7 +153,8 @@ def settle(read: argparse.Namespace, folder: Path) -> None:
             f"{read.accumulator.name} needs at least {read.accumulator.least} clients in a round, "
             f"got {wanted}"
         )
-    read.audit = read.audit or kept.get("audit") is True
+    read.keep_updates = read.keep_updates or kept.get("keep_updates") is True
+    read.audit = read.audit or read.keep_updates or kept.get("audit") is True
 
 
 def settings_of(read: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +171,7 @@ def settings_of(read: argparse.Namespace) -> dict[str, Any]:
         _HASH: _hash(read.train),
         **{name: _plain(getattr(read, name)) for name in _KNOWN},
         "audit": read.audit,
+        "keep_updates": read.keep_updates,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "fedavg-core": package_version(),

@@ -28,11 +28,11 @@ def add_commands(commands: Subparsers) -> None:
         "updates and of the model that came of them: the updates are found among the files by "
         "their digests, averaged again, and the result is compared with the recorded one. A file "
         "that is named after a contributor (site-1.npz) also shows whose update has changed. One "
-        "update is held in memory at a time. fedavg run --audit alone keeps no updates, so that "
-        "there is nothing to average again: TRAIN.py, or whoever receives them, has to save them. "
-        "Audits are numbered by rounds, checkpoints by how many rounds are done: the base of "
-        "audit-00000004.json is round-00000004. Exit code 0: the same bits; 1: something differs "
-        "or is missing; 2: an error.",
+        "update is held in memory at a time. fedavg run keeps the updates with --keep-updates: "
+        "those of audit-00000004.json are in updates-00000004. Audits are numbered by rounds, "
+        "checkpoints by how many rounds are done: the base of audit-00000004.json is "
+        "round-00000004, that of the first audit first-model.npz. Exit code 0: the same bits; 1: "
+        "something differs or is missing; 2: an error.",
     )
     parser.add_argument(
         "audit",
