@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import check_base, check_update
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import STEP
 from fedavg_core.model import (
     ArraySpec,
@@ -104,7 +104,8 @@ class WeightedMean:
     ) -> None:
         if accumulator not in get_args(Accumulator):
             raise UsageError(
-                f"expected accumulator 'exact', 'float64' or 'float32', got {quoted(accumulator)}"
+                "expected accumulator 'exact', 'float64' or 'float32' (or, in a round, a robust "
+                f"mean, such as TrimmedMean()), got {quoted(accumulator)}"
             )
         if not isinstance(block, int) or block < 1:
             raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
@@ -490,17 +491,19 @@ def weighted_mean(
 
     Raises:
         UsageError: There are not as many weights as models, or none of either.
-        RefusedUpdate: A model is not fit to be averaged.
+        RefusedUpdate: A model is not fit to be averaged; the contributor is ``models[number]``.
         OutOfRange: See `WeightedMean.mean`.
     """
     models = list(models)
-    if len(models) != len(weights):
-        raise UsageError(
-            f"expected one weight a model, got {len(models)} models, {len(weights)} weights"
-        )
+    if not isinstance(weights, Sized) or len(models) != len(weights):
+        given = f"{len(weights)}" if isinstance(weights, Sized) else quoted(weights)
+        raise UsageError(f"expected one weight a model, got {len(models)} models, weights: {given}")
     result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
-    for params, weight in zip(models, weights, strict=True):
-        result.add(params, weight)
+    for number, (params, weight) in enumerate(zip(models, weights, strict=True)):
+        try:
+            result.add(params, weight)
+        except RefusedUpdate as refusal:
+            raise refusal.placed(contributor=f"models[{number}]") from None
     return result.mean(base)
 
 

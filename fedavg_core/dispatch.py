@@ -24,7 +24,7 @@ from fedavg_core.client import Client, Context, TrainResult
 from fedavg_core.errors import UsageError, one_line, quoted
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
-from fedavg_core.transfer import diff
+from fedavg_core.transfer import change
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["Dispatch", "check_whole"]
@@ -78,6 +78,11 @@ class Dispatch:
     ) -> None:
         check_whole("in_flight", in_flight, 1)
         check_whole("retries", retries, 0)
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise UsageError(
+                "executor: expected one of concurrent.futures, such as ThreadPoolExecutor(4), or "
+                f"None, got {quoted(executor)}"
+            )
         if deadline is not None:
             if executor is None:
                 raise UsageError("deadline: expected an executor as well; in line nothing is late")
@@ -195,7 +200,7 @@ def train_one(
             return Update(
                 contributor=context.contributor,
                 round=context.round,
-                params=diff(result.params, model) if is_diff else result.params,
+                params=change(result.params, model) if is_diff else result.params,
                 weight=result.weight,
                 transfer=transfer,
                 metrics=result.metrics,

@@ -176,12 +176,12 @@ class RefusedUpdate(FedAvgError):
         where = f" ({', '.join(place)})" if place else ""
         super().__init__(f"{reason}{where}: expected {expected}, got {got}")
 
-    def placed(self, *, contributor: str, round: int) -> RefusedUpdate:
+    def placed(self, *, contributor: str, round: int | None = None) -> RefusedUpdate:
         """The same refusal, with who and when filled in.
 
         Args:
             contributor: Who sent the update.
-            round: The round it was offered to.
+            round: The round it was offered to, if to one.
 
         Returns:
             A new error; this one is unchanged.

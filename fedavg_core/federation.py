@@ -19,7 +19,8 @@ What is promised:
   that are done count, the others do not. Then, and only then, the outcome depends on the clock.
 * A round takes as many updates as are wanted and no more. Where more clients are asked, the spare
   ones stand in for those that fail or are refused; the others are not waited for.
-* The differences of a DIFF run are taken here, once, from the model that the client was sent.
+* Clients give whole models. The differences of a DIFF run are taken here, once, from the model that
+  the client was sent; what cannot be one is judged by the round as in a FULL run.
 
 The algorithm is FederatedAveraging of McMahan, Moore, Ramage, Hampson and Agüera y Arcas (2017).
 """
@@ -28,8 +29,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, Literal
@@ -46,14 +48,14 @@ from fedavg_core.client import (
     contributor_seed,
 )
 from fedavg_core.dispatch import Dispatch, check_whole
-from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted
 from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
 from fedavg_core.progress import Best, Progress
 from fedavg_core.robust import kind_of
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust_mean import RobustMean, check_finite
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
@@ -72,6 +74,8 @@ __all__ = [
 
 _FOLDER_LENGTH = 200
 
+_log = logging.getLogger(__name__)
+
 
 class Federation:
     """A run of federated averaging. Iterate over it, or call `run`.
@@ -82,8 +86,9 @@ class Federation:
         model: The model to begin with; copied. None if the clients bring the first one.
         clients: From each contributor's name to its client.
         rounds: How many rounds to have in all.
-        transfer: What the clients' updates are taken as. The means agree to the bit where each
-            difference is exact in its dtype.
+        transfer: What is made of what the clients give, which is their whole model either way:
+            that, or its difference from the model that they were sent. The means agree to the bit
+            where each difference is exact in its dtype.
         seed: Of the selection and of the clients' seeds.
         min_updates: How many accepted updates it takes to change the model.
         participation: How many updates a round wants: a number, a fraction of all clients (rounded
@@ -114,8 +119,8 @@ class Federation:
         checkpoint: A folder to store the run in; None to store nothing.
         checkpoint_every: Store each so many-th round; the last and the best are stored anyway.
         keep: How many of the newest checkpoints to keep, beside the best.
-        resume: Go on from the newest checkpoint of the folder, if it has any. Without it, a folder
-            that has one is refused.
+        resume: Go on from the newest checkpoint of the folder; if it has none, begin with round 0,
+            and log a warning that says so. Without it, a folder that has one is refused.
 
     Raises:
         UsageError: An argument has no meaning, or the checkpoint is that of another run.
@@ -174,6 +179,10 @@ class Federation:
             )
         if evaluate is not None and not callable(evaluate):
             raise UsageError(f"evaluate: expected a function or None, got {quoted(evaluate)}")
+        if not isinstance(observers, Iterable) or isinstance(observers, Observer):
+            raise UsageError(f"observers: expected a list of observers, got {quoted(observers)}")
+        if model is not None:
+            _check_model(model)
         self._clients = clients
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
@@ -205,8 +214,11 @@ class Federation:
             audit=audit,
             server_optimizer=server_optimizer,
         )
-        if isinstance(accumulator, RobustMean):
-            min_updates = max(min_updates, accumulator.least)
+        if isinstance(accumulator, RobustMean) and accumulator.least > self._selection.wanted:
+            raise UsageError(
+                f"accumulator: a {accumulator.name} needs at least {accumulator.least} updates a "
+                f"round, got {self._selection.wanted} clients"
+            )
         if min_updates > self._selection.wanted:
             raise UsageError(
                 f"min_updates: expected at most the {self._selection.wanted} clients of a round, "
@@ -214,14 +226,21 @@ class Federation:
             )
         self._model = copy_params(model or {})
         self._next = 0
-        self._store = None if checkpoint is None else CheckpointStore(checkpoint, keep)
-        if self._store is not None and self._store.paths():
-            if not resume:
+        self._store = None if checkpoint is None else CheckpointStore(_folder(checkpoint), keep)
+        if self._store is None and resume:
+            raise UsageError("resume: expected the folder of the run as well, as checkpoint")
+        if self._store is not None:
+            shown = quoted(str(self._store.folder), _FOLDER_LENGTH)
+            if not self._store.paths():
+                if resume:
+                    _log.warning("nothing to resume in %s: starts at round 0", shown)
+            elif resume:
+                self._restore(self._store)
+            else:
                 raise UsageError(
-                    f"checkpoint: expected an empty folder, or resume=True to go on with the run "
-                    f"that is stored in {quoted(str(self._store.folder), _FOLDER_LENGTH)}"
+                    "checkpoint: expected an empty folder, or resume=True to go on with the run "
+                    f"that is stored in {shown}"
                 )
-            self._restore(self._store)
 
     @property
     def model(self) -> dict[str, npt.NDArray[Any]]:
@@ -303,7 +322,8 @@ class Federation:
         self._model = copy_params(outcome.model)
         self._optimizer_state = outcome.optimizer_state
         self._next += 1
-        is_best = self._progress.note(outcome)
+        complete = outcome.problem is None and (self._evaluate is None or bool(outcome.evaluation))
+        is_best = self._progress.note(outcome, complete)
         last = self._next == self._rounds or self.stopped is not None
         if is_best or last or self._next % self._checkpoint_every == 0:
             self._save(outcome, is_best)
@@ -384,10 +404,7 @@ class Federation:
             raise UsageError(f"{store.folder}: its checkpoints are not those of a federation")
         for name, value in wanted.items():
             if kept.get(name) != value:
-                raise UsageError(
-                    f"{store.folder}: expected a run with {name} {quoted(kept.get(name))} "
-                    f"to resume, got {quoted(value)}"
-                )
+                raise UsageError(f"{store.folder}: {_unlike(name, kept.get(name), value)}")
         if self._model and ModelSpec.of(self._model) != ModelSpec.of(found.model):
             raise UsageError(f"{store.folder}: the stored model has other parameters")
         self._model = copy_params(found.model)
@@ -399,3 +416,36 @@ class Federation:
             raise CheckpointError(store.paths()[-1], str(error)) from None
         self._optimizer_state = found.arrays
         self._progress.take_up(store, found)
+
+
+def _check_model(model: Params) -> None:
+    """See that clients can begin with a model."""
+    if not isinstance(model, Mapping) or not model:
+        raise UsageError(
+            f"model: expected a mapping of at least one name to an array, or None, got "
+            f"{quoted(model)}"
+        )
+    ModelSpec.of(model)
+    try:
+        check_finite(model)
+    except RefusedUpdate as refusal:
+        raise UsageError(
+            f"model: key {quoted(refusal.key)}: expected {refusal.expected}, got {refusal.got}"
+        ) from None
+
+
+def _folder(path: object) -> str | os.PathLike[str]:
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise UsageError(f"checkpoint: expected the path of a folder, got {quoted(path)}")
+    return path
+
+
+def _unlike(name: str, kept: object, value: object) -> str:
+    """In what the settings of a run and those of the one to resume are not alike."""
+    if name == "clients":
+        return "the run that is stored there has other clients"
+    if isinstance(kept, Mapping) and isinstance(value, Mapping):
+        odd = [field for field in value if kept.get(field) != value[field]]
+        if odd:
+            name, kept, value = f"{name}: {odd[0]}", kept.get(odd[0]), value[odd[0]]
+    return f"expected a run with {name} {quoted(kept)} to resume, got {quoted(value)}"

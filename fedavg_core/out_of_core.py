@@ -127,6 +127,8 @@ def aggregate_files(
             written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
     """
+    if isinstance(paths, (str, os.PathLike)):
+        raise UsageError(f"paths: expected a list of files, got {quoted(str(paths))}")
     inputs = [Path(path) for path in paths]
     target = Path(output)
     if not inputs or len(inputs) != len(weights):
@@ -172,7 +174,7 @@ class _Aggregation:
                 file = ModelFile(path, allowance)
                 self._take_in(file, weight)
             except RefusedUpdate as refusal:
-                raise _from(name, refusal) from None
+                raise refusal.placed(contributor=name) from None
             self._files.append((name, file, weight))
         self._least = min(exponents(weight)[0] for _, _, weight in self._files)
 
@@ -296,13 +298,3 @@ class _Aggregation:
 
 def _position(spec: ArraySpec, index: int) -> str:
     return str([int(i) for i in np.unravel_index(index, spec.shape)])
-
-
-def _from(name: str, refusal: RefusedUpdate) -> RefusedUpdate:
-    return RefusedUpdate(
-        refusal.reason,
-        contributor=name,
-        key=refusal.key,
-        expected=refusal.expected,
-        got=refusal.got,
-    )

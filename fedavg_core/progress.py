@@ -3,11 +3,12 @@
 The monitored metric of a round is that of the evaluation of the new model or, if that has none of
 its name, the mean of what the contributors reported. A round that has it and is not better than the
 best one counts towards the patience; a NaN is never better, and a round without the metric counts
-for nothing.
+for nothing. That is logged, once, for a round that should have had it if any has.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from fedavg_core.model import copy_params
 from fedavg_core.outcome import Outcome
 
 __all__ = ["Best", "Progress"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +80,37 @@ class Progress:
         self._stop_when = stop_when
         self.best: Best | None = None
         self._waited = 0
+        self._told = False
         self.stopped: str | None = None
 
-    def note(self, outcome: Outcome) -> bool:
+    def note(self, outcome: Outcome, complete: bool) -> bool:
         """Take note of a round.
 
         Args:
             outcome: What it ended with; its model is copied if it is the best.
+            complete: Whether it has all the metrics that any round has.
 
         Returns:
             Whether its model is the best so far.
         """
-        is_best = self._track(outcome)
+        is_best = self._track(outcome, complete)
         self.stopped = self._reason_to_stop(outcome)
         return is_best
 
-    def _track(self, outcome: Outcome) -> bool:
+    def _track(self, outcome: Outcome, complete: bool) -> bool:
         if self._monitor is None:
             return False
-        value = {**outcome.metrics, **outcome.evaluation}.get(self._monitor)
+        metrics = {**outcome.metrics, **outcome.evaluation}
+        value = metrics.get(self._monitor)
         if value is None:
+            if complete and not self._told and self.best is None:
+                self._told = True
+                _log.warning(
+                    "round %d has no metric %s to monitor; it has %s",
+                    outcome.round,
+                    quoted(self._monitor),
+                    ", ".join(map(quoted, metrics)) or "none",
+                )
             return False
         sign = 1.0 if self._mode == "max" else -1.0
         if math.isnan(value) or (self.best and not sign * value > sign * self.best.value):

@@ -97,7 +97,12 @@ def verify(
 
     Raises:
         RefusedUpdate: The base or the state is not made of arrays of numbers.
+        UsageError: This is no audit.
     """
+    if not isinstance(audit, Audit):
+        raise UsageError(
+            f"audit: expected an Audit (Audit.from_text reads one), got {quoted(audit)}"
+        )
     search = _Search(audit)
     for name, source in updates.items():
         search.look_at(name, source)

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.errors import OutOfRange, UsageError, quoted
-from fedavg_core.model import ArraySpec, ModelSpec, Params
+from fedavg_core.errors import OutOfRange, RefusedUpdate, UsageError, quoted
+from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 
-__all__ = ["apply", "diff", "diff_spec"]
+__all__ = ["apply", "change", "diff", "diff_spec"]
 
 
 def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
@@ -40,6 +40,26 @@ def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
     """
     diff_spec(ModelSpec.of(local), ModelSpec.of(base))
     return {key: _difference(key, array, base[key]) for key, array in local.items()}
+
+
+def change(params: Any, base: Params) -> Any:
+    """What a contributor sends of what it has trained, where differences are wanted.
+
+    Args:
+        params: What it has trained, fit for a round or not; only read.
+        base: The model that it was sent; only read.
+
+    Returns:
+        For each parameter of the base that ``params`` has in the same shape the difference, as
+        `diff` gives it; if the dtypes are not the same, in int64 or float64. All else as it is, for
+        a round to judge, which cannot take it for a difference.
+
+    Raises:
+        OutOfRange: A difference is beyond the largest number of its dtype.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    return {key: _change(key, value, base.get(key)) for key, value in params.items()}
 
 
 def diff_spec(local: Mapping[str, ArraySpec], base: Mapping[str, ArraySpec]) -> ModelSpec:
@@ -89,6 +109,26 @@ def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
     if difference:
         mean.add(difference, 1)
     return mean.mean(base)
+
+
+def _change(key: str, value: Any, base: npt.NDArray[Any] | None) -> Any:
+    try:
+        local = check_array(key, value)
+    except RefusedUpdate:
+        return value
+    if base is None or local.shape != base.shape:
+        return value
+    if local.dtype.newbyteorder("=") != base.dtype.newbyteorder("="):
+        whole = local.dtype.kind in "iu" and base.dtype.kind in "iu"
+        local, base = (_widened(key, array, whole) for array in (local, base))
+    return _difference(key, local, base)
+
+
+def _widened(key: str, array: npt.NDArray[Any], whole: bool) -> npt.NDArray[Any]:
+    """The same numbers in int64 or, if they need not be whole, in float64."""
+    if whole and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise OutOfRange(f"key {quoted(key)}: a difference is beyond the largest number of int64")
+    return np.asarray(array.astype(np.int64 if whole else np.float64))
 
 
 def _difference(key: str, local: npt.NDArray[Any], base: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -916,8 +916,14 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
         fc.WeightedMean().mean()
     base = {"x": np.arange(3)}
     assert fc.same_bits(fc.WeightedMean().mean(base), base)
-    with pytest.raises(fc.UsageError, match="got 1 models, 2 weights"):
+    with pytest.raises(fc.UsageError, match="got 1 models, weights: 2"):
         fc.weighted_mean([base], [1, 2])
+    with pytest.raises(fc.UsageError, match="got 1 models, weights: 1.5"):
+        fc.weighted_mean([base], 1.5)  # type: ignore[arg-type]
+    with pytest.raises(
+        fc.RefusedUpdate, match=r"NON_FINITE \(contributor 'models\[1\]', key 'x'\)"
+    ):
+        fc.weighted_mean([base, {"x": np.array([1, np.nan, 2])}], [1, 2])
     with pytest.raises(fc.UsageError, match="expected at least one update"):
         fc.weighted_mean([], [])
 

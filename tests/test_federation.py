@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.robust import Krum
 from fedavg_core.server_optimizer import FedAdam
 from fedavg_core.update import TransferType, Update
 from tests.conftest import THOROUGH
@@ -248,6 +250,42 @@ class TestClientsThatFail:
         assert [failure.contributor for failure in outcome.failed] == ["a"]
         assert outcome.failed[0].problem.startswith("late")
         assert outcome.enough
+
+
+class TestWhatIsUnfit:
+    """A round judges it, and judges whole models and differences alike."""
+
+    @pytest.mark.parametrize(
+        ("given", "limits", "reason"),
+        [
+            ({"w": model()["w"]}, Limits(allow_missing=False), Reason.MISSING_KEYS),
+            ({**model(), "more": np.ones(2)}, Limits(), Reason.UNEXPECTED_KEYS),
+            ({**model(), "b": np.ones(3)}, Limits(), Reason.SHAPE),
+            ({**model(), "b": [1.0, 2.0]}, Limits(), Reason.DTYPE),
+            ({**model(), "b": np.ones(2, complex)}, Limits(), Reason.DTYPE),
+            ({**model(), "b": np.array([1, math.nan])}, Limits(), Reason.NON_FINITE),
+            ([1.0], Limits(), Reason.DTYPE),
+            (dict([(5, 0), *model().items()]), Limits(), Reason.BAD_NAME),
+            ({**model(), "more": np.ones(2)}, Limits(allow_unexpected=True), None),
+            ({**model(), "b": np.ones(3)}, Limits(exclude="^b$"), None),
+            ({**model(), "b": np.ones(2, np.float32)}, Limits(), None),
+            ({**model(), "w": np.ones((3, 4))}, Limits(), None),
+            ({**model(), "b": np.array([1, 2])}, Limits(), None),
+        ],
+    )
+    def test_it_is_the_same_for_models_and_for_differences(
+        self, given: Any, limits: Limits, reason: Reason | None
+    ) -> None:
+        clients = {"a": lambda params, context: TrainResult(given, 1), "b": adding(1, weight=3)}
+        outcomes = {
+            transfer: Federation(model(), clients, 1, transfer=transfer, limits=limits).run()[0]
+            for transfer in TransferType
+        }
+        for outcome in outcomes.values():
+            assert outcome.failed == ()
+            reasons = [receipt.reason for receipt in outcome.refused]
+            assert reasons == ([] if reason is None else [reason])
+        assert same_bits(outcomes[FULL].model, outcomes[DIFF].model)
 
 
 class TestWhereClientsRun:
@@ -536,7 +574,20 @@ class TestStopping:
             monitor="score", patience=2,
         )  # fmt: skip
         assert len(fed.run()) == 6
-        assert federation(3, monitor="no such metric", patience=1).run()[-1].round == 2
+
+    def test_a_metric_that_no_round_has_is_told_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        clients = {"a": adding(1, loss=0.5)}
+        assert Federation(model(), clients, 3, monitor="los", patience=1).run()[-1].round == 2
+        assert caplog.messages == ["round 0 has no metric 'los' to monitor; it has 'loss'"]
+        caplog.clear()
+        evaluation = {"evaluate": scores(3, 2), "evaluate_every": 2}
+        Federation(model(), clients, 4, **evaluation, monitor="score").run()  # type: ignore[arg-type]
+        assert caplog.messages == []
+        Federation(model(), clients, 2, evaluate=scores(1, 2), monitor="x").run()
+        (told,) = caplog.messages
+        assert told == "round 0 has no metric 'x' to monitor; it has 'loss', 'score'"
 
 
 class Notes(Observer):
@@ -670,10 +721,10 @@ class TestStoringAndResuming:
             ({"transfer": DIFF}, "transfer 'FULL' to resume, got 'DIFF'"),
             ({"participation": 3}, "selected 10 to resume, got 3"),
             ({"clients": {"a": train}}, "selected 10"),
-            ({"clients": {f"x{n}": train for n in range(10)}}, "with clients"),
+            ({"clients": {f"x{n}": train for n in range(10)}}, "other clients"),
             ({"min_updates": 2}, "min_updates 1 to resume, got 2"),
             ({"accumulator": "float64"}, "accumulator 'exact' to resume, got 'float64'"),
-            ({"limits": Limits(max_weight=5)}, "with limits"),
+            ({"limits": Limits(max_weight=5)}, "with limits: max_weight None to resume, got 5"),
             ({"monitor": "loss"}, "monitor None to resume, got 'loss'"),
             ({"mode": "min"}, "mode 'max' to resume, got 'min'"),
             ({"model": {"w": np.zeros(3)}}, "the stored model has other parameters"),
@@ -827,7 +878,19 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"clients": {}}, "clients: expected a mapping of at least one"),
         ({"clients": [train]}, "clients: expected a mapping"),
         ({"clients": {"a\n": train}}, "clients: expected a mapping of at least one printable"),
-        ({"model": [1.0]}, "expected a model as a mapping"),
+        ({"model": [1.0]}, "model: expected a mapping"),
+        ({"model": {}}, "model: expected a mapping of at least one name to an array, or None"),
+        (
+            {"model": {"w": np.array([[0.0], [math.inf]])}},
+            re.escape("model: key 'w': expected finite numbers, got inf at [1, 0]"),
+        ),
+        ({"executor": 4}, "executor: expected one of concurrent.futures"),
+        ({"accumulator": Krum(9)}, "accumulator: a krum needs at least 21 updates a round, got 10"),
+        ({"accumulator": "median"}, "robust mean, such as TrimmedMean"),
+        ({"observers": Observer()}, "observers: expected a list of observers"),
+        ({"resume": True}, "resume: expected the folder of the run as well"),
+        ({"checkpoint": ""}, "checkpoint: expected the path of a folder, got ''"),
+        ({"checkpoint": 3}, "checkpoint: expected the path of a folder, got 3"),
         ({"model": None, "transfer": DIFF}, "differences need a model"),
         ({"transfer": "FULL"}, "transfer: expected a TransferType"),
         ({"clients": {"a": 3}}, "clients: expected a function for each name, got 3 for 'a'"),

@@ -617,3 +617,8 @@ class TestAFederation:
         self.sent = [{}]
         (outcome,) = fc.Federation(model(), {"a": self.train}, 1).run()
         assert outcome.audit is None
+
+
+def test_what_is_no_audit_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="audit: expected an Audit"):
+        verify("audit.json", {})  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fedavg_core as fc
 from fedavg_core.testing import fractions_of
 from fedavg_core.testing import strategies as fst
+from fedavg_core.transfer import change
 
 
 def test_the_difference_is_what_the_base_lacks() -> None:
@@ -24,6 +25,40 @@ def test_the_difference_is_what_the_base_lacks() -> None:
     result = fc.apply(base, difference)
     assert fc.same_bits(result, {"w": local["w"], "frozen": base["frozen"]})
     assert not np.shares_memory(result["frozen"], base["frozen"])
+
+
+@pytest.mark.parametrize(
+    ("local", "base", "difference"),
+    [
+        (np.array([1.5], np.float32), np.array([0.1]), np.array([1.5 - 0.1])),
+        (np.array([1.5]), np.array([0.5], np.float16), np.array([1.0])),
+        (np.array([3], np.int8), np.array([2**62 + 1]), np.array([2 - 2**62])),
+        (np.array([2**62], np.uint64), np.array([1], np.int32), np.array([2**62 - 1])),
+        (np.array([7]), np.array([0.5], np.float32), np.array([6.5])),
+        (np.array([0.25]), np.array([7], np.uint8), np.array([-6.75])),
+        (np.array([2.0], ">f4"), np.array([0.5], np.float32), np.array([1.5], np.float32)),
+    ],
+)
+def test_a_change_of_another_dtype_is_taken_in_a_wide_one(
+    local: Any, base: Any, difference: Any
+) -> None:
+    changed = change({"x": local}, {"x": base, "frozen": np.ones(3)})
+    assert fc.same_bits(changed, {"x": difference})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.ones(2), np.array(1.0), [1.0], "x", None, np.ones(1, complex), np.array([True]), object()],
+)
+def test_what_cannot_be_a_difference_is_left_for_the_round_to_judge(value: Any) -> None:
+    changed = change({"x": value, "another": value, 5: value}, {"x": np.ones(1)})
+    assert all(changed[key] is value for key in ("x", "another", 5))
+    assert change(value, {"x": np.ones(1)}) is value
+
+
+def test_a_change_that_no_integer_of_64_bits_holds_is_an_error() -> None:
+    with pytest.raises(fc.OutOfRange, match="key 'x': a difference is beyond"):
+        change({"x": np.array([2**63], np.uint64)}, {"x": np.array([1])})
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "int64", "uint64"])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedavg_core.checkpoint import make_folder, replacing
+from fedavg_core.checkpoint import CheckpointStore, make_folder, replacing
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import (
     name_shown,
@@ -169,7 +169,7 @@ def _play(
             observers=(recorder, watch),
             checkpoint=folder,
             keep=read.rounds if read.keep_updates else _KEPT,
-            resume=read.resume,
+            resume=read.resume and bool(CheckpointStore(folder).paths()),
         )
         before = done = federation.round
         if read.resume:
