@@ -40,7 +40,7 @@ def _in_process(
     read: argparse.Namespace, training: TrainingFile, initial: dict[str, Any]
 ) -> Iterator[fc.Checkpoint]:
     federation = fc.Federation(
-        initial,
+        initial or None,
         clients={f"site-{number}": training.train for number in range(1, read.clients + 1)},
         rounds=read.rounds,
         transfer=fc.TransferType(read.transfer.upper()),

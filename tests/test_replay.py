@@ -620,5 +620,5 @@ class TestAFederation:
 
 
 def test_what_is_no_audit_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="audit: expected one"):
+    with pytest.raises(UsageError, match="audit: expected an Audit"):
         verify("audit.json", {})  # type: ignore[arg-type]
