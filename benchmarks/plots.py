@@ -19,7 +19,7 @@ from benchmarks.timing import Row, Timing, middle
 __all__ = ["save_plots"]
 
 _COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "floor": "#999999"}
-_KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes (the floor)"}
+_KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes: nothing is faster"}
 _LINES = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#000000")
 _MARKERS = "osD^vXP"
 _COLUMNS = 4
@@ -96,7 +96,9 @@ def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
         panel.set_title(fill(timing.title, _TITLE_WIDTH), fontsize=9)
         panel.margins(x=0.16)
         panel.set_xlim(left=0)
-        panel.set_xlabel("10⁹ parameters averaged per second", fontsize=8)
+        panel.set_xlabel(
+            "10⁹ parameters averaged per second\n(medians; lines: quartiles)", fontsize=8
+        )
     patches: Any = importlib.import_module("matplotlib.patches")
     present = {row.kind for timing in timings for row in timing.rows}
     figure.legend(
