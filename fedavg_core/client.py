@@ -64,8 +64,9 @@ class TrainResult:
     """What a client gives back.
 
     Attributes:
-        params: Its whole model after training, or some of its parameters. Handed over: the client
-            does not change these arrays afterwards.
+        params: Its whole model after training, or some of its parameters; with DIFF transfer too,
+            since the difference is taken for it. Handed over: the client does not change these
+            arrays afterwards.
         weight: How much it counts: samples, or local steps.
         metrics: Numbers to report, such as the training loss.
     """
