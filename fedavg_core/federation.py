@@ -73,6 +73,7 @@ __all__ = [
 ]
 
 _FOLDER_LENGTH = 200
+_SHOWN = {"selected": "participation, in updates,", "asked": "over_selection, in clients asked,"}
 
 _log = logging.getLogger(__name__)
 
@@ -179,8 +180,11 @@ class Federation:
             )
         if evaluate is not None and not callable(evaluate):
             raise UsageError(f"evaluate: expected a function or None, got {quoted(evaluate)}")
-        if not isinstance(observers, Iterable) or isinstance(observers, Observer):
+        told = tuple(observers) if isinstance(observers, Iterable) else (observers,)
+        if isinstance(observers, Observer) or not all(isinstance(one, Observer) for one in told):
             raise UsageError(f"observers: expected a list of observers, got {quoted(observers)}")
+        if not isinstance(resume, bool):
+            raise UsageError(f"resume: expected True or False, got {quoted(resume)}")
         if model is not None:
             _check_model(model)
         self._clients = clients
@@ -201,7 +205,7 @@ class Federation:
         self._optimizer = server_optimizer
         self._optimizer_state: Params = {}
         self._mean: WeightedMean | None = None
-        self._observers = tuple(observers)
+        self._observers = told
         self._checkpoint_every = checkpoint_every
         # A round that is never used checks the model and the settings once, before anything runs.
         Round(
@@ -371,6 +375,7 @@ class Federation:
         own = self._accumulator
         kind = kind_of(own) if isinstance(own, (WeightedMean, RobustMean)) else own
         return {
+            "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
             "seed": self._seed,
             "transfer": str(self._transfer),
             "selected": self._selection.wanted,
@@ -378,7 +383,6 @@ class Federation:
             "min_updates": self._min_updates,
             "accumulator": kind,
             "limits": self._limits.to_json(),
-            "clients": hashlib.sha256(names.encode("utf-8")).hexdigest(),
             **self._progress.settings(),
             "server_optimizer": None if self._optimizer is None else self._optimizer.settings(),
         }
@@ -448,4 +452,5 @@ def _unlike(name: str, kept: object, value: object) -> str:
         odd = [field for field in value if kept.get(field) != value[field]]
         if odd:
             name, kept, value = f"{name}: {odd[0]}", kept.get(odd[0]), value[odd[0]]
-    return f"expected a run with {name} {quoted(kept)} to resume, got {quoted(value)}"
+    shown = _SHOWN.get(name, name)
+    return f"expected a run with {shown} {quoted(kept)} to resume, got {quoted(value)}"

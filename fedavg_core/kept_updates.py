@@ -80,7 +80,6 @@ class KeptUpdates(RobustMean):
     def __init__(self, spec: ModelSpec | None = None) -> None:
         super().__init__(spec)
         self._held = _Held(dict(spec or {}))
-        self._planned: tuple[_Held, int, Plan] | None = None
 
     @property
     def updates(self) -> Sequence[Kept]:
@@ -173,7 +172,7 @@ class KeptUpdates(RobustMean):
                 f"got {self.count}"
             )
         brought = {key: targets[key] for key in self.keys}
-        means = self._means(self._plan_once(), brought, base) if brought else {}
+        means = self._means(self._plan(), brought, base) if brought else {}
         left = {} if base is None else {key: base[key] for key in targets if key not in means}
         kept = copy_params(left)
         return {key: means[key] if key in means else kept[key] for key in targets}
@@ -207,17 +206,10 @@ class KeptUpdates(RobustMean):
     def reset(self) -> None:
         """See `RobustMean.reset`."""
         self._held = _Held(dict(self._given or {}))
-        self._planned = None
 
     @abstractmethod
     def _plan(self) -> Plan:
-        """What to average."""
-
-    def _plan_once(self) -> Plan:
-        """The plan for these updates, made once."""
-        if self._planned is None or self._planned[:2] != (self._held, self.count):
-            self._planned = (self._held, self.count, self._plan())
-        return self._planned[2]
+        """What to average. Not to be kept here: the updates would refer to themselves."""
 
     def _means(
         self, plan: Plan, targets: Mapping[str, ArraySpec], base: Params | None = None
@@ -273,6 +265,12 @@ class WholeVector(KeptUpdates):
     """
 
     whole = True
+    _weighed: tuple[_Held, int, Sequence[Weight]] | None = None
+
+    def reset(self) -> None:
+        """See `RobustMean.reset`."""
+        super().reset()
+        self._weighed = None
 
     @abstractmethod
     def weights(self) -> Sequence[Weight]:
@@ -284,7 +282,10 @@ class WholeVector(KeptUpdates):
         """
 
     def _plan(self) -> Plan:
-        return _of_all(self.weights())
+        # A second mean of the same updates, as after an error, weighs them no second time.
+        if self._weighed is None or self._weighed[:2] != (self._held, self.count):
+            self._weighed = self._held, self.count, self.weights()
+        return _of_all(self._weighed[2])
 
 
 def of_the_sorted(rows: Callable[[int], slice]) -> Plan:

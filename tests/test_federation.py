@@ -474,7 +474,9 @@ class TestOverSelection:
 
     def test_a_run_with_another_factor_cannot_be_resumed(self, tmp_path: Path) -> None:
         federation(1, participation=2, checkpoint=tmp_path).run()
-        with pytest.raises(UsageError, match="expected a run with asked 2 to resume, got 4"):
+        with pytest.raises(
+            UsageError, match="over_selection, in clients asked, 2 to resume, got 4"
+        ):
             federation(2, participation=2, over_selection=2, checkpoint=tmp_path, resume=True)
 
 
@@ -719,8 +721,8 @@ class TestStoringAndResuming:
         [
             ({"seed": 1}, "seed 0 to resume, got 1"),
             ({"transfer": DIFF}, "transfer 'FULL' to resume, got 'DIFF'"),
-            ({"participation": 3}, "selected 10 to resume, got 3"),
-            ({"clients": {"a": train}}, "selected 10"),
+            ({"participation": 3}, "participation, in updates, 10 to resume, got 3"),
+            ({"clients": {"a": train}}, "other clients"),
             ({"clients": {f"x{n}": train for n in range(10)}}, "other clients"),
             ({"min_updates": 2}, "min_updates 1 to resume, got 2"),
             ({"accumulator": "float64"}, "accumulator 'exact' to resume, got 'float64'"),
@@ -888,6 +890,8 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"accumulator": Krum(9)}, "accumulator: a krum needs at least 21 updates a round, got 10"),
         ({"accumulator": "median"}, "robust mean, such as TrimmedMean"),
         ({"observers": Observer()}, "observers: expected a list of observers"),
+        ({"observers": [5]}, re.escape("observers: expected a list of observers, got [5]")),
+        ({"resume": "no"}, "resume: expected True or False, got 'no'"),
         ({"resume": True}, "resume: expected the folder of the run as well"),
         ({"checkpoint": ""}, "checkpoint: expected the path of a folder, got ''"),
         ({"checkpoint": 3}, "checkpoint: expected the path of a folder, got 3"),

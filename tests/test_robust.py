@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import math
 import random
 import statistics
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -968,9 +970,24 @@ class TestInAFederation:
 
     def test_another_rule_cannot_resume_a_run(self, tmp_path: Path) -> None:
         federation(TrimmedMean(0.2), 1, checkpoint=tmp_path).run()
-        with pytest.raises(fc.UsageError, match=r"expected a run with accumulator .'name': 'trimm"):
+        with pytest.raises(fc.UsageError, match=r"accumulator: trim 0.2 to resume, got 0.3"):
             federation(TrimmedMean(0.3), 2, checkpoint=tmp_path, resume=True)
 
     def test_too_few_clients_for_the_rule_are_a_usage_error(self) -> None:
-        with pytest.raises(fc.UsageError, match="min_updates: expected at most the 6 clients of a"):
+        with pytest.raises(fc.UsageError, match="a krum needs at least 7 updates a round, got 6"):
             federation(Krum(2))
+
+
+@pytest.mark.parametrize("rule", ROBUST_MEANS)
+def test_what_is_kept_goes_with_the_mean(rule: str) -> None:
+    mean = ROBUST_MEANS[rule]()
+    for step in range(5):
+        mean.add({"w": np.full(3, 1.0 + step)}, 1)
+    mean.mean()
+    gone = weakref.ref(mean)
+    gc.disable()
+    try:
+        del mean
+        assert gone() is None  # at once, and not when the garbage collector comes by
+    finally:
+        gc.enable()
