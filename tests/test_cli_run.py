@@ -22,7 +22,15 @@ pytest.importorskip("rich")
 import fedavg_core as fc
 from fedavg_core.cli import run as run_module
 from fedavg_core.cli import watch
-from fedavg_core.cli.run_log import LOG, SETTINGS, append_round, read_log, read_settings, start_log
+from fedavg_core.cli.run_log import (
+    LOG,
+    SETTINGS,
+    append_round,
+    read_log,
+    read_settings,
+    start_log,
+    write_settings,
+)
 from fedavg_core.cli.watch import Watch, peak_bytes
 from fedavg_core.codec import read_npz
 from fedavg_core.norm import norm_of_difference
@@ -596,6 +604,31 @@ class TestResuming:
         for rounds, expected in ((5, said), (6, "")):
             code, _, err = run(capsys, *given, rounds)
             assert (code, err) == (0, expected)
+
+    def test_another_training_file_is_told_with_the_one_before(
+        self, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        same = written(training.parent, TRAINING, "same.py")
+        other = written(training.parent, TRAINING + "    # another\n", "other.py")
+        given = ["--checkpoint", whole, "--resume", "--rounds"]
+        assert run(capsys, "run", same, *given, 5)[::2] == (0, "")
+        assert run(capsys, "run", other, *given, 6)[::2] == (
+            0,
+            "fedavg: the rounds that are done were played with same.py; those that are left are "
+            f"played with {other}\n",
+        )
+        assert read_settings(whole)["training_file"] == "other.py"
+
+    @pytest.mark.parametrize("kept", ["2020-02-03T04:05:06+00:00", None])
+    def test_it_began_when_its_first_round_did(
+        self, training: Path, whole: Path, capsys: Capture, kept: str | None
+    ) -> None:
+        now = read_settings(whole)["started"]
+        write_settings(whole, {**read_settings(whole), "started": kept})
+        given = ["run", training, "--checkpoint", whole, "--resume", "--rounds", 5]
+        assert run(capsys, *given)[0] == 0
+        began = read_settings(whole)["started"]
+        assert began == kept if kept else began >= now
 
     def test_a_run_that_tells_no_settings_has_those_that_are_given(
         self, training: Path, whole: Path, capsys: Capture

@@ -42,7 +42,7 @@ from fedavg_core.cli.run_settings import (
     add_settings,
     settings_of,
     settle,
-    training_has_changed,
+    training_before,
 )
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
@@ -212,10 +212,17 @@ def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
         say(f"nothing to resume in {folder}: starts at round 0")
     elif done >= read.rounds:
         say(f"all {done} rounds are done; a larger --rounds adds to them")
-    elif training_has_changed(read.train, folder):
+    elif (before := training_before(read.train, folder)) is None:
+        return
+    elif before == read.train.name:
         say(
             f"{read.train} has changed since the rounds that are done; those that are left are "
             "played with it as it is now"
+        )
+    else:
+        say(
+            f"the rounds that are done were played with {name_shown(before)}; those that are left "
+            f"are played with {read.train}"
         )
 
 
@@ -250,7 +257,7 @@ class _Recorder(Observer):
     def round_started(self, round: int, contributors: Sequence[str]) -> None:
         """Begin the record; only now no other writer can be in the folder."""
         if not self._begun:
-            write_settings(self._folder, settings_of(self._read))
+            write_settings(self._folder, settings_of(self._read, self._folder))
             start_log(self._folder, round)
             self._begun = True
         if self._read.keep_updates:
