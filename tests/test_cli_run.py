@@ -721,6 +721,28 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
         "def train(p, c): ...\ndef initial_model(seed): ...",
         "training.py: initial_model: expected a model as a mapping from names to arrays, got ",
     ),
+    "empty model": (
+        "def train(p, c): ...\ndef initial_model(seed): return {}",
+        "training.py: initial_model: expected at least one parameter, got none",
+    ),
+    "list": (
+        "def train(p, c): ...\ndef initial_model(seed): return {'w': [1.0, 2.0]}",
+        "training.py: initial_model: key 'w': expected a NumPy array, got a list",
+    ),
+    "key": (
+        "import numpy as np\ndef train(p, c): ...\ndef initial_model(seed): return {3: np.ones(2)}",
+        "training.py: initial_model: expected parameter names that are strings, got 3",
+    ),
+    "nan": (
+        "import numpy as np\ndef train(p, c): ...\n"
+        "def initial_model(seed): return {'b': np.ones(1), 'w': np.array([[1, np.nan]])}",
+        "training.py: initial_model: key 'w': expected finite numbers, got nan at [0, 1]",
+    ),
+    "infinite": (
+        "import numpy as np\ndef train(p, c): ...\n"
+        "def initial_model(seed): return {'w': np.float32(-np.inf)}",
+        "training.py: initial_model: key 'w': expected finite numbers, got -inf at []",
+    ),
     "nulls": ("\0", "cannot be imported: "),
 }
 
@@ -730,7 +752,7 @@ def test_a_bad_training_file_is_one_line(name: str, tmp_path: Path, capsys: Capt
     text, problem = BAD_TRAINING[name]
     training = written(tmp_path, text)
     assert problem in fails(capsys, "run", training, "--checkpoint", tmp_path / "run")
-    assert not (tmp_path / "run" / LOG).exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_file_may_have_classes_and_modules_of_its_own(
