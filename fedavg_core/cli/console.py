@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Progress",
     "byte_progress",
+    "drop_output",
     "name_shown",
     "open_console",
     "print_json",
@@ -96,6 +98,14 @@ def print_line(text: str) -> None:
 def print_json(value: Any, file: TextIO | None = None) -> None:
     """Print JSON, one line; to standard output if no other file is given."""
     print(json.dumps(value, allow_nan=False), file=file, flush=True)
+
+
+def drop_output() -> None:
+    """Let standard output lead nowhere, and what is still buffered with it.
+
+    For when whoever read it has seen enough: the interpreter would fail at writing it when it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
