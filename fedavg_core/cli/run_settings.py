@@ -86,8 +86,9 @@ _KNOWN = {
         _transfer,
         "full",
         "{full,diff}",
-        "what clients send: whole models, or the differences from the model they were given "
-        "(default: full)",
+        "what clients send: whole models, or the differences from the model they were given; "
+        "train returns its whole model in both cases, the difference is taken for it, and is what "
+        "--keep-updates keeps (default: full)",
     ),
     "accumulator": _Setting(
         accumulator,
