@@ -586,11 +586,24 @@ def test_what_is_wrong_with_a_command_line_is_one_line(
 
 
 def test_refusals_and_results_out_of_range_are_told(
-    tmp_path: Path, sites: list[Path], capsys: Capture
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nan = write_model(tmp_path / "nan", "npz", {"w": np.array([1, np.nan])})
     assert fails(capsys, "aggregate", nan, "-o", tmp_path / "o.npz") == (
         "NON_FINITE (contributor 'nan.npz', key 'w'): expected finite numbers, got nan at [1]"
+    )
+    out = tmp_path / "o.npz"
+    fine = write_model(tmp_path / "fine", "npz", {"w": np.ones(2)})
+    assert fails(capsys, "diff", nan, fine, "-o", out) == (
+        f"{nan}: key 'w': expected finite numbers, got nan at [1]"
+    )
+    monkeypatch.setattr(model_stream, "_PIECE", 2)
+    grid = write_model(tmp_path / "grid", "npz", {"a": np.ones(3), "w": np.ones((2, 3))})
+    infinite = np.ones((2, 3))
+    infinite[1, 1] = -np.inf
+    other = write_model(tmp_path / "inf", "safetensors", {"a": np.ones(3), "w": infinite})
+    assert fails(capsys, "diff", grid, other, "-o", out) == (
+        f"{other}: key 'w': expected finite numbers, got -inf at [1, 1]"
     )
     none = write_model(tmp_path / "none", "npz", {})
     assert "at least one parameter" in fails(capsys, "diff", none, nan, "-o", tmp_path / "o.npz")
