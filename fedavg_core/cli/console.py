@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from fedavg_core.errors import quoted
@@ -29,6 +31,7 @@ __all__ = [
     "print_table",
     "printable",
     "say",
+    "typed",
 ]
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -46,6 +49,12 @@ def printable(text: str) -> str:
 def name_shown(name: str) -> str:
     """A name out of a file: printable ASCII of bounded length."""
     return quoted(name, _NAME_LENGTH)[1:-1] if name else "''"
+
+
+def typed(path: Path) -> str:
+    """A path as it is to be typed in a shell, where it is not taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def say(problem: str) -> None:
