@@ -558,9 +558,12 @@ def test_what_makes_no_aggregator_is_one_line(
     assert capsys.readouterr() == ("", expected)
 
 
-def test_a_table_that_nobody_reads_is_no_traceback() -> None:
+def test_a_table_that_nobody_reads_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     os.close(read)
+    with open(os.dup(write), "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["exact"]) == 2
     done = subprocess.run(
         [sys.executable, "-m", "fedavg_core.testing", "exact"],
         stdout=write,
