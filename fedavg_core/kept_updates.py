@@ -243,6 +243,8 @@ class CoordinateWise(KeptUpdates):
     Weights do not count. A coordinate's values are those of the updates that brought it.
     """
 
+    ignores_weights = True
+
     @abstractmethod
     def rows(self, count: int) -> slice:
         """Which values are averaged.

@@ -262,10 +262,16 @@ class KeyDifference:
         differing: How many elements have other bits.
         largest_ulps: The largest distance, in steps from one representable number to the next;
             for integers the largest difference. NaN counts as the number beyond infinity.
+        largest_difference: The largest absolute difference of two elements of which none is NaN:
+            for integers a whole number, for others a float64, rounded once; infinite where one of
+            the two is, or where it is beyond float64.
+        nan_in_one: How many elements are NaN in one model and a number in the other.
     """
 
     differing: int
     largest_ulps: int
+    largest_difference: int | float = 0
+    nan_in_one: int = 0
 
 
 def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
@@ -294,12 +300,30 @@ def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
             )
         steps_a, steps_b = _steps(a[key]), _steps(b[key])
         apart = np.where(steps_a > steps_b, steps_a - steps_b, steps_b - steps_a)
-        bits_a, bits_b = _bits(a[key]), _bits(b[key])
+        largest_ulps = int(apart.max(initial=0))
+        others = (_bits(a[key]) != _bits(b[key])).reshape(-1)
+        difference: int | float = largest_ulps
+        nan_in_one = 0
+        if spec.number.kind == "float":
+            difference, nan_in_one = _distance(
+                *(params[key].reshape(-1)[others].astype(np.float64) for params in (a, b))
+            )
         result[key] = KeyDifference(
-            differing=int(np.count_nonzero(bits_a != bits_b)),
-            largest_ulps=int(apart.max(initial=0)),
+            differing=int(np.count_nonzero(others)),
+            largest_ulps=largest_ulps,
+            largest_difference=difference,
+            nan_in_one=nan_in_one,
         )
     return result
+
+
+def _distance(a: Array, b: Array) -> tuple[float, int]:
+    """The largest absolute difference without NaN, and how many are NaN in one of the two."""
+    nan_a, nan_b = np.isnan(a), np.isnan(b)
+    numbers = ~(nan_a | nan_b)
+    with np.errstate(all="ignore"):
+        apart = np.abs(a[numbers] - b[numbers])
+    return float(apart.max(initial=0.0)), int(np.count_nonzero(nan_a != nan_b))
 
 
 def same_bits(a: Params, b: Params) -> bool:

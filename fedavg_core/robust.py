@@ -128,6 +128,7 @@ class Krum(WholeVector):
 
     name = "krum"
     options: ClassVar[tuple[str, ...]] = ("faulty",)
+    ignores_weights = True
     keep = 1
 
     def __init__(self, faulty: int = 1, spec: ModelSpec | None = None) -> None:

@@ -49,6 +49,9 @@ class RobustMean(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     """The names of the constructor's other arguments, which are kept as attributes."""
 
+    ignores_weights: ClassVar[bool] = False
+    """Whether an update counts the same whatever its weight."""
+
     def __init__(self, spec: ModelSpec | None = None) -> None:
         self._fixed = spec is not None
         self._given = spec

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fedavg_core as fc
-from fedavg_core.cli.console import open_console
+from fedavg_core.cli.console import open_console, typed
 from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
 from nvflare_adapter.client import TrainingFile, read_training_file
 from nvflare_adapter.command_line import BACKENDS, read_arguments
 from nvflare_adapter.follow import JobFailed, cause_of_failure
-from nvflare_adapter.job import Job, models_folder
+from nvflare_adapter.job import Job, models_folder, models_within
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
 
 __all__ = ["main"]
@@ -172,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training = read_training_file(read.path, read.train_args.split())
         initial = {} if training.initial_model is None else training.initial_model(read.seed)
         fc.ModelSpec.of(initial)
+        if read.start_from is not None:
+            read.start_from = models_within(read.start_from)
         start = read.start_from
         done = 0 if start is None else fc.CheckpointStore(start).load().round
         if done >= read.rounds:
@@ -196,11 +198,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (fc.FedAvgError, OSError) as error:
         return _say(str(error), 1)
     except KeyboardInterrupt:
-        models = models_folder(read.output, read.backend)
-        done = len(fc.CheckpointStore(models).paths())
-        kept = f": fedavg_core.CheckpointStore({str(models)!r}).load().model" if done else ""
-        return _say(f"stopped after {done} of {read.rounds} rounds{kept}", 130)
+        return _say(_stopped(read, done), 130)
     return 0
+
+
+def _stopped(read: argparse.Namespace, done: int) -> str:
+    """What there is after an interruption, and how to go on.
+
+    Args:
+        read: The arguments.
+        done: How many rounds were done when the command began.
+
+    Returns:
+        One line.
+    """
+    models, start = models_folder(read.output, read.backend), read.start_from
+    kept = ""
+    if fc.CheckpointStore(models).paths():
+        done, start = fc.CheckpointStore(models).load().round, read.output
+        kept = f": fedavg_core.CheckpointStore({str(models)!r}).load().model"
+    told = f"stopped after {done} of {read.rounds} rounds{kept}"
+    if read.backend == "in-process" or start is None or done >= read.rounds:
+        return told
+    other = " and another --output" if read.own_output else ""
+    return f"{told}; the same command goes on with them, with --start-from {typed(start)}{other}"
 
 
 def _say(problem: str, code: int) -> int:

@@ -65,7 +65,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         arguments: What follows the program's name; None for the process's own.
 
     Returns:
-        The arguments, by name. ``path`` is the training file.
+        The arguments, by name. ``path`` is the training file, and ``own_output`` tells whether
+        ``output`` was given.
     """
     parser = _Parser(
         prog="python -m nvflare_adapter",
@@ -105,7 +106,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--start-from",
         type=Path,
         metavar="DIR",
-        help="on NVFlare: go on with the job whose models are in this folder, up to --rounds",
+        help="on NVFlare: go on with the job of this folder, or whose models are in it, up to "
+        "--rounds",
     )
     add(
         "--deadline",
@@ -145,6 +147,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if (kit is not None and not remote) or (remote and not (kit and (kit / _KIT).is_file())):
         expected = f"a folder that has {_KIT}" if remote else "none, without a deployment"
         parser.error(f"argument --startup-kit: expected {expected}, got {kit or 'none'}")
+    read.own_output = read.output is not None
     if read.output is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
         read.output = Path("fedavg-runs") / f"{stamp}-{read.path.stem}-{read.backend}"

@@ -24,7 +24,7 @@ from nvflare_adapter.follow import follow
 if TYPE_CHECKING:
     from nvflare_adapter.recipe import NumpyFedAvgRecipe
 
-__all__ = ["NAME", "Job", "models_folder"]
+__all__ = ["NAME", "Job", "models_folder", "models_within"]
 
 NAME = "fedavg"
 _POLL_SECONDS = 0.05
@@ -42,6 +42,19 @@ def models_folder(folder: Path, backend: str) -> Path:
     """
     on_simulator = Path(NAME, "server", "simulate_job", "models")
     return folder / (on_simulator if backend == "simulator" else "models")
+
+
+def models_within(folder: Path) -> Path:
+    """Where the checkpoints to go on from are, in a folder that a user names.
+
+    Args:
+        folder: A folder of checkpoints, or that of a whole job.
+
+    Returns:
+        The folder that has them; the given one if none has.
+    """
+    places = [folder, *(models_folder(folder, backend) for backend in ("simulator", "poc"))]
+    return next((place for place in places if any(place.glob("round-*.npz"))), folder)
 
 
 @dataclass(frozen=True)

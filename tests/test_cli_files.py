@@ -202,9 +202,9 @@ def test_inspect_tells_of_each_array(tmp_path: Path, capsys: Capture) -> None:
     assert told["arrays"]["big"]["norm"] == pytest.approx(5e300)
     assert told["arrays"]["small"]["norm"] == pytest.approx(5e-320, rel=1e-3)
     assert told["arrays"]["n"]["max"] == 2**63 + 1
-    nothing = {"norm": 0.0, "min": None, "max": None}
-    assert {**told["arrays"]["lost"], **nothing} == told["arrays"]["lost"]
-    assert {**told["arrays"]["none"], **nothing} == told["arrays"]["none"]
+    nothing = {"min": None, "max": None}
+    assert {**told["arrays"]["lost"], "norm": None, **nothing} == told["arrays"]["lost"]
+    assert {**told["arrays"]["none"], "norm": 0.0, **nothing} == told["arrays"]["none"]
     totals = {name: told[name] for name in ("elements", "bytes", "nan", "infinite")}
     assert totals == {"elements": 14, "bytes": 12 + 16 + 16 + 16 + 8 + 1, "nan": 3, "infinite": 2}
 
@@ -213,9 +213,24 @@ def test_inspect_tells_of_each_array(tmp_path: Path, capsys: Capture) -> None:
     lines = out.splitlines()
     assert lines[0].split() == ["key", "dtype", "shape", "norm", "min", "max", "NaN", "infinite"]
     assert lines[1].split() == ["w", "float16", "2", "x", "3", "5", "-4", "3", "2", "2"]
-    assert lines[5].split() == ["lost", "float64", "scalar", "0", "-", "-", "1", "0"]
+    assert lines[5].split() == ["lost", "float64", "scalar", "-", "-", "-", "1", "0"]
     assert lines[7].startswith(r"\x1b[31m\nred")
-    assert lines[8] == "7 arrays, 14 elements, 5 of them not finite; 69 bytes; norm 5e+300"
+    assert lines[8] == (
+        "7 arrays, 14 elements, 5 of them not finite; 69 bytes; norm 5e+300 without what is not "
+        "finite"
+    )
+
+
+def test_inspect_has_no_norm_of_nothing_that_is_finite(tmp_path: Path, capsys: Capture) -> None:
+    path = write_model(tmp_path / "model", "npz", {"w": np.full(3, np.nan), "b": np.array(np.inf)})
+    lines = run(capsys, "inspect", path)[1].splitlines()
+    assert lines[1].split() == ["w", "float64", "3", "-", "-", "-", "3", "0"]
+    assert lines[3] == "2 arrays, 4 elements, 4 of them not finite; 32 bytes; no norm"
+    assert json.loads(run(capsys, "inspect", path, "--json")[1])["norm"] is None
+    empty = write_model(tmp_path / "empty", "npz", {"w": np.zeros((0, 2))})
+    assert run(capsys, "inspect", empty)[1].splitlines()[2:] == [
+        "1 array, 0 elements, all finite; 0 bytes; norm 0"
+    ]
 
 
 def test_inspect_says_when_all_is_finite_and_does_not_fail_at_an_infinite_norm(
@@ -321,15 +336,45 @@ def test_compare_tells_ulps_and_ends_with_1_where_models_differ(
     third = write_model(tmp_path / "c", "npz", b)
     code, out, err = run(capsys, "compare", first, third)
     assert (code, err) == (1, "")
+    assert out.splitlines()[0] == (
+        "key  elements  differing  largest difference  largest ulps  NaN in one"
+    )
     assert [line.split() for line in out.splitlines()[1:4]] == [
-        ["w", "5", "2", "2"],
-        ["n", "3", "1", "40"],
-        ["b", "2", "0", "0"],
+        ["w", "5", "2", "1.19209e-07", "2", "0"],
+        ["n", "3", "1", "40", "40", "0"],
+        ["b", "2", "0", "0", "0", "0"],
     ]
     assert out.splitlines()[4] == "2 of 3 arrays differ"
     code, out, _ = run(capsys, "compare", first, third, "--json")
     assert code == 1
-    assert json.loads(out)["arrays"]["w"] == {"elements": 5, "differing": 2, "largest_ulps": 2}
+    assert json.loads(out)["arrays"]["w"] == {
+        "elements": 5,
+        "differing": 2,
+        "largest_difference": 2.0**-23,
+        "largest_ulps": 2,
+        "nan_in_one": 0,
+    }
+
+
+def test_compare_counts_nan_and_leaves_it_out_of_the_difference(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_stream, "_PIECE", 2)
+    models = {
+        "a": {"w": np.array([1, np.nan, 3, np.nan, 5]), "v": np.array([1, np.inf])},
+        "b": {"w": np.array([1, np.nan, np.nan, 4, 5.5]), "v": np.array([np.nan, 2])},
+    }
+    paths = [write_model(tmp_path / name, "npz", model) for name, model in models.items()]
+    code, out, _ = run(capsys, "compare", *paths)
+    assert code == 1
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    assert [[row[3], row[5]] for row in rows] == [["0.5", "2"], ["inf", "1"]]
+    assert out.splitlines()[3] == (
+        "3 elements are NaN in one model only, left out of the largest differences"
+    )
+    arrays = json.loads(run(capsys, "compare", *paths, "--json")[1])["arrays"]
+    told = [(one["largest_difference"], one["nan_in_one"]) for one in arrays.values()]
+    assert told == [(0.5, 2), (None, 1)]
 
 
 def test_arrays_that_cannot_be_compared_are_named(tmp_path: Path, capsys: Capture) -> None:
@@ -541,11 +586,24 @@ def test_what_is_wrong_with_a_command_line_is_one_line(
 
 
 def test_refusals_and_results_out_of_range_are_told(
-    tmp_path: Path, sites: list[Path], capsys: Capture
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nan = write_model(tmp_path / "nan", "npz", {"w": np.array([1, np.nan])})
     assert fails(capsys, "aggregate", nan, "-o", tmp_path / "o.npz") == (
         "NON_FINITE (contributor 'nan.npz', key 'w'): expected finite numbers, got nan at [1]"
+    )
+    out = tmp_path / "o.npz"
+    fine = write_model(tmp_path / "fine", "npz", {"w": np.ones(2)})
+    assert fails(capsys, "diff", nan, fine, "-o", out) == (
+        f"{nan}: key 'w': expected finite numbers, got nan at [1]"
+    )
+    monkeypatch.setattr(model_stream, "_PIECE", 2)
+    grid = write_model(tmp_path / "grid", "npz", {"a": np.ones(3), "w": np.ones((2, 3))})
+    infinite = np.ones((2, 3))
+    infinite[1, 1] = -np.inf
+    other = write_model(tmp_path / "inf", "safetensors", {"a": np.ones(3), "w": infinite})
+    assert fails(capsys, "diff", grid, other, "-o", out) == (
+        f"{other}: key 'w': expected finite numbers, got -inf at [1, 1]"
     )
     none = write_model(tmp_path / "none", "npz", {})
     assert "at least one parameter" in fails(capsys, "diff", none, nan, "-o", tmp_path / "o.npz")

@@ -19,12 +19,14 @@ import pytest
 
 pytest.importorskip("rich")
 
+from fedavg_core.cli import run_settings
 from fedavg_core.cli.page import page
 from fedavg_core.cli.page.axes import Places, linear, spread, ticks
 from fedavg_core.cli.page.markup import _hash, element, shown
 from fedavg_core.cli.page.metric import Metric
 from fedavg_core.cli.page.unit import MEMORY, TIME, Unit
 from fedavg_core.cli.run_log import Contribution, RoundRecord, append_round, write_settings
+from fedavg_core.robust import ROBUST_MEANS
 from tests.test_cli_files import Capture, fails, run
 from tests.test_cli_run import TRAINING, written
 
@@ -148,6 +150,21 @@ def test_one_client_is_told_as_one() -> None:
     for clients, told in ((1, "1 client ·"), (2, "2 clients ·")):
         settings = {**SETTINGS, "clients": clients, "fraction": 1.0}
         assert f"|{told}" in Texts(page(settings, [record(0)])).text
+
+
+@pytest.mark.parametrize("name", ROBUST_MEANS)
+def test_weights_that_the_mean_ignores_are_not_said_to_count(name: str) -> None:
+    ignored = name in ("median", "trimmed-mean", "krum", "multi-krum")
+    told = Texts(page({**SETTINGS, "accumulator": {"name": name}}, lively())).text
+    assert (f"The mean of this run, {name}, ignores weights" in told) is ignored
+    help = " ".join(run_settings._KNOWN["accumulator"].help.split())
+    assert (name in help[help.index("; median") :]) is ignored
+
+
+@pytest.mark.parametrize("accumulator", ["exact", None, ["median"], {"name": ["median"]}, {}])
+def test_weights_count_in_any_other_mean(accumulator: object) -> None:
+    told = Texts(page({**SETTINGS, "accumulator": accumulator}, lively())).text
+    assert "ignores weights" not in told
 
 
 def test_an_old_page_is_replaced_only_by_force(tmp_path: Path, capsys: Capture) -> None:

@@ -22,7 +22,15 @@ pytest.importorskip("rich")
 import fedavg_core as fc
 from fedavg_core.cli import run as run_module
 from fedavg_core.cli import watch
-from fedavg_core.cli.run_log import LOG, SETTINGS, append_round, read_log, read_settings, start_log
+from fedavg_core.cli.run_log import (
+    LOG,
+    SETTINGS,
+    append_round,
+    read_log,
+    read_settings,
+    start_log,
+    write_settings,
+)
 from fedavg_core.cli.watch import Watch, peak_bytes
 from fedavg_core.codec import read_npz
 from fedavg_core.norm import norm_of_difference
@@ -597,6 +605,31 @@ class TestResuming:
             code, _, err = run(capsys, *given, rounds)
             assert (code, err) == (0, expected)
 
+    def test_another_training_file_is_told_with_the_one_before(
+        self, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        same = written(training.parent, TRAINING, "same.py")
+        other = written(training.parent, TRAINING + "    # another\n", "other.py")
+        given = ["--checkpoint", whole, "--resume", "--rounds"]
+        assert run(capsys, "run", same, *given, 5)[::2] == (0, "")
+        assert run(capsys, "run", other, *given, 6)[::2] == (
+            0,
+            "fedavg: the rounds that are done were played with same.py; those that are left are "
+            f"played with {other}\n",
+        )
+        assert read_settings(whole)["training_file"] == "other.py"
+
+    @pytest.mark.parametrize("kept", ["2020-02-03T04:05:06+00:00", None])
+    def test_it_began_when_its_first_round_did(
+        self, training: Path, whole: Path, capsys: Capture, kept: str | None
+    ) -> None:
+        now = read_settings(whole)["started"]
+        write_settings(whole, {**read_settings(whole), "started": kept})
+        given = ["run", training, "--checkpoint", whole, "--resume", "--rounds", 5]
+        assert run(capsys, *given)[0] == 0
+        began = read_settings(whole)["started"]
+        assert began == kept if kept else began >= now
+
     def test_a_run_that_tells_no_settings_has_those_that_are_given(
         self, training: Path, whole: Path, capsys: Capture
     ) -> None:
@@ -688,6 +721,28 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
         "def train(p, c): ...\ndef initial_model(seed): ...",
         "training.py: initial_model: expected a model as a mapping from names to arrays, got ",
     ),
+    "empty model": (
+        "def train(p, c): ...\ndef initial_model(seed): return {}",
+        "training.py: initial_model: expected at least one parameter, got none",
+    ),
+    "list": (
+        "def train(p, c): ...\ndef initial_model(seed): return {'w': [1.0, 2.0]}",
+        "training.py: initial_model: key 'w': expected a NumPy array, got a list",
+    ),
+    "key": (
+        "import numpy as np\ndef train(p, c): ...\ndef initial_model(seed): return {3: np.ones(2)}",
+        "training.py: initial_model: expected parameter names that are strings, got 3",
+    ),
+    "nan": (
+        "import numpy as np\ndef train(p, c): ...\n"
+        "def initial_model(seed): return {'b': np.ones(1), 'w': np.array([[1, np.nan]])}",
+        "training.py: initial_model: key 'w': expected finite numbers, got nan at [0, 1]",
+    ),
+    "infinite": (
+        "import numpy as np\ndef train(p, c): ...\n"
+        "def initial_model(seed): return {'w': np.float32(-np.inf)}",
+        "training.py: initial_model: key 'w': expected finite numbers, got -inf at []",
+    ),
     "nulls": ("\0", "cannot be imported: "),
 }
 
@@ -697,7 +752,7 @@ def test_a_bad_training_file_is_one_line(name: str, tmp_path: Path, capsys: Capt
     text, problem = BAD_TRAINING[name]
     training = written(tmp_path, text)
     assert problem in fails(capsys, "run", training, "--checkpoint", tmp_path / "run")
-    assert not (tmp_path / "run" / LOG).exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_file_may_have_classes_and_modules_of_its_own(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def test_help_says_where_a_run_keeps_updates_and_how_audits_are_numbered(
     assert "audit-00000004.json is of round 4" in run_help
     assert "those of audit-00000004.json are in updates-00000004" in verify_help
     assert "the base of audit-00000004.json is round-00000004" in verify_help
+    for told in (run_help, verify_help):
+        assert "the difference is taken for it" in told
 
 
 def test_the_updates_of_a_round_give_its_model(
@@ -95,9 +98,10 @@ def test_differences_need_their_base(
 ) -> None:
     audit = audited(tmp_path / "audit.json", fc.TransferType.DIFF)
     assert run(capsys, "verify", audit, *files, "--base", base)[0] == 0
-    code, out, err = run(capsys, "verify", audit, *files)
-    assert (code, err) == (1, "")
-    assert "the base is not here" in out
+    assert fails(capsys, "verify", audit, *files) == (
+        "--base is needed: expected the model before round 3, for its updates are differences from "
+        "it, got none (fedavg run --keep-updates keeps it as round-00000003)"
+    )
     code, out, _ = run(capsys, "verify", audit, *files, "--base", files[0])
     assert code == 1
     assert "base, key 'w': recorded" in out
@@ -129,6 +133,42 @@ def test_the_base_may_be_a_checkpoint_which_has_the_state_of_a_server_optimizer(
     code, out, _ = run(capsys, "verify", *given, "--base", model_alone)
     assert code == (0 if optimizer is None else 1)
     assert ("key 'momentum/w': recorded float64[4, 3]" in out) == (optimizer is not None)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "fedadam"}, {"name": "fedavg"}, {"name": "mine"}], ids=str
+)
+def test_a_server_optimizer_needs_the_base(
+    tmp_path: Path, files: list[Path], capsys: Capture, optimizer: dict[str, Any]
+) -> None:
+    round = fc.Round(model(9), 0, audit=True)
+    for index in range(3):
+        round.offer(fc.Update(f"site-{index}", 0, model(index), 1))
+    audit = round.close().audit
+    assert audit is not None
+    path = tmp_path / "audit.json"
+    path.write_text(replace(audit, optimizer=optimizer).to_text())
+    if optimizer["name"] == "fedadam":
+        assert fails(capsys, "verify", path, *files) == (
+            "--base is needed: expected the model before round 0, for the server optimizer steps "
+            "from it, got none (fedavg run --keep-updates keeps it as first-model.npz)"
+        )
+    else:
+        code, out, _ = run(capsys, "verify", path, *files)
+        assert code == 1
+        assert "server optimizer" in out
+
+
+def test_a_round_that_kept_its_model_needs_no_base(tmp_path: Path, capsys: Capture) -> None:
+    base: Model = {"w": np.ones(2)}
+    round = fc.Round(base, 0, transfer=fc.TransferType.DIFF, audit=True, min_updates=2)
+    round.offer(fc.Update("site-1", 0, base, 1, fc.TransferType.DIFF))
+    audit = round.close().audit
+    assert audit is not None
+    path = tmp_path / "audit.json"
+    path.write_text(audit.to_text())
+    update = write_model(tmp_path / "site-1", "npz", base)
+    assert run(capsys, "verify", path, update)[0] == 0
 
 
 def test_what_is_missing_changed_surplus_or_cannot_be_read_is_told(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -538,6 +540,38 @@ def test_the_command_takes_an_aggregator_of_the_user_s_own(
     assert err[0].startswith("my_aggregators:Yours: ")
     assert err[1].startswith("no_such_module_at_all:make: not installed")
     assert err[2].startswith("os:getcwd: make() must give an object with the methods add and mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("numpy:average", "TypeError: average() missing 1 required positional argument: 'a'"),
+        ("numpy:pi", "TypeError: 'float' object is not callable"),
+        (":make", "ValueError: Empty module name"),
+    ],
+)
+def test_what_makes_no_aggregator_is_one_line(
+    name: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name]) == 2
+    expected = f"{name}: expected what makes an aggregator, got {problem}\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_a_table_that_nobody_reads_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(os.dup(write), "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["exact"]) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "fedavg_core.testing", "exact"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, b"")
 
 
 def test_flower_gets_its_replies_as_lists_of_arrays_that_are_its_own(

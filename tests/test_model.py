@@ -135,6 +135,39 @@ def test_the_distance_is_in_steps_between_neighbours(a: Any, b: Any, ulps: int) 
         assert result.differing == 1
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "difference", "nan_in_one"),
+    [
+        ("float32", [1, 2, 3], [1, 2.5, 1], 2.0, 0),
+        ("float32", [1, 16777216], [1, -0.25], 16777216.25, 0),
+        ("float16", [0, -0.0], [-0.0, 0], 0.0, 0),
+        ("bfloat16", [1, 2], [1.0078125, 2], 0.0078125, 0),
+        ("float64", [5e-324], [-5e-324], 1e-323, 0),
+        ("float64", [1.7e308], [-1.7e308], INF, 0),
+        ("float64", [INF, -INF, 1], [INF, -INF, 2], 1.0, 0),
+        ("float64", [INF, 1], [-INF, 1], INF, 0),
+        ("float64", [NAN, NAN, 1, 2], [NAN, 7, NAN, 3], 1.0, 2),
+        ("float64", [NAN], [-NAN], 0.0, 0),
+        ("float64", [NAN], [1], 0.0, 1),
+        ("int64", [-(2**63), 0], [2**63 - 1, 0], 2**64 - 1, 0),
+        ("uint8", [3], [250], 247, 0),
+    ],
+)
+def test_the_largest_difference_leaves_nan_out(
+    dtype: str, a: list[float], b: list[float], difference: float, nan_in_one: int
+) -> None:
+    one, other = (np.array(values, fc.model.dtype_named(dtype)) for values in (a, b))
+    for left, right in ((one, other), (other, one), (one[:, None], other[:, None])):
+        result = fc.compare({"x": left}, {"x": right})["x"]
+        assert (result.largest_difference, result.nan_in_one) == (difference, nan_in_one)
+        assert type(result.largest_difference) is type(difference)
+    scalars = fc.compare({"x": one[0]}, {"x": one[0]})["x"]
+    assert (scalars.differing, scalars.largest_difference) == (0, 0)
+
+
 def test_an_empty_array_differs_nowhere() -> None:
     result = fc.compare({"x": np.empty((0, 2))}, {"x": np.empty((0, 2))})["x"]
     assert (result.differing, result.largest_ulps) == (0, 0)

@@ -277,12 +277,14 @@ class TestAnAttack:
         updates = updates_of(6)
         plain = mean_of(mean, updates)
         assert fc.same_bits(mean_of(mean, updates, [1, 10**9, 1, 0.001, 7, 1]), plain)
+        assert mean.ignores_weights
 
     @pytest.mark.parametrize("mean", EVERY[4:], ids=named)
     def test_it_counts_where_the_paper_has_it(self, mean: RobustMean) -> None:
         updates = updates_of(6)
         plain = mean_of(mean, updates)
         assert not fc.same_bits(mean_of(mean, updates, [1, 10**9, 1, 0.001, 7, 1]), plain)
+        assert not mean.ignores_weights
         # Only what they are to each other counts.
         assert fc.same_bits(mean_of(mean, updates, [3] * 6), plain)
 

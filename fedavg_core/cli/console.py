@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from fedavg_core.errors import quoted
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Progress",
     "byte_progress",
+    "drop_output",
     "name_shown",
     "open_console",
     "print_json",
@@ -27,6 +31,7 @@ __all__ = [
     "print_table",
     "printable",
     "say",
+    "typed",
 ]
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -44,6 +49,12 @@ def printable(text: str) -> str:
 def name_shown(name: str) -> str:
     """A name out of a file: printable ASCII of bounded length."""
     return quoted(name, _NAME_LENGTH)[1:-1] if name else "''"
+
+
+def typed(path: Path) -> str:
+    """A path as it is to be typed in a shell, where it is not taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def say(problem: str) -> None:
@@ -96,6 +107,14 @@ def print_line(text: str) -> None:
 def print_json(value: Any, file: TextIO | None = None) -> None:
     """Print JSON, one line; to standard output if no other file is given."""
     print(json.dumps(value, allow_nan=False), file=file, flush=True)
+
+
+def drop_output() -> None:
+    """Let standard output lead nowhere, and what is still buffered with it.
+
+    For when whoever read it has seen enough: the interpreter would fail at writing it when it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

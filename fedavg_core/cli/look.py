@@ -1,7 +1,8 @@
 """The commands that look at model files: ``inspect`` and ``compare``.
 
 Files are read piece by piece, whatever their size. Norms, least and largest values are those of the
-finite elements; how many others there are is counted beside them.
+finite elements; how many others there are is counted beside them. Differences are those of elements
+that are no NaN, likewise.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def add_commands(commands: Subparsers) -> None:
         "inspect",
         help="show what a model file holds",
         description="Show the arrays of a model file: names, dtypes, shapes, L2 norms, least and "
-        "largest values, and how many elements are NaN or infinite; and of a checkpoint after how "
-        "many rounds it was made, with its metrics.",
+        "largest values, and how many elements are NaN or infinite (norm, least and largest value "
+        "are those of the others); and of a checkpoint after how many rounds it was made, with its "
+        "metrics.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -49,9 +51,11 @@ def add_commands(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "compare",
         help="tell whether two model files are the same to the bit",
-        description="Compare two models array by array: how many elements differ in their bits, "
-        "and how far the farthest two are apart, in steps from one number of the dtype to the next "
-        "(ulps; for integers their difference). Exit code 0: the same to the bit; 1: they "
+        description="Compare two models array by array: how many elements differ in their bits; "
+        "how far the farthest two are apart, as a number (computed in float64, for integers "
+        "exactly; elements that are NaN are left out) and in steps from one number of the dtype to "
+        "the next (ulps; for integers their difference; NaN is the number beyond infinity); and "
+        "how many elements are NaN in one model only. Exit code 0: the same to the bit; 1: they "
         "differ; 2: an error.",
     )
     parser.add_argument("a", type=Path, metavar="A", help=MODEL_HELP)
@@ -78,6 +82,11 @@ class _Summary:
     nan: int = 0
     infinite: int = 0
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether any element is finite, or there are none."""
+        return self.least is not None or not self.nan + self.infinite
+
     def add(self, values: npt.NDArray[Any]) -> None:
         """Take in a piece; at least one element."""
         if values.dtype.kind not in "iu":
@@ -101,7 +110,7 @@ class _Summary:
         return {
             "shape": list(spec.shape),
             "dtype": str(spec.dtype),
-            "norm": self.norm if self.norm < math.inf else None,
+            "norm": self.norm if self.has_norm and self.norm < math.inf else None,
             "min": self.least,
             "max": self.largest,
             "nan": self.nan,
@@ -129,6 +138,7 @@ def _inspect(read: argparse.Namespace) -> int:
     nan = sum(summary.nan for summary in found.values())
     infinite = sum(summary.infinite for summary in found.values())
     norm = math.hypot(*(summary.norm for summary in found.values()))
+    has_norm = elements > nan + infinite or not elements
     if read.json:
         arrays = {key: summary.to_json(spec[key]) for key, summary in found.items()}
         print_json(
@@ -137,7 +147,7 @@ def _inspect(read: argparse.Namespace) -> int:
                 "checkpoint": None if checkpoint is None else _checkpoint_json(checkpoint),
                 "elements": elements,
                 "bytes": held,
-                "norm": norm if norm < math.inf else None,
+                "norm": norm if has_norm and norm < math.inf else None,
                 "nan": nan,
                 "infinite": infinite,
                 "arrays": arrays,
@@ -151,7 +161,7 @@ def _inspect(read: argparse.Namespace) -> int:
                 name_shown(key),
                 str(spec[key].dtype),
                 _shape(spec[key]),
-                f"{summary.norm:.6g}",
+                f"{summary.norm:.6g}" if summary.has_norm else "-",
                 _number(summary.least),
                 _number(summary.largest),
                 f"{summary.nan:,}",
@@ -163,7 +173,9 @@ def _inspect(read: argparse.Namespace) -> int:
     )
     count = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
     others = f"{nan + infinite:,} of them not finite" if nan + infinite else "all finite"
-    print_line(f"{count}, {elements:,} elements, {others}; {held:,} bytes; norm {norm:.6g}")
+    length = f"norm {norm:.6g}" if has_norm else "no norm"
+    left_out = " without what is not finite" if has_norm and nan + infinite else ""
+    print_line(f"{count}, {elements:,} elements, {others}; {held:,} bytes; {length}{left_out}")
     if checkpoint is not None:
         print_line(_checkpoint_told(checkpoint))
     return 0
@@ -215,7 +227,10 @@ def _compare(read: argparse.Namespace) -> int:
         for key, (of_a, of_b) in pieces(files, sizes, progress):
             here, before = compare({key: of_a}, {key: of_b})[key], found[key]
             found[key] = KeyDifference(
-                before.differing + here.differing, max(before.largest_ulps, here.largest_ulps)
+                before.differing + here.differing,
+                max(before.largest_ulps, here.largest_ulps),
+                max(before.largest_difference, here.largest_difference),
+                before.nan_in_one + here.nan_in_one,
             )
     same = not odd and not any(one.differing for one in found.values())
     if read.json:
@@ -226,7 +241,11 @@ def _compare(read: argparse.Namespace) -> int:
                     key: {
                         "elements": sizes[key],
                         "differing": one.differing,
+                        "largest_difference": one.largest_difference
+                        if one.largest_difference < math.inf
+                        else None,
                         "largest_ulps": one.largest_ulps,
+                        "nan_in_one": one.nan_in_one,
                     }
                     for key, one in found.items()
                 },
@@ -236,19 +255,27 @@ def _compare(read: argparse.Namespace) -> int:
         return 0 if same else 1
     if found:
         print_table(
-            ("key", "elements", "differing", "largest ulps"),
+            ("key", "elements", "differing", "largest difference", "largest ulps", "NaN in one"),
             [
                 (
                     name_shown(key),
                     f"{sizes[key]:,}",
                     f"{one.differing:,}",
+                    _number(one.largest_difference),
                     f"{one.largest_ulps:,}",
+                    f"{one.nan_in_one:,}",
                 )
                 for key, one in found.items()
             ],
         )
     for key, problem in odd.items():
         print_line(f"{name_shown(key)}: {problem}")
+    nan = sum(one.nan_in_one for one in found.values())
+    if nan:
+        print_line(
+            f"{nan:,} {'element is' if nan == 1 else 'elements are'} NaN in one model only, left "
+            "out of the largest differences"
+        )
     differing = len(odd) + sum(bool(one.differing) for one in found.values())
     print_line(
         "the same to the bit"

@@ -7,7 +7,6 @@ found a difference; 2, an error; 130, interrupted.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from fedavg_core.cli import look, make, report, run, verify
 from fedavg_core.cli.arguments import Parser, package_version
-from fedavg_core.cli.console import say
+from fedavg_core.cli.console import drop_output, say
 from fedavg_core.errors import FedAvgError, one_line
 
 __all__ = ["main"]
@@ -46,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(interruption) or "interrupted")
         return 130
     except BrokenPipeError:
-        # Whoever read the output has seen enough. What is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 2
     except FedAvgError as error:
         return _failed(str(error))

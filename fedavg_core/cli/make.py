@@ -13,6 +13,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fedavg_core.checkpoint import replacing
 from fedavg_core.cli.arguments import MODEL_HELP, Subparsers, byte_count, check_new, weights
@@ -71,8 +75,9 @@ def add_commands(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "diff",
         help="subtract a model from another",
-        description="Write MODEL minus BASE, each element rounded once (integers: exact, as int64)."
-        " fedavg apply BASE OUT adds it again.",
+        description="Write MODEL minus BASE, each element rounded once to its dtype (integers: "
+        "exact, as int64). fedavg apply BASE OUT adds it again; since the difference is rounded, "
+        "what comes out may differ from MODEL in the last places. Both must be finite.",
     )
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help=f"such as the model after training: {MODEL_HELP}"
@@ -195,10 +200,28 @@ def _diff(read: argparse.Namespace) -> int:
             replacing(read.output, old=read.force) as file,
             writer(read.output, file, spec) as out,
         ):
+            before = dict.fromkeys(spec, 0)
             for key, (model, base) in pieces(files, sizes, progress):
+                for path, values in ((read.model, model), (read.base, base)):
+                    _check_finite(path, key, values, spec[key].shape, before[key])
                 out.write(diff({key: model}, {key: base})[key])
+                before[key] += model.size
     _written(read.output, spec, "the difference")
     return 0
+
+
+def _check_finite(
+    path: Path, key: str, values: npt.NDArray[Any], shape: tuple[int, ...], before: int
+) -> None:
+    """See that a piece of an array is finite; before it are so many elements of the array."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = int(np.argmin(finite))
+        place = [int(number) for number in np.unravel_index(before + index, shape)]
+        raise UsageError(
+            f"{path}: key {quoted(key)}: expected finite numbers, "
+            f"got {float(values[index])} at {place}"
+        )
 
 
 def _written(path: Path, spec: ModelSpec, what: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from fedavg_core.cli.console import (
     print_line,
     printable,
     say,
+    typed,
 )
 from fedavg_core.cli.run_log import (
     Contribution,
@@ -42,7 +42,7 @@ from fedavg_core.cli.run_settings import (
     add_settings,
     settings_of,
     settle,
-    training_has_changed,
+    training_before,
 )
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
@@ -130,7 +130,7 @@ def _run(read: argparse.Namespace) -> int:
         write_npz(file, model)
     if not read.json:
         print_line(f"model: {folder / MODEL}")
-        print_line(f"to see how it went: fedavg report {_typed(folder)} -o report.html")
+        print_line(f"to see how it went: fedavg report {typed(folder)} -o report.html")
         if read.keep_updates:
             print_line(f"to check the last round: {_check(folder, read.rounds - 1)}")
     if problem is not None:
@@ -181,7 +181,7 @@ def _play(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
-                f"on with them, with --checkpoint {_typed(folder)} --resume"
+                f"on with them, with --checkpoint {typed(folder)} --resume"
             ) from None
     if before == 0 and all(one.problem for one in recorder.records):
         raise FedAvgError(f"no round changed the model: {recorder.records[-1].problem}")
@@ -212,25 +212,26 @@ def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
         say(f"nothing to resume in {folder}: starts at round 0")
     elif done >= read.rounds:
         say(f"all {done} rounds are done; a larger --rounds adds to them")
-    elif training_has_changed(read.train, folder):
+    elif (before := training_before(read.train, folder)) is None:
+        return
+    elif before == read.train.name:
         say(
             f"{read.train} has changed since the rounds that are done; those that are left are "
             "played with it as it is now"
+        )
+    else:
+        say(
+            f"the rounds that are done were played with {name_shown(before)}; those that are left "
+            f"are played with {read.train}"
         )
 
 
 def _check(folder: Path, round: int) -> str:
     """The command that averages the updates of a round again."""
     base = folder / (f"round-{round:08d}.npz" if round else FIRST_MODEL)
-    parts = [f"fedavg verify {_typed(folder / f'audit-{round:08d}.json')}"]
-    parts.append(f"{_typed(folder / f'updates-{round:08d}')}/*.npz")
-    return " ".join([*parts, *([f"--base {_typed(base)}"] if base.exists() else [])])
-
-
-def _typed(path: Path) -> str:
-    """A path as it is to be typed in a shell, where it is not taken for an option."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    parts = [f"fedavg verify {typed(folder / f'audit-{round:08d}.json')}"]
+    parts.append(f"{typed(folder / f'updates-{round:08d}')}/*.npz")
+    return " ".join([*parts, *([f"--base {typed(base)}"] if base.exists() else [])])
 
 
 class _Recorder(Observer):
@@ -250,7 +251,7 @@ class _Recorder(Observer):
     def round_started(self, round: int, contributors: Sequence[str]) -> None:
         """Begin the record; only now no other writer can be in the folder."""
         if not self._begun:
-            write_settings(self._folder, settings_of(self._read))
+            write_settings(self._folder, settings_of(self._read, self._folder))
             start_log(self._folder, round)
             self._begun = True
         if self._read.keep_updates:

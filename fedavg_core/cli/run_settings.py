@@ -25,9 +25,11 @@ from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.selection import Selection
 
-__all__ = ["add_settings", "settings_of", "settle", "training_has_changed"]
+__all__ = ["add_settings", "settings_of", "settle", "training_before"]
 
+_FILE = "training_file"
 _HASH = "training_sha256"
+_STARTED = "started"
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ _KNOWN = {
         _transfer,
         "full",
         "{full,diff}",
-        "what clients send: whole models, or the differences from the model they were given "
-        "(default: full)",
+        "what clients send: whole models, or the differences from the model they were given; "
+        "train returns its whole model in both cases, the difference is taken for it, and is what "
+        "--keep-updates keeps (default: full)",
     ),
     "accumulator": _Setting(
         accumulator,
@@ -93,7 +96,8 @@ _KNOWN = {
         "NAME[:SETTING=NUMBER,...]",
         "the arithmetic of the mean: exact, float64 or float32; or a robust mean: median, "
         "trimmed-mean, krum, multi-krum, geometric-median or clipped-mean, such as "
-        "trimmed-mean:trim=0.2 (default: exact)",
+        "trimmed-mean:trim=0.2; median, trimmed-mean, krum and multi-krum ignore weights (default: "
+        "exact)",
     ),
     "optimizer": _Setting(
         optimizer,
@@ -131,9 +135,7 @@ def settle(read: argparse.Namespace, folder: Path) -> None:
             few clients for the mean.
         CheckpointError: What that run's ``run.json`` holds is not settings.
     """
-    kept: Mapping[str, Any] = {}
-    if read.resume and (folder / SETTINGS).exists():
-        kept = read_settings(folder)
+    kept = _kept(folder) if read.resume else {}
     for name, setting in _KNOWN.items():
         value = setting.default
         if kept.get(name) is not None:
@@ -157,22 +159,26 @@ def settle(read: argparse.Namespace, folder: Path) -> None:
     read.audit = read.audit or read.keep_updates or kept.get("audit") is True
 
 
-def settings_of(read: argparse.Namespace) -> dict[str, Any]:
+def settings_of(read: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What ``run.json`` shall hold.
 
     Args:
         read: The command line's, settled.
+        folder: The run's; one that is resumed began when its ``run.json`` says.
 
     Returns:
         What JSON can hold.
     """
+    started = _kept(folder).get(_STARTED) if read.resume else None
+    if not isinstance(started, str):
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
-        "training_file": read.train.name,
+        _FILE: read.train.name,
         _HASH: _hash(read.train),
         **{name: _plain(getattr(read, name)) for name in _KNOWN},
         "audit": read.audit,
         "keep_updates": read.keep_updates,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        _STARTED: started,
         "versions": {
             "fedavg-core": package_version(),
             "numpy": np.__version__,
@@ -181,18 +187,26 @@ def settings_of(read: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def training_has_changed(path: Path, folder: Path) -> bool:
-    """Whether a training file is another than the one that a run was last played with.
+def training_before(path: Path, folder: Path) -> str | None:
+    """The training file that a run was last played with, if it is another.
 
     Args:
-        path: The file.
+        path: The file that it shall go on with.
         folder: The run's.
 
     Returns:
-        That; False where the run does not say.
+        The name of the one before, which may be the same; None if it is the same file, or where the
+        run does not say.
     """
-    kept = read_settings(folder).get(_HASH) if (folder / SETTINGS).exists() else None
-    return kept is not None and kept != _hash(path)
+    kept = _kept(folder)
+    if kept.get(_HASH) in (None, _hash(path)):
+        return None
+    return str(kept.get(_FILE, path.name))
+
+
+def _kept(folder: Path) -> Mapping[str, Any]:
+    """What ``run.json`` holds; nothing if it is not there."""
+    return read_settings(folder) if (folder / SETTINGS).exists() else {}
 
 
 def _hash(path: Path) -> str:

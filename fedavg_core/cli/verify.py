@@ -13,6 +13,8 @@ from fedavg_core.cli.console import print_json, print_line
 from fedavg_core.cli.model_stream import load_model
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.replay import verify
+from fedavg_core.server_optimizer import optimizer_named
+from fedavg_core.update import TransferType
 
 __all__ = ["add_commands"]
 
@@ -31,8 +33,11 @@ def add_commands(commands: Subparsers) -> None:
         "update is held in memory at a time. fedavg run keeps the updates with --keep-updates: "
         "those of audit-00000004.json are in updates-00000004. Audits are numbered by rounds, "
         "checkpoints by how many rounds are done: the base of audit-00000004.json is "
-        "round-00000004, that of the first audit first-model.npz. Exit code 0: the same bits; 1: "
-        "something differs or is missing; 2: an error.",
+        "round-00000004, that of the first audit first-model.npz. In a round of differences "
+        "(--transfer diff) the updates are those: train returns its whole model, the difference is "
+        "taken for it, and --keep-updates keeps the difference; fedavg diff makes one of a "
+        "client's model. Exit code 0: the same bits; 1: something differs or is missing; 2: an "
+        "error.",
     )
     parser.add_argument(
         "audit",
@@ -59,6 +64,8 @@ def add_commands(commands: Subparsers) -> None:
 
 def _verify(read: argparse.Namespace) -> int:
     audit = _read_audit(read.audit)
+    if read.base is None:
+        _check_without_base(audit)
     base = None if read.base is None else _read_base(read.base)
     verdict = verify(
         audit,
@@ -83,6 +90,33 @@ def _verify(read: argparse.Namespace) -> int:
         for line in verdict.lines:
             print_line(line)
     return 0 if verdict.same_bits else 1
+
+
+def _check_without_base(audit: Audit) -> None:
+    """See that a round can be checked without the model before it."""
+    if len(audit.accepted) < audit.min_updates:
+        return
+    if audit.transfer is TransferType.DIFF:
+        why = "its updates are differences from it"
+    elif _steps_from_base(audit):
+        why = "the server optimizer steps from it"
+    else:
+        return
+    kept = f"round-{audit.round:08d}" if audit.round else "first-model.npz"
+    raise UsageError(
+        f"--base is needed: expected the model before round {audit.round}, for {why}, got none "
+        f"(fedavg run --keep-updates keeps it as {kept})"
+    )
+
+
+def _steps_from_base(audit: Audit) -> bool:
+    """Whether a server optimizer made the model, as far as it is known here."""
+    try:
+        return bool(
+            audit.base and audit.optimizer and not optimizer_named(**audit.optimizer).is_plain
+        )
+    except UsageError:  # `verify` tells of it
+        return False
 
 
 def _read_base(path: Path) -> Checkpoint:

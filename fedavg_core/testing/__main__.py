@@ -3,7 +3,8 @@
 Each name is a column: ``exact``, ``float64`` and ``float32`` are this package's accumulators,
 the names of other systems need these installed, and ``some.module:function`` is an aggregator of
 your own, by the function that makes one. Exit codes: 0, the table was printed; 1, it was, and with
-``--strict`` some property does not hold; 2, a name is unknown or its system is not installed.
+``--strict`` some property does not hold; 2, a name is unknown or makes no aggregator, or its system
+is not installed, or nobody read the table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from functools import partial
 from typing import Any, get_args
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
-from fedavg_core.errors import UsageError
+from fedavg_core.cli.console import drop_output
+from fedavg_core.errors import UsageError, one_line
 from fedavg_core.testing.conformance import check_aggregator, compare_tables
 from fedavg_core.testing.peers import PEERS
 
@@ -34,8 +36,11 @@ def _maker(name: str) -> Callable[[], Any]:
     module, _, function = name.partition(":")
     if not function:
         known = ", ".join([*_OWN, *PEERS])
-        raise ValueError(f"expected one of {known}, or module:function, got {name!r}")
-    maker: Callable[[], Any] = getattr(importlib.import_module(module), function)
+        raise UsageError(f"expected one of {known}, or module:function, got {name!r}")
+    try:
+        maker: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    except AttributeError as error:
+        raise UsageError(str(error)) from None
     return maker
 
 
@@ -69,22 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in names:
             try:
-                make = _maker(name)
+                tables.append(check_aggregator(_maker(name), name))
             except ModuleNotFoundError as error:
-                print(f"{name}: not installed ({error})", file=sys.stderr)
-                return 2
-            except (AttributeError, ValueError) as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
-            try:
-                tables.append(check_aggregator(make, name))
+                return _failed(name, f"not installed ({error})")
             except UsageError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+                return _failed(name, str(error))
+            except Exception as error:  # whatever comes of foreign code
+                return _failed(name, f"expected what makes an aggregator, got {one_line(error)}")
     finally:
         logging.disable(before)
-    print(compare_tables(tables))
+    try:
+        print(compare_tables(tables), flush=True)
+    except BrokenPipeError:
+        drop_output()
+        return 2
     return 1 if options.strict and not all(table.conforms for table in tables) else 0
+
+
+def _failed(name: str, problem: str) -> int:
+    print(f"{name}: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import pytest
 pytest.importorskip("rich")
 
 import fedavg_core as fc
+from nvflare_adapter import __main__ as command
 from nvflare_adapter import follow
 from nvflare_adapter.__main__ import main
-from nvflare_adapter.job import Job
+from nvflare_adapter.job import Job, models_folder
 from tests.nvflare import training
 
 FILES = Path(training.__file__).parent
@@ -208,15 +209,21 @@ def test_a_path_that_nvflares_simulator_would_split_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [("poc", "models"), ("poc", ""), ("deployment", ""), ("in-process", ""), ("simulator", "")],
+)
 def test_a_job_that_has_no_round_left_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str, given: str
 ) -> None:
+    """Whether its own folder is given or that of its models."""
     pytest.importorskip("nvflare")
+    models = models_folder(tmp_path, backend)
     model = {"w": np.ones(3, dtype=np.float32)}
-    fc.CheckpointStore(tmp_path / "models").save(fc.Checkpoint(model=model, round=3))
-    start = ["--start-from", str(tmp_path / "models"), "--output", str(tmp_path / "out")]
+    fc.CheckpointStore(models).save(fc.Checkpoint(model=model, round=3))
+    start = ["--start-from", str(tmp_path / given), "--output", str(tmp_path / "out")]
     assert main([str(FILES / "faulty.py"), *start, "--rounds", "3"]) == 2
-    expected = f"--rounds: expected more than the 3 that {tmp_path / 'models'} has, got 3"
+    expected = f"--rounds: expected more than the 3 that {models} has, got 3"
     assert capsys.readouterr().err == f"nvflare_adapter: {expected}\n"
     assert not (tmp_path / "out").exists()
 
@@ -347,6 +354,53 @@ def train(params, context):
     assert error == f"nvflare_adapter: stopped after {stop_in} of 2 rounds{load}\n"
     if kept:
         assert fc.CheckpointStore(models).load().model["w"].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "stored", "told"),
+    [
+        ("simulator", [], None, "0 of 5 rounds"),
+        ("simulator", ["--output", "out"], 2, "2 of 5 rounds: {load}; {same} out{other}"),
+        ("simulator", [], 2, "2 of 5 rounds: {load}; {same} {output}"),
+        ("poc", ["--output", "out"], 4, "4 of 5 rounds: {load}; {same} out{other}"),
+        ("poc", ["--output", "out"], 5, "5 of 5 rounds: {load}"),
+        ("poc", ["--start-from", "before"], 3, "3 of 5 rounds: {load}; {same} {output}"),
+        ("poc", ["--start-from", "before"], None, "1 of 5 rounds; {same} before/models"),
+    ],
+)
+def test_an_interrupted_job_says_how_to_go_on(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    options: list[str],
+    stored: int | None,
+    told: str,
+) -> None:
+    pytest.importorskip("nvflare")
+    monkeypatch.chdir(tmp_path)
+    model = {"w": np.ones(3, dtype=np.float32)}
+    fc.CheckpointStore("before/models").save(fc.Checkpoint(model, 1))
+    output = Path("nowhere")
+
+    def interrupted(read: Any, *_: Any) -> None:
+        nonlocal output
+        output = read.output
+        if stored is not None:
+            fc.CheckpointStore(models_folder(output, backend)).save(fc.Checkpoint(model, stored))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_run", interrupted)
+    given = [str(FILES / "faulty.py"), "--backend", backend, "--rounds", "5", *options]
+    assert main(given) == 130
+    models = str(models_folder(output, backend))
+    expected = told.format(
+        load=f"fedavg_core.CheckpointStore({models!r}).load().model",
+        same="the same command goes on with them, with --start-from",
+        other=" and another --output",
+        output=output,
+    )
+    assert capsys.readouterr().err == f"nvflare_adapter: stopped after {expected}\n"
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_after_a_server_is_killed_another_job_goes_on_to_the_bits_of_one_undistu
         assert program == "runner_process" or "the server ended with exit code -9" in error
         models = job.output / "models"
         rounds = fc.CheckpointStore(models).load().round + 2
-        start = ["--start-from", models, "--rounds", rounds]
+        start = ["--start-from", job.output, "--rounds", rounds]
         rest.append((rounds, run(f"rest-{program}", "mixed.py", *on(poc), *start)))
     for rounds, job in rest:
         assert fc.same_bits(job.model(), in_process("mixed.py", rounds))

@@ -43,7 +43,7 @@ def page(settings: dict[str, Any], records: Sequence[RoundRecord]) -> bytes:
         body = [
             sections.tiles(settings, records),
             sections.learning(places, records),
-            sections.participation(places, records),
+            sections.participation(settings, places, records),
             sections.troubles(records),
             sections.sizes(places, records),
             sections.costs(settings, places, records),

@@ -16,6 +16,7 @@ from fedavg_core.cli.page.metric import Metric, find_metrics, left_out
 from fedavg_core.cli.page.unit import MEMORY, TIME, Unit, written
 from fedavg_core.cli.run_log import PARTS, STATES, Contribution, RoundRecord
 from fedavg_core.client import contributor_order
+from fedavg_core.robust import ROBUST_MEANS
 
 __all__ = [
     *("costs", "learning", "participation", "sizes", "table", "tiles"),
@@ -106,8 +107,8 @@ def learning(places: Places, records: Sequence[RoundRecord]) -> Content:
     more = len(metrics) - len(figures)
     return _section(
         "Learning",
-        "Test: the new global model, evaluated. Train: what the contributors reported, weighted as "
-        f"their updates.{f' {more} more metrics are in the record.' if more else ''}"
+        "Test: the new global model, evaluated. Train: what the contributors reported, averaged "
+        f"with their weights.{f' {more} more metrics are in the record.' if more else ''}"
         + (
             f" Left out where they were no finite numbers: {shown(', '.join(names), 400)}."
             if names
@@ -121,7 +122,9 @@ def _last(values: Sequence[float | None]) -> float | None:
     return next((value for value in reversed(values) if value is not None), None)
 
 
-def participation(places: Places, records: Sequence[RoundRecord]) -> Element:
+def participation(
+    settings: dict[str, Any], places: Places, records: Sequence[RoundRecord]
+) -> Element:
     """Who took part, and with what weight."""
     weights: Counter[str] = Counter()
     troubles: Counter[str] = Counter()
@@ -149,6 +152,7 @@ def participation(places: Places, records: Sequence[RoundRecord]) -> Element:
         "Who took part",
         "The stronger the colour, the more weight. On the right: each contributor's part of the "
         "whole weight."
+        + _ignored(settings)
         + (
             f" Shown are {len(rows)} of {len(weights):,} contributors: those with refusals or "
             "failures first, then the heaviest."
@@ -166,6 +170,18 @@ def participation(places: Places, records: Sequence[RoundRecord]) -> Element:
             ],
             grid(places, rows, "who took part in which round"),
         ),
+    )
+
+
+def _ignored(settings: dict[str, Any]) -> str:
+    """A sentence about weights where the mean ignores them."""
+    accumulator = settings.get("accumulator")
+    name = str(accumulator.get("name") if isinstance(accumulator, dict) else accumulator)
+    if name not in ROBUST_MEANS or not ROBUST_MEANS[name].ignores_weights:
+        return ""
+    return (
+        f" The mean of this run, {name}, ignores weights: they count in the train metrics only, "
+        "and not in the model."
     )
 
 
