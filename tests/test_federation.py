@@ -474,9 +474,7 @@ class TestOverSelection:
 
     def test_a_run_with_another_factor_cannot_be_resumed(self, tmp_path: Path) -> None:
         federation(1, participation=2, checkpoint=tmp_path).run()
-        with pytest.raises(
-            UsageError, match="in clients asked, 2 to resume, got 4"
-        ):
+        with pytest.raises(UsageError, match="in clients asked, 2 to resume, got 4"):
             federation(2, participation=2, over_selection=2, checkpoint=tmp_path, resume=True)
 
 
