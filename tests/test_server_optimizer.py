@@ -489,7 +489,7 @@ class TestInAFederation:
         self, tmp_path: Path, other: ServerOptimizer | None
     ) -> None:
         federation(FedAdam(), 1, checkpoint=tmp_path).run()
-        with pytest.raises(fc.UsageError, match="expected a run with server_optimizer[: ]"):
+        with pytest.raises(fc.UsageError, match=r"expected a run with server_optimizer[: ]"):
             federation(other, 2, checkpoint=tmp_path, resume=True)
 
     def test_a_checkpoint_with_another_state_is_an_error(self, tmp_path: Path) -> None:
