@@ -16,8 +16,8 @@ Two kinds of arithmetic:
 An update is added whole or not at all, whatever goes wrong on the way. The exact sums find a NaN in
 the pass that adds, and undo what they had added before it by adding the same with the opposite
 weight; that is exact, so nothing remains. The plain sums look for NaNs first, and finish what is
-interrupted (`count` tells). Only if the undoing or finishing is itself interrupted
-(KeyboardInterrupt, twice) are the sums unusable until they are reset, and say so.
+interrupted (`count` tells). Only if the undoing or finishing is itself interrupted are the sums
+unusable until they are reset, and say so.
 
 Parameters may be missing from an update; each has its own denominator.
 """
@@ -227,11 +227,14 @@ class WeightedMean:
                     f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
                     f"the {shown} that was added"
                 )
-        self._apply([(params, exact)], -1)
-        for key in params:
-            if not self._books.weights[key] and not sums.is_zero(key):
-                self._apply([(params, exact)], 1)
-                raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
+        emptied = [key for key in params if self._books.weights[key] == exact]
+
+        def check() -> None:
+            for key in emptied:
+                if not sums.is_zero(key):
+                    raise UsageError(f"key {quoted(key)}: cannot remove values that were not added")
+
+        self._apply([(params, exact)], -1, check)
 
     def merge(self, other: WeightedMean) -> None:
         """Add all that another accumulator holds. For exact sums, in any order and grouping.
@@ -300,6 +303,7 @@ class WeightedMean:
             targets = {key: self._books.spec[key] for key in self.keys}
             return self._sums.means(targets, self._books.weights, None)
         targets = check_base(base, self.keys, self._books.spec)
+        base = {key: np.asarray(base[key]) for key in targets}
         brought = {key: targets[key] for key in targets if self._books.weights.get(key)}
         means = self._sums.means(brought, self._books.weights, base)
         kept = copy_params({key: base[key] for key in targets if key not in means})
@@ -308,6 +312,7 @@ class WeightedMean:
     def reset(self) -> None:
         """Forget every update; the memory is kept, and with it the parameters' names and shapes."""
         self._broken = True
+        self._sums.shrink(self._books.spec)  # what a change that was interrupted has left
         self._sums.reset()
         self._books = _Books(self._books.spec, {}, 0, 0)
         self._broken = False
@@ -424,8 +429,13 @@ class WeightedMean:
             )
         return self._sums
 
-    def _apply(self, terms: Sequence[tuple[Params, Weight]], sign: int) -> None:
-        """Add checked terms, or take them away."""
+    def _apply(
+        self,
+        terms: Sequence[tuple[Params, Weight]],
+        sign: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add checked terms, or take them away; unless it raises, a check of the sums ends it."""
         spec, weights = dict(self._books.spec), dict(self._books.weights)
         count, total = self._books.count, self._books.total
         for params, weight in terms:
@@ -435,11 +445,12 @@ class WeightedMean:
             count += sign
             total += sign * weight
         signed = [(params, sign * weight) for params, weight in terms]
-        self._change(
-            _Books(spec, weights, count, total),
-            partial(self._sums.add, signed),
-            partial(self._sums.recover, signed),
-        )
+
+        def do() -> None:
+            self._sums.add(signed)
+            check()
+
+        self._change(_Books(spec, weights, count, total), do, partial(self._sums.recover, signed))
 
     def _change(
         self, books: _Books, do: Callable[[], None], recover: Callable[[list[int]], bool]
@@ -459,8 +470,8 @@ class WeightedMean:
                     if recover(mark):
                         self._books = books
                     else:
-                        self._sums.shrink(mark)
-                    self._broken = False
+                        self._sums.shrink(self._books.spec)
+                    self._broken = not self._sums.are_whole
                 raise
 
     def _check_whole(self) -> None:

@@ -57,6 +57,7 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
             raise RefusedUpdate(
                 Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
             )
+        params[key] = np.asarray(array)  # a subclass may have another arithmetic, or dimensions
     return params
 
 

@@ -23,7 +23,17 @@ import numpy.typing as npt
 from fedavg_core.exact import Scratch
 from fedavg_core.model import ArraySpec, Params
 
-__all__ = ["Block", "Buffers", "Segment", "fits_float32", "flat", "is_at_hand", "load", "pack"]
+__all__ = [
+    "Block",
+    "Buffers",
+    "Segment",
+    "fits_float32",
+    "flat",
+    "is_alone",
+    "is_at_hand",
+    "load",
+    "pack",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -75,6 +85,11 @@ class Buffers:
         self.scratch = Scratch(size)
 
 
+def is_alone(size: int, capacity: int) -> bool:
+    """Whether `pack` gives an array of so many elements blocks of its own."""
+    return size > capacity // 4
+
+
 def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
     """Cut arrays into blocks.
 
@@ -90,7 +105,7 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
     filled = 0
     for key, array in spec.items():
         size = int(np.prod(array.shape, dtype=object))
-        if size > capacity // 4:
+        if is_alone(size, capacity):
             pieces = -(-size // capacity)
             for number in range(pieces):
                 start, stop = (size * n // pieces for n in (number, number + 1))

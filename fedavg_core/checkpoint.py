@@ -31,6 +31,7 @@ import re
 import secrets
 import stat
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -397,6 +398,7 @@ class CheckpointStore:
                     self._folder, "another writer is at work in this folder"
                 ) from error
             self._lock = lock
+            _entered.add(self)
             self._sweep()
         except BaseException:
             self._lock = None
@@ -434,18 +436,18 @@ class CheckpointStore:
         with contextlib.suppress(OSError):
             for name in os.listdir(self._folder):
                 if _TEMPORARY.fullmatch(name):
-                    os.unlink(self._folder / name)
+                    _unlink(self._folder / name)
 
     def _prune(self) -> None:
         """Take away what is not to be kept. A file that cannot be taken away does no harm."""
-        with contextlib.suppress(CheckpointError, OSError):
+        with contextlib.suppress(CheckpointError):
             listing = self._listing()
             newest = list({stored.round: stored.path for stored in listing}.values())
             best = [stored.path for stored in listing if stored.best]
             keep = {*best[-1:], *newest[-self._keep :]}
             for stored in listing:
                 if stored.path not in keep:
-                    os.unlink(stored.path)
+                    _unlink(stored.path)
 
 
 def _name(name: object) -> str:
@@ -502,6 +504,23 @@ def _is_whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _unlink(path: Path) -> None:
+    """Take a file away, if that can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _leave_all() -> None:
+    """Give up what a process that was forked has of its parent's locks: they are the parent's."""
+    for store in list(_entered):
+        store.__exit__(None, None, None)
+
+
+_entered: weakref.WeakSet[CheckpointStore] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # pragma: no branch  (all but Windows)
+    os.register_at_fork(after_in_child=_leave_all)
 
 
 def _close(lock: int) -> None:

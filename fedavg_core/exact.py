@@ -121,6 +121,7 @@ class ExactSum:
             add there in units of limb 0. A few, and together for a small part of the elements.
         bounds: What no element of a limb exceeds.
         additions: How many additions were made, in all.
+        is_whole: Whether the sum is that of these, and not of a part of another one besides.
     """
 
     __slots__ = (
@@ -129,6 +130,7 @@ class ExactSum:
         "_steps",
         "additions",
         "bounds",
+        "is_whole",
         "limbs",
         "loose",
         "origin",
@@ -143,6 +145,7 @@ class ExactSum:
         self.loose: list[tuple[Indices, Floats]] = []
         self.bounds: dict[int, int] = {}
         self.additions = 0
+        self.is_whole = True
         self._steps: list[tuple[int, Indices | None, Floats, int]] = []
         self._done: list[Any] = []
 
@@ -155,9 +158,9 @@ class ExactSum:
         """Make the sum zero again; the memory of the limbs that most sums need is kept."""
         near = sorted((k for k in self.limbs if abs(k) <= 1), key=abs, reverse=True)
         memory = [*self._memory, *(self.limbs[k] for k in near)]
-        fields = ("_memory", "limbs", "bounds", "loose", "origin")
+        fields = ("_memory", "limbs", "bounds", "loose", "origin", "is_whole")
         # In one call: a limb is never both in use and to be had.
-        list(map(setattr, (self,) * len(fields), fields, (memory, {}, {}, [], None)))
+        list(map(setattr, (self,) * len(fields), fields, (memory, {}, {}, [], None, True)))
 
     def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
         """Add ``weight · values``, exactly; with any error nothing is added.
@@ -459,13 +462,15 @@ class ExactSum:
         """Make an addition; take back what it deposited if it ends in an error.
 
         Any error: a MemoryError on the way, or a KeyboardInterrupt between any two instructions.
-        `additions` says whether the addition stands.
+        `additions` says whether the addition stands; `is_whole`, if there is an error in taking
+        back as well, that it does in part.
         """
         before, was_zero = self.additions, self.is_zero
         self._steps, self._done = [], []
         try:
+            self.is_whole = False
             deposit()
-            self.additions = before + 1
+            list(map(setattr, (self,) * 2, ("additions", "is_whole"), (before + 1, True)))
         except BaseException:
             if self.additions == before:  # pragma: no branch  (else it came after)
                 steps = self._steps[: len(self._done)]
@@ -478,6 +483,7 @@ class ExactSum:
                     limb = self._room(k, bound)  # a carry may have come since
                     self.bounds[k] += bound
                     limb[slice(None) if where is None else where] -= part
+                self.is_whole = True
             raise
         finally:
             self._steps, self._done = [], []

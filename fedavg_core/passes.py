@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.blocks import Block, Buffers, load, pack
+from fedavg_core.blocks import Block, Buffers, is_alone, load, pack
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, NumberFormat
 from fedavg_core.rounding import quotient
@@ -187,7 +187,7 @@ def cut(
 
     def alike(key: str) -> tuple[Kind, bool]:
         # Apart, large arrays and small ones are packed in their order.
-        return kinds[key], math.prod(spec[key].shape) > capacity // 2
+        return kinds[key], is_alone(math.prod(spec[key].shape), capacity)
 
     for (kind, _), keys in groupby(spec, key=alike):
         for block in pack({key: spec[key] for key in keys}, capacity):

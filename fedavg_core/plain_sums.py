@@ -274,8 +274,8 @@ class PlainSums(Sums[PlainSum]):
 
 
 def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
-    if part.dtype != dtype or part.shape != (size,) or not np.isfinite(part).all():
-        raise ValueError(f"expected {size} finite numbers of {dtype}")
+    if part.dtype != dtype or part.shape != (size,):  # a sum may have overflowed
+        raise ValueError(f"expected {size} numbers of {dtype}, got {part.dtype}{list(part.shape)}")
 
 
 def _first_not_finite(values: Array, buffers: Buffers) -> int:

@@ -210,13 +210,24 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._file = file
         self._header = len(text).to_bytes(8, "little") + text
+        self._left = [math.prod(spec[name].shape) for name in reversed(aligned(spec))]
 
     def write(self, values: npt.NDArray[Any]) -> None:
         """Write the next elements.
 
         Args:
-            values: In the dtype that was announced; only read.
+            values: Some or all elements of one tensor, in C order after those before them, in the
+                dtype that was announced; only read. Tensors without elements need not come.
+
+        Raises:
+            UsageError: These are more elements than are left of a tensor.
         """
+        while values.size and self._left and not self._left[-1]:
+            self._left.pop()
+        if values.size > (self._left[-1] if self._left else 0):
+            raise UsageError("expected the elements of the tensors in their order, got others")
+        if values.size:
+            self._left[-1] -= values.size
         self._file.write(encoded(values))
 
     def __enter__(self) -> SafetensorsWriter:
@@ -229,7 +240,9 @@ class SafetensorsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing is left to do: the file's end is that of the last tensor."""
+        """See that all tensors have come; the file's end is that of the last one."""
+        if kind is None and any(self._left):
+            raise UsageError("expected all elements of the tensors, got less")
 
 
 def _is_unicode(name: str) -> bool:

@@ -77,8 +77,8 @@ class Sums(ABC, Generic[Total]):
         """Begin a change.
 
         Returns:
-            What `recover`, `recover_merge` and `shrink` need to know of the state before it: a
-            number a block.
+            What `recover` and `recover_merge` need to know of the state before it: a number a
+            block.
         """
 
     @abstractmethod
@@ -135,9 +135,14 @@ class Sums(ABC, Generic[Total]):
             self._buffers = [Buffers(largest) for _ in range(self._threads)]
         self._blocks += blocks
 
-    def shrink(self, mark: list[int]) -> None:
-        """Give back the room made since the mark."""
-        del self._blocks[len(mark) :]
+    def shrink(self, spec: Collection[str]) -> None:
+        """Give back the room that was made since `grow` was last asked for one of these."""
+        self._blocks = [part for part in self._blocks if part[0].segments[0].key in spec]
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether no sum holds a part of an addition, after `recover` or `recover_merge`."""
+        return True
 
     def means(
         self, targets: Mapping[str, ArraySpec], weights: Mapping[str, Weight], base: Params | None
@@ -317,6 +322,11 @@ class ExactSums(Sums[ExactSum]):
                 total.add_sum(source.take(of), sign=-1, at=at)
                 made[id(total)] -= 1
         return False
+
+    @property
+    def are_whole(self) -> bool:
+        """See `Sums.are_whole`."""
+        return all(total.is_whole for _, total in self._blocks)
 
     def is_zero(self, key: str) -> bool:
         """Whether every element of an array's sum is zero."""

@@ -804,3 +804,31 @@ class TestTheStore:
         found: npt.NDArray[Any] = store.load().model["w"]
         found[:] = 7
         assert number_in(store.load()) == 1
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_keeps_no_other_one(tmp_path: Path) -> None:
+    (tmp_path / "round-00000001.npz").mkdir()
+    store = CheckpointStore(tmp_path, keep=3)
+    for number in range(2, 12):
+        store.save(Checkpoint({"w": np.ones(2)}, round=number))
+    assert [path.name for path in store.paths()] == [
+        f"round-{number:08d}.npz" for number in (1, 9, 10, 11)
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with CheckpointStore(tmp_path):
+        child = os.fork()
+        if not child:  # pragma: no cover
+            os.close(write)
+            os.read(read, 1)  # until the parent has ended that
+            os._exit(0)
+    os.close(read)
+    try:
+        with CheckpointStore(tmp_path):
+            pass
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fedavg_core.out_of_core as out_of_core
+from fedavg_core import passes
 from fedavg_core.accumulator import weighted_mean
 from fedavg_core.codec import read_npz, write_npz
 from fedavg_core.errors import (
@@ -26,7 +27,7 @@ from fedavg_core.errors import (
     RefusedUpdate,
     UsageError,
 )
-from fedavg_core.model import ModelSpec, Params, dtype_named, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, same_bits
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.testing import models, specs, weighted_models
 from tests.conftest import THOROUGH
@@ -649,3 +650,41 @@ def test_more_files_than_may_be_open_are_aggregated(tmp_path: Path) -> None:
         write_model(tmp_path / f"site-{i:02}", KINDS[i % len(KINDS)], model)
     subprocess.run([sys.executable, "-c", FEW_OPEN, str(tmp_path)], check=True)
     assert same_bits(read_model(tmp_path / "out.npz"), weighted_mean(run, range(1, 91)))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_small_arrays_before_large_ones_stay_in_their_places(tmp_path: Path, suffix: str) -> None:
+    model = {
+        f"{name}{size}": np.arange(size, dtype=np.float32) + size
+        for size in (20_000, 33_000, 16_384, 65_536, 70_000)
+        for name in ("weight", "bias")
+    }
+    shuffled = {}
+    for number, (key, array) in enumerate(model.items()):
+        shuffled[f"small{number}"] = np.full(10, number, np.float32)
+        shuffled[key] = array
+    np.savez(tmp_path / "in.npz", **shuffled)  # type: ignore[arg-type]
+    output = tmp_path / f"out{suffix}"
+    aggregate_files([tmp_path / "in.npz"] * 2, [1, 2], output)
+    assert same_bits(read_model(output), shuffled)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=12),
+    capacity=st.integers(1, 40),
+    most=st.integers(1, 5_000),
+)
+def test_passes_have_the_elements_in_the_order_of_the_model(
+    sizes: list[int], capacity: int, most: int
+) -> None:
+    spec = {str(n): ArraySpec((size,), np.dtype(np.float32)) for n, size in enumerate(sizes)}
+    kinds = dict.fromkeys(spec, passes.Kind(1, ArraySpec((), np.dtype(np.float32)), 10, 4))
+    order = [
+        (int(segment.key), segment.start + offset)
+        for part in passes.cut(spec, kinds, capacity, most)
+        for block, _, _ in part._works
+        for segment in sorted(block.segments, key=lambda segment: segment.offset)
+        for offset in range(segment.size)
+    ]
+    keys = [key for key, _ in order]
+    assert keys == [n for n, size in enumerate(sizes) for _ in range(size)]
