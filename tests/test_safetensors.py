@@ -326,3 +326,21 @@ def test_every_prefix_is_damage_and_every_flip_is_damage_or_leaves_as_many_bytes
                 assert {key: (a.dtype, a.shape) for key, a in found.items()} == {
                     key: (a.dtype, a.shape) for key, a in model.items()
                 }
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 2], [2, 3, 1], [1]])
+def test_elements_that_are_not_those_announced_are_refused(
+    tmp_path: Path, sizes: list[int]
+) -> None:
+    spec = {
+        "a": ArraySpec((2,), np.dtype(np.float32)),
+        "none": ArraySpec((0,), np.dtype(np.float32)),
+        "b": ArraySpec((3,), np.dtype(np.float32)),
+    }
+    with (
+        open(tmp_path / "file", "xb") as file,
+        pytest.raises(UsageError, match="expected (the|all) elements of the tensors"),
+        SafetensorsWriter(file, spec) as writer,
+    ):
+        for size in sizes:
+            writer.write(np.zeros(size, np.float32))
