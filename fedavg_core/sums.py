@@ -137,7 +137,7 @@ class Sums(ABC, Generic[Total]):
 
     def shrink(self, spec: Collection[str]) -> None:
         """Give back the room that was made since `grow` was last asked for one of these."""
-        self._blocks = [part for part in self._blocks if part[0].segments[0].key in spec]
+        self._blocks[:] = [part for part in self._blocks if part[0].segments[0].key in spec]
 
     @property
     def are_whole(self) -> bool:

@@ -818,17 +818,19 @@ def test_a_folder_in_the_place_of_a_checkpoint_keeps_no_other_one(tmp_path: Path
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path: Path) -> None:
-    read, write = os.pipe()
+    begun, ended = os.pipe(), os.pipe()
     with CheckpointStore(tmp_path):
         child = os.fork()
         if not child:  # pragma: no cover
-            os.close(write)
-            os.read(read, 1)  # until the parent has ended that
+            os.close(ended[1])
+            os.write(begun[1], b".")
+            os.read(ended[0], 1)  # until the parent closes the other end
             os._exit(0)
-    os.close(read)
+        os.read(begun[0], 1)
     try:
         with CheckpointStore(tmp_path):
             pass
     finally:
-        os.close(write)
+        for end in (*begun, *ended):
+            os.close(end)
         os.waitpid(child, 0)
