@@ -816,21 +816,28 @@ def test_a_folder_in_the_place_of_a_checkpoint_keeps_no_other_one(tmp_path: Path
     ]
 
 
+FORKING = """
+import os, sys
+from fedavg_core.checkpoint import CheckpointStore
+begun, ended = os.pipe(), os.pipe()
+with CheckpointStore(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os.close(ended[1])
+        os.write(begun[1], b".")
+        os.read(ended[0], 1)  # until the parent closes the other end
+        os._exit(0)
+    os.read(begun[0], 1)
+with CheckpointStore(sys.argv[1]):
+    print("free")
+os.close(ended[1])
+os.waitpid(child, 0)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path: Path) -> None:
-    begun, ended = os.pipe(), os.pipe()
-    with CheckpointStore(tmp_path):
-        child = os.fork()
-        if not child:  # pragma: no cover
-            os.close(ended[1])
-            os.write(begun[1], b".")
-            os.read(ended[0], 1)  # until the parent closes the other end
-            os._exit(0)
-        os.read(begun[0], 1)
-    try:
-        with CheckpointStore(tmp_path):
-            pass
-    finally:
-        for end in (*begun, *ended):
-            os.close(end)
-        os.waitpid(child, 0)
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.stdout, ended.returncode) == ("free\n", 0), ended.stderr
