@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from fedavg_core.cli.console import outlasting_readers
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.client import Client, Context
 from fedavg_core.dispatch import train_one
@@ -146,7 +147,10 @@ def work(connection: Connection, path: Path, quiet: bool) -> None:
         quiet: Whether what it prints goes to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout):
+    with (
+        outlasting_readers(),
+        contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout),
+    ):
         train, problem = None, ""
         try:
             train = read_training_file(path).train
