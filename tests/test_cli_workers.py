@@ -22,7 +22,7 @@ from fedavg_core.cli.run_log import read_log, read_settings
 from fedavg_core.cli.watch import _covered, _Training
 from fedavg_core.cli.workers import Workers, work
 from fedavg_core.outcome import Failure
-from tests.test_cli_files import Capture, run
+from tests.test_cli_files import Capture, closed, run
 from tests.test_cli_run import TRAINING, final, written
 
 ODD = """
@@ -128,6 +128,17 @@ def test_prints_of_workers_do_not_get_between_the_json(tmp_path: Path) -> None:
     assert shown["--json"][1].replace("\n", "") == "trained" * 4
     assert shown["--audit"][0].count("trained") == 4
     assert shown["--audit"][1] == ""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_fail_no_client(streams: str, tmp_path: Path) -> None:
+    training = written(tmp_path, ODD.replace("context.round == 0", "False"))
+    given = ["--clients", 3, "--rounds", 1, "--workers", 2, "--checkpoint", tmp_path / "run"]
+    for how in ([], ["--resume", "--rounds", 2, "--json"]):
+        code, _, err = closed(streams, "run", training, *given, *how)
+        assert code == 0
+        assert err.replace("trained", "").strip() == ""
+    assert [record.count("accepted") for record in read_log(tmp_path / "run")] == [3, 3]
 
 
 def test_ctrl_c_ends_the_workers_and_the_run_goes_on_with_the_same_bits(

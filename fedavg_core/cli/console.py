@@ -27,6 +27,7 @@ __all__ = [
     "drop_output",
     "name_shown",
     "open_console",
+    "open_missing",
     "outlasting_readers",
     "print_json",
     "print_line",
@@ -76,6 +77,13 @@ def open_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
+
+
+def open_missing() -> None:
+    """Let the standard streams that this process was begun without lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the first one's descriptor is the lowest that is free
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:

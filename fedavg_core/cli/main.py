@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedavg_core.cli import look, make, report, run, verify
 from fedavg_core.cli.arguments import Parser, package_version
-from fedavg_core.cli.console import drop_output, say
+from fedavg_core.cli.console import drop_output, open_missing, say
 from fedavg_core.errors import FedAvgError, one_line
 
 __all__ = ["main"]
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments make no sense (code 2), or ask for help only (code 0).
     """
+    open_missing()
     read = _parser().parse_args(arguments)
     if find_spec("rich") is None:
         return _failed("this needs the package rich: pip install 'fedavg-core[cli]'")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from fedavg_core.cli.console import outlasting_readers
+from fedavg_core.cli.console import open_missing, outlasting_readers
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.client import Client, Context
 from fedavg_core.dispatch import train_one
@@ -147,6 +147,7 @@ def work(connection: Connection, path: Path, quiet: bool) -> None:
         quiet: Whether what it prints goes to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    open_missing()
     with (
         outlasting_readers(),
         contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout),
