@@ -7,6 +7,7 @@ found a difference; 2, an error; 130, interrupted.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(read.run(read))
         sys.stdout.flush()
     except KeyboardInterrupt as interruption:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         say(str(interruption) or "interrupted")
+        if arguments is None:  # a second one ends the process, if it does not end by itself
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return 130
     except BrokenPipeError:
         drop_output()
