@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -747,6 +748,34 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(sites: list[Path]) ->
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (2, b"")
+
+
+def closed(streams: str, *arguments: Any) -> tuple[int, str, str]:
+    """Runs the command without some of its streams: exit code, output, errors."""
+    words = shlex.join([sys.executable, "-m", "fedavg_core.cli", *map(str, arguments)])
+    done = subprocess.run(
+        ["sh", "-c", f"{words} {streams}"], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_change_nothing_else(
+    streams: str, tmp_path: Path, sites: list[Path]
+) -> None:
+    mean, plain = tmp_path / "mean.npz", tmp_path / "plain.npz"
+    code, _, err = closed(streams, "aggregate", *sites, "-o", mean)
+    assert (code, err) == (0, "")
+    assert closed("", "aggregate", *sites, "-o", plain)[0] == 0
+    assert mean.read_bytes() == plain.read_bytes()
+    assert closed(streams, "inspect", mean)[0] == 0
+    assert closed(streams, "compare", mean, plain)[0] == 0
+    assert closed(streams, "compare", mean, sites[0])[0] == 1
+    code, _, err = closed(streams, "compare", mean, tmp_path / "missing.npz")
+    assert code == 2
+    assert ("missing.npz" in err) == ("2>" not in streams)
+    assert closed(streams, "--help")[0] == 0
+    assert closed(streams, "nothing")[0] == 2
 
 
 def test_a_name_that_standard_output_cannot_encode_is_escaped(tmp_path: Path) -> None:

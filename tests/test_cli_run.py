@@ -1108,3 +1108,47 @@ def test_norms_are_those_of_linear_algebra(monkeypatch: pytest.MonkeyPatch) -> N
     assert norm_of_difference({"w": np.array([np.inf])}, {}) == math.inf
     assert norm_of_difference({"a": np.full(9, 1e154), "b": np.full(9, 1e154)}, {}) > 1e154
     assert norm_of_difference({str(i): np.full(2, 1.3e154) for i in range(9)}, {}) == math.inf
+
+
+CHATTY = TRAINING.replace("rng = np", "print('x' * 99_999); rng = np", 1)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "given", [[], ["--json"], ["--workers", "2"], ["--workers", "2", "--json"]]
+)
+def test_a_run_whose_output_nobody_reads_goes_on(
+    given: list[str], unbuffered: str, tmp_path: Path, capsys: Capture
+) -> None:
+    training = written(tmp_path, CHATTY)
+    read, write = os.pipe()
+    os.close(read)
+    shared = ["run", training, "--clients", 2, "--rounds", 2, "--checkpoint"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fedavg_core.cli"),
+            *map(str, [*shared, tmp_path / "run", *given]),
+        ],
+        stdout=write,
+        stderr=write if "--json" in given else subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
+        timeout=60,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr or b"") == (0, b"")
+    assert [one.count("accepted") for one in read_log(tmp_path / "run")] == [2, 2]
+    assert run(capsys, *shared, tmp_path / "whole")[0] == 0
+    assert fc.same_bits(final(tmp_path / "run"), final(tmp_path / "whole"))
+
+
+def test_a_problem_that_nobody_reads_is_an_error_all_the_same(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedavg_core.cli", "inspect", str(tmp_path / "missing.npz")],
+        stderr=write,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == 2

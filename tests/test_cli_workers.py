@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from fedavg_core.cli.run_log import read_log, read_settings
 from fedavg_core.cli.watch import _covered, _Training
 from fedavg_core.cli.workers import Workers, work
 from fedavg_core.outcome import Failure
-from tests.test_cli_files import Capture, run
+from tests.test_cli_files import Capture, closed, run
 from tests.test_cli_run import TRAINING, final, written
 
 ODD = """
@@ -128,6 +129,17 @@ def test_prints_of_workers_do_not_get_between_the_json(tmp_path: Path) -> None:
     assert shown["--json"][1].replace("\n", "") == "trained" * 4
     assert shown["--audit"][0].count("trained") == 4
     assert shown["--audit"][1] == ""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_fail_no_client(streams: str, tmp_path: Path) -> None:
+    training = written(tmp_path, ODD.replace("context.round == 0", "False"))
+    given = ["--clients", 3, "--rounds", 1, "--workers", 2, "--checkpoint", tmp_path / "run"]
+    for how in ([], ["--resume", "--rounds", 2, "--json"]):
+        code, _, err = closed(streams, "run", training, *given, *how)
+        assert code == 0
+        assert err.replace("trained", "").strip() == ""
+    assert [record.count("accepted") for record in read_log(tmp_path / "run")] == [3, 3]
 
 
 def test_ctrl_c_ends_the_workers_and_the_run_goes_on_with_the_same_bits(
@@ -239,6 +251,78 @@ def test_the_end_does_not_wait_for_what_is_under_way(tmp_path: Path) -> None:
     problem = "the process that it trained in ended by signal 9"
     assert future.result() == Failure("site-1", 4, problem)
     assert multiprocessing.active_children() == []
+
+
+ENDLESS = """
+    import time
+    import numpy as np
+    import fedavg_core as fc
+
+    def initial_model(seed):
+        return {"w": np.zeros(3)}
+
+    def train(params, context):
+        time.sleep(0.01)
+        return fc.TrainResult(params, 1)
+"""
+
+
+@pytest.mark.parametrize("pause", [0, 0.001, 0.003, 0.02])
+def test_a_second_ctrl_c_does_not_keep_the_first_from_ending_the_run(
+    pause: float, tmp_path: Path
+) -> None:
+    training = written(tmp_path, ENDLESS)
+    folder = tmp_path / "run"
+    given = ["--clients", 4, "--rounds", 100_000, "--workers", 2, "--checkpoint", folder]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedavg_core.cli", "run", training, *map(str, given)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        end = time.monotonic() + 60
+        while len(fc.CheckpointStore(folder).paths()) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert err.startswith(b"fedavg: interrupted; "), err.decode()
+    assert err.count(b"\n") == 1, err.decode()
+
+
+def test_an_interrupted_end_ends_the_processes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = fc.Context("site-1", 0, 1, 4, 5, 0)
+    before = signal.getsignal(signal.SIGINT)
+    workers = Workers(written(tmp_path, ENDLESS), 2, quiet=True)
+
+    def shutdown(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    workers.__enter__()
+    answer = workers.train(never, {}, context, fc.TransferType.FULL, 0)
+    assert isinstance(answer, fc.Update)
+    monkeypatch.setattr(workers._threads, "shutdown", shutdown)
+    with pytest.raises(KeyboardInterrupt):
+        workers.__exit__(None, None, None)
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_was_caught_is_not_the_last_that_is_heard(tmp_path: Path) -> None:
+    with Workers(tmp_path / "training.py", 2, quiet=True) as workers:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # while it is acted on
+            assert workers.submit(lambda _: 3).result() == 3
 
 
 def test_time_in_which_several_train_counts_once() -> None:

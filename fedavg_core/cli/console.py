@@ -7,6 +7,7 @@ shown as printable ASCII.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -26,6 +27,8 @@ __all__ = [
     "drop_output",
     "name_shown",
     "open_console",
+    "open_missing",
+    "outlasting_readers",
     "print_json",
     "print_line",
     "print_table",
@@ -60,7 +63,10 @@ def typed(path: Path) -> str:
 def say(problem: str) -> None:
     """Tell of a problem, in one line on standard error."""
     line = f"fedavg: {printable(problem)}\n"
-    sys.stderr.write(line.encode("ascii", "backslashreplace").decode("ascii"))
+    try:
+        sys.stderr.write(line.encode("ascii", "backslashreplace").decode("ascii"))
+    except BrokenPipeError:
+        drop_output(sys.stderr)
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -71,6 +77,13 @@ def open_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
+
+
+def open_missing() -> None:
+    """Let the standard streams that this process was begun without lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the first one's descriptor is the lowest that is free
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
@@ -109,12 +122,77 @@ def print_json(value: Any, file: TextIO | None = None) -> None:
     print(json.dumps(value, allow_nan=False), file=file, flush=True)
 
 
-def drop_output() -> None:
+def drop_output(stream: TextIO | None = None) -> None:
     """Let standard output lead nowhere, and what is still buffered with it.
 
     For when whoever read it has seen enough: the interpreter would fail at writing it when it ends.
+
+    Args:
+        stream: Another stream that is to lead nowhere.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop((stream or sys.stdout).fileno())
+
+
+def _drop(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+class _Outlasting(io.FileIO):
+    """A file of which nobody need read all: what comes after its reader's end is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        """Write; whole, where nobody reads it."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            _drop(self.fileno())
+            return memoryview(data).nbytes
+
+
+@contextlib.contextmanager
+def outlasting_readers() -> Iterator[None]:
+    """Go on without output when nobody reads it any more, whoever writes it."""
+    with (
+        _outlasting(sys.stdout) as out,
+        _outlasting(sys.stderr) as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _outlasting(stream: TextIO) -> Iterator[TextIO]:
+    """The same stream, if it is a file, that fails at no reader's end."""
+    descriptor = _descriptor(stream)
+    if not isinstance(stream, io.TextIOWrapper) or descriptor is None or stream.isatty():
+        yield stream
+        return
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        drop_output(stream)
+    file = _Outlasting(descriptor, "w", closefd=False)
+    text = io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+    try:
+        yield text
+    finally:
+        text.flush()
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ found a difference; 2, an error; 130, interrupted.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from fedavg_core.cli import look, make, report, run, verify
 from fedavg_core.cli.arguments import Parser, package_version
-from fedavg_core.cli.console import drop_output, say
+from fedavg_core.cli.console import drop_output, open_missing, say
 from fedavg_core.errors import FedAvgError, one_line
 
 __all__ = ["main"]
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments make no sense (code 2), or ask for help only (code 0).
     """
+    open_missing()
     read = _parser().parse_args(arguments)
     if find_spec("rich") is None:
         return _failed("this needs the package rich: pip install 'fedavg-core[cli]'")
@@ -42,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(read.run(read))
         sys.stdout.flush()
     except KeyboardInterrupt as interruption:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         say(str(interruption) or "interrupted")
+        if arguments is None:  # a second one ends the process, if it does not end by itself
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return 130
     except BrokenPipeError:
         drop_output()

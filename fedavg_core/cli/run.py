@@ -25,6 +25,7 @@ from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import (
     name_shown,
     open_console,
+    outlasting_readers,
     print_json,
     print_line,
     printable,
@@ -122,7 +123,11 @@ def add_commands(commands: Subparsers) -> None:
 
 
 def _run(read: argparse.Namespace) -> int:
-    folder = _folder(read)
+    with outlasting_readers():  # a run is worth more than what is shown of it
+        return _run_in(read, _folder(read))
+
+
+def _run_in(read: argparse.Namespace, folder: Path) -> int:
     settle(read, folder)
     with _Lines() if read.json else _Table(read) as display:
         model, problem = _play(read, folder, display)

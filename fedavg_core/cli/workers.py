@@ -7,8 +7,8 @@ the same copy of the model, and answers are taken in the order of the clients. S
 bits that it has in line, if the training file takes all randomness from its context.
 
 What one client does ends no other: one that ends its process has failed, and the next client gets a
-new process. Workers do not hear Ctrl-C, which is for the run's own process to act on. When that one
-is gone, they end with what they are at.
+new process. Workers do not hear Ctrl-C, which is for the run's own process to act on; a second one
+does not keep it from ending them. When that process is gone, they end with what they are at.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from fedavg_core.cli.console import open_missing, outlasting_readers
 from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.client import Client, Context
 from fedavg_core.dispatch import train_one
@@ -60,9 +61,12 @@ class Workers:
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._closed = False
+        self._hears = False
 
     def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
         """Call a function in a thread, with `train` as its first argument and what is given."""
+        if self._hears:
+            signal.signal(signal.SIGINT, self._interrupt)  # again, if something caught one
         return self._threads.submit(function, self.train, *given)
 
     def train(
@@ -87,7 +91,18 @@ class Workers:
         except Exception as error:  # such as an update that cannot be made again out of its pickle
             return _failure(context, f"its update could not be taken over: {one_line(error)}")
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt once: a second Ctrl-C would interrupt the end of the workers."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.default_int_handler(number, frame)
+
     def __enter__(self) -> Workers:
+        self._hears = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._hears:
+            signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(
@@ -96,15 +111,23 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._lock:
-            self._closed = True
-            for worker in self._busy:
-                worker.process.kill()
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._idle:
-            worker.connection.close()
-        for worker in self._idle:
-            worker.ending()
+        if self._hears:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with self._lock:
+                self._closed = True
+                for worker in self._busy:
+                    worker.process.kill()
+            self._threads.shutdown(cancel_futures=True)
+        finally:
+            try:
+                for worker in self._idle:
+                    worker.connection.close()
+                for worker in self._idle:
+                    worker.ending()
+            finally:
+                if self._hears:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Worker:
@@ -146,7 +169,11 @@ def work(connection: Connection, path: Path, quiet: bool) -> None:
         quiet: Whether what it prints goes to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout):
+    open_missing()
+    with (
+        outlasting_readers(),
+        contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout),
+    ):
         train, problem = None, ""
         try:
             train = read_training_file(path).train
