@@ -27,7 +27,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
 from fedavg_core.update import TransferType, Update
+from fedavg_core.weight import is_whole
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
@@ -89,19 +90,27 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.roster is not None:
-            names: object = self.roster
-            if isinstance(names, str) or not all(is_name(name) for name in self.roster):
+            given: object = self.roster
+            one = isinstance(given, str) or not isinstance(given, Iterable)
+            names = [None] if one else [_text(name) for name in self.roster]
+            if not all(map(is_name, names)):
                 raise UsageError(
-                    f"roster: expected a collection of contributors' names, got {quoted(names)}"
+                    f"roster: expected a collection of contributors' names, got {quoted(given)}"
                 )
-            object.__setattr__(self, "roster", frozenset(self.roster))
+            object.__setattr__(self, "roster", frozenset(names))
         for limit in ("max_norm", "max_weight"):
             value: object = getattr(self, limit)
-            if value is not None and (_finite(value) is None or not value > 0):  # type: ignore[operator]
+            if value is None:
+                continue
+            number = _finite(value)
+            if number is None or not number > 0:
                 raise UsageError(f"{limit}: expected a finite number above 0, got {quoted(value)}")
+            object.__setattr__(self, limit, int(value) if is_whole(value) else number)
         if self.exclude is not None:
             try:
                 re.compile(self.exclude)
+                if not isinstance(self.exclude, str):
+                    raise TypeError("it is no string")
             except (re.error, TypeError) as error:
                 raise UsageError(
                     f"exclude: expected a regular expression, got {quoted(self.exclude)} ({error})"

@@ -349,6 +349,12 @@ class TestLimits:
             ({"max_weight": "5"}, "max_weight: expected a finite number above 0, got '5'"),
             ({"max_weight": 10**400}, "max_weight: expected a finite number above 0, got 1000"),
             ({"exclude": "("}, "exclude: expected a regular expression, got '\\('"),
+            (
+                {"max_norm": Fraction(1, 10**400)},
+                "max_norm: expected a finite number above 0, got Fr",
+            ),
+            ({"roster": 5}, "roster: expected a collection of contributors' names, got 5"),
+            ({"exclude": b"w"}, "exclude: expected a regular expression, got b'w'"),
             ({"exclude": 5}, "exclude: expected a regular expression, got 5"),
         ],
     )
@@ -361,6 +367,29 @@ class TestLimits:
     def test_a_roster_may_be_any_collection(self) -> None:
         names: Any = ["site-1", "site-2"]
         assert Limits(roster=names) == Limits(roster=frozenset(names))
+
+    def test_a_roster_is_read_once(self) -> None:
+        names: Any = (np.str_(name) for name in ("site-1", "site-2"))
+        roster = Limits(roster=names).roster
+        assert roster == {"site-1", "site-2"}
+        assert {type(name) for name in roster} == {str}
+
+    @pytest.mark.parametrize(
+        ("given", "plain"),
+        [
+            (np.float32(5), 5.0),
+            (np.float64(0.5), 0.5),
+            (np.int64(5), 5),
+            (2**60 + 1, 2**60 + 1),
+            (Fraction(1, 2), 0.5),
+        ],
+    )
+    def test_a_number_of_any_kind_is_kept_as_a_plain_one(self, given: Any, plain: float) -> None:
+        limits = Limits(max_norm=given, max_weight=given)
+        assert (limits.max_norm, limits.max_weight) == (plain, plain)
+        assert type(limits.max_norm) is type(limits.max_weight) is type(plain)
+        state = json.loads(json.dumps(Round(model(), ROUND, limits=limits).state()[0]))
+        assert Limits(**state["limits"]) == limits
 
     def test_they_are_the_same_after_json(self) -> None:
         limits = Limits(frozenset({"b", "a"}), False, True, 2.5, 10, "^x")
