@@ -15,7 +15,7 @@ from fedavg_core.admission import check_update
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, State, check_finite, is_number
+from fedavg_core.robust_mean import RobustMean, State, as_float, check_finite
 from fedavg_core.weight import exact_weight, is_whole
 
 __all__ = ["ClippedMean"]
@@ -46,9 +46,9 @@ class ClippedMean(RobustMean):
     options = ("limit",)
 
     def __init__(self, limit: float = 1.0, spec: ModelSpec | None = None) -> None:
-        if not is_number(limit) or not 0 < limit < math.inf:
+        self.limit = as_float(limit)
+        if not 0 < self.limit < math.inf:
             raise UsageError(f"limit: expected a finite number above 0, got {quoted(limit)}")
-        self.limit = limit
         super().__init__(spec)
         self._mean = WeightedMean(spec)
         # How many updates that is for so many terms of the mean, before a change and after it.

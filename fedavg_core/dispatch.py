@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterable, Mapping
@@ -24,6 +25,7 @@ from fedavg_core.client import Client, Context, TrainResult
 from fedavg_core.errors import UsageError, one_line, quoted
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
+from fedavg_core.robust_mean import as_float
 from fedavg_core.transfer import change
 from fedavg_core.update import TransferType, Update
 
@@ -86,7 +88,7 @@ class Dispatch:
         if deadline is not None:
             if executor is None:
                 raise UsageError("deadline: expected an executor as well; in line nothing is late")
-            if not isinstance(deadline, (int, float)) or not 0 < deadline < math.inf:
+            if not 0 < as_float(deadline) < math.inf:
                 raise UsageError(f"deadline: expected seconds above 0, got {quoted(deadline)}")
         if not isinstance(first_come, bool):
             raise UsageError(f"first_come: expected True or False, got {quoted(first_come)}")
@@ -172,7 +174,10 @@ class Dispatch:
 
 
 def _left(end: float) -> float | None:
-    return None if end == math.inf else max(0.0, end - time.monotonic())
+    """Seconds to wait; no more than can be waited."""
+    if end == math.inf:
+        return None
+    return max(0.0, min(threading.TIMEOUT_MAX, end - time.monotonic()))
 
 
 def train_one(

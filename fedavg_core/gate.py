@@ -12,8 +12,10 @@ contributor, round, duplicate, transfer type, weight, keys, shape and dtype, nor
 
 Nothing that a contributor sends makes the gate raise anything but `RefusedUpdate`. Keys, names and
 objects of any kind are taken as they come: a mapping that fails while it is read is refused like
-one that is no mapping. What the sender wrote stands in a message only in quotes, escaped and cut
-(`fedavg_core.errors.quoted`); it is never used as a path.
+one that is no mapping. A string, number or array of a subclass counts as the plain one that it is,
+whatever its own methods say: that is what is judged, and what is kept. What the sender wrote stands
+in a message only in quotes, escaped and cut (`fedavg_core.errors.quoted`); it is never used as a
+path.
 
 Metrics do not decide about an update, so a metric that is no finite number is left out and named,
 and the update is taken without it.
@@ -25,7 +27,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +44,7 @@ __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
 _NAME_LENGTH = 256
 _MOST_METRICS = 1_000
+_SHOWN = 80
 _LARGEST_WEIGHT = float(np.finfo(np.float64).max)
 
 
@@ -55,7 +58,8 @@ def is_name(value: object) -> bool:
         True for a string of 1 to 256 printable characters (letters and signs of any script, and
         the space; no control characters, line ends or lone surrogates).
     """
-    return isinstance(value, str) and 0 < len(value) <= _NAME_LENGTH and value.isprintable()
+    text = _text(value)
+    return text is not None and 0 < len(text) <= _NAME_LENGTH and text.isprintable()
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,27 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.roster is not None:
-            names: object = self.roster
-            if isinstance(names, str) or not all(is_name(name) for name in self.roster):
+            given: object = self.roster
+            one = isinstance(given, str) or not isinstance(given, Iterable)
+            names = [None] if one else [_text(name) for name in self.roster]
+            if not all(map(is_name, names)):
                 raise UsageError(
-                    f"roster: expected a collection of contributors' names, got {quoted(names)}"
+                    f"roster: expected a collection of contributors' names, got {quoted(given)}"
                 )
-            object.__setattr__(self, "roster", frozenset(self.roster))
+            object.__setattr__(self, "roster", frozenset(names))
         for limit in ("max_norm", "max_weight"):
             value: object = getattr(self, limit)
-            if value is not None and (_finite(value) is None or not value > 0):  # type: ignore[operator]
+            if value is None:
+                continue
+            number = _finite(value)
+            if number is None or not number > 0:
                 raise UsageError(f"{limit}: expected a finite number above 0, got {quoted(value)}")
+            object.__setattr__(self, limit, int(value) if is_whole(value) else number)
         if self.exclude is not None:
             try:
                 re.compile(self.exclude)
+                if not isinstance(self.exclude, str):
+                    raise TypeError("it is no string")
             except (re.error, TypeError) as error:
                 raise UsageError(
                     f"exclude: expected a regular expression, got {quoted(self.exclude)} ({error})"
@@ -210,9 +222,9 @@ class Gate:
             RefusedUpdate: It may not, with contributor and round filled in.
         """
         try:
-            self._check_contributor(update.contributor)
+            contributor = self._contributor(update.contributor)
             self._check_round(update.round)
-            if update.contributor in accepted:
+            if contributor in accepted:
                 raise RefusedUpdate(
                     Reason.DUPLICATE, expected="one update per contributor", got="a second one"
                 )
@@ -222,19 +234,21 @@ class Gate:
             if self._limits.max_norm is not None:
                 self._check_norm(params, kind, self._limits.max_norm)
         except RefusedUpdate as refusal:
-            name: object = update.contributor
+            name = _text(update.contributor)
             raise refusal.placed(
-                contributor=name if isinstance(name, str) else quoted(name), round=self._number
+                contributor=_shown(update.contributor) if name is None else name,
+                round=self._number,
             ) from None
         metrics, skipped = _read_metrics(update.metrics)
-        return Contribution(str(update.contributor), kind, params, weight, metrics, skipped)
+        return Contribution(contributor, kind, params, weight, metrics, skipped)
 
-    def _check_contributor(self, name: object) -> None:
-        if not is_name(name):
+    def _contributor(self, sent: object) -> str:
+        name = _text(sent)
+        if name is None or not is_name(name):
             raise RefusedUpdate(
                 Reason.BAD_NAME,
                 expected=f"a contributor's name of 1 to {_NAME_LENGTH} printable characters",
-                got=f"a string of {len(name)}" if isinstance(name, str) else _kind(name),
+                got=_kind(sent) if name is None else f"a string of {len(name)}",
             )
         roster = self._limits.roster
         if roster is not None and name not in roster:
@@ -243,20 +257,23 @@ class Gate:
                 expected=f"one of the {len(roster)} on the roster",
                 got="another name",
             )
+        return name
 
-    def _check_round(self, number: object) -> None:
+    def _check_round(self, sent: object) -> None:
         reason = Reason.STALE_ROUND
-        if is_whole(number):
+        number = _number(sent)
+        if isinstance(number, int):
             if number == self._number:
                 return
             if number > self._number:
                 reason = Reason.FUTURE_ROUND
         raise RefusedUpdate(
-            reason, expected=f"an update for round {self._number}", got=f"one for {quoted(number)}"
+            reason, expected=f"an update for round {self._number}", got=f"one for {_shown(sent)}"
         )
 
     def _transfer(self, sent: object, wanted: TransferType | None) -> TransferType:
-        kind = next((kind for kind in TransferType if isinstance(sent, str) and sent == kind), None)
+        text = _text(sent)
+        kind = next((kind for kind in TransferType if text == kind.value), None)
         if kind is TransferType.DIFF and not self._has_model:
             expected = "FULL, for there is no model yet to differ from"
         elif kind is not None and wanted in (None, kind):
@@ -264,19 +281,15 @@ class Gate:
         else:
             expected = "FULL or DIFF" if wanted is None else str(wanted)
         raise RefusedUpdate(
-            Reason.TRANSFER, expected=expected, got=str(kind) if kind else quoted(sent)
+            Reason.TRANSFER, expected=expected, got=str(kind) if kind else _shown(sent)
         )
 
     def _weight(self, weight: object) -> int | float:
         most = self._limits.max_weight
-        exact: int | float = math.nan
-        if is_whole(weight):
-            exact = int(weight)
-        elif isinstance(weight, (float, np.float32, np.float16)):
-            exact = float(weight)
-        if not 0 < exact <= (_LARGEST_WEIGHT if most is None else most):
+        exact = _number(weight)
+        if exact is None or not 0 < exact <= (_LARGEST_WEIGHT if most is None else most):
             expected = "a finite number above 0" + ("" if most is None else f", at most {most!r}")
-            raise RefusedUpdate(Reason.BAD_WEIGHT, expected=expected, got=quoted(weight))
+            raise RefusedUpdate(Reason.BAD_WEIGHT, expected=expected, got=_shown(weight))
         return exact
 
     def _params(self, params: object, keys: frozenset[str] | None) -> dict[str, npt.NDArray[Any]]:
@@ -287,11 +300,14 @@ class Gate:
             )
         taken: dict[str, npt.NDArray[Any]] = {}
         for key, value in items:
-            if isinstance(key, str) and not self._averages(key, keys):
+            name = _text(key)
+            if name is None:
+                raise RefusedUpdate(
+                    Reason.BAD_NAME, expected="parameter names that are strings", got=_shown(key)
+                )
+            if not self._averages(name, keys):
                 continue
-            # A subclass of ndarray may bring its own arithmetic; what is added is plain.
-            array = np.asarray(check_array(key, value))
-            name = str(key)
+            array = _array(name, value)
             if self._has_model and self.spec[name].shape != array.shape:
                 raise RefusedUpdate(
                     Reason.SHAPE, key=name, expected=_shape(self.spec[name]), got=_shape(array)
@@ -363,11 +379,69 @@ def shown_name(name: object) -> str:
     Returns:
         The name itself if it is one, else something printable of at most 80 characters.
     """
-    return str(name) if is_name(name) else quoted(name)
+    text = _text(name)
+    return text if text is not None and is_name(text) else _shown(name)
+
+
+# `isinstance` asks a foreign object for its `__class__`, which may do anything; its type may not.
+
+
+def _text(value: object) -> str | None:
+    """The plain string that a string is, whatever its own methods say; None if it is none."""
+    return str.__str__(value) if issubclass(type(value), str) else None
+
+
+def _number(value: object) -> int | float | None:
+    """The plain number that one of Python or NumPy is; None for anything else."""
+    kind = type(value)
+    if kind is bool or issubclass(kind, np.timedelta64):
+        return None
+    plain: Any = value
+    if issubclass(kind, int):
+        return int.__int__(plain)
+    if issubclass(kind, float):
+        return float.__float__(plain)
+    if issubclass(kind, (np.integer, np.float32, np.float16)):
+        number: int | float = np.generic.item(plain)
+        return number
+    return None
+
+
+def _array(key: str, value: object) -> npt.NDArray[Any]:
+    """The plain array that an array or a scalar of NumPy is: the arithmetic is NumPy's."""
+    kind = type(value)
+    if not issubclass(kind, (np.ndarray, np.generic)) or issubclass(kind, np.ma.MaskedArray):
+        raise RefusedUpdate(
+            Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {_type_name(value)}"
+        )
+    array = np.asarray(value)
+    # Records and NumPy's strings refer to objects, which are asked where such dtypes are compared.
+    if array.dtype.names is None and array.dtype.kind != "T":
+        return check_array(key, array)
+    raise RefusedUpdate(
+        Reason.DTYPE, key=key, expected="an array of real numbers", got=_shown(array.dtype)
+    )
+
+
+def _shown(value: object) -> str:
+    """What `quoted` shows of a foreign object, or its type where it cannot be shown."""
+    text = _text(value)
+    try:
+        shown = quoted(value if text is None else text)
+        if type(shown) is str and shown.isprintable() and len(shown) <= _SHOWN:
+            return shown
+    except Exception:
+        pass
+    return f"<{_type_name(value)}>"
+
+
+def _type_name(value: object) -> str:
+    name = _text(type.__dict__["__name__"].__get__(type(value)))
+    return quoted(name)[1:-1]
 
 
 def _kind(value: object) -> str:
-    return f"an object of type {quoted(type(value).__name__)}"
+    return f"an object of type '{_type_name(value)}'"
 
 
 def _shape(array: ArraySpec | npt.NDArray[Any]) -> str:
@@ -376,19 +450,19 @@ def _shape(array: ArraySpec | npt.NDArray[Any]) -> str:
 
 def _items(mapping: object) -> list[tuple[object, object]] | None:
     """The entries of a foreign mapping; None if it is none, or fails while it is read."""
-    if not isinstance(mapping, Mapping):
-        return None
     try:
-        return [(key, value) for key, value in mapping.items()]
+        if isinstance(mapping, Mapping):
+            return [(key, value) for key, value in mapping.items()]
     except Exception:
-        return None
+        pass
+    return None
 
 
 def _finite(value: object) -> float | None:
     """A number as a float; None for anything that is no number, or none that float64 can hold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
     try:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return None
         number = float(value)
     except Exception:  # too large, or a foreign kind of number that fails
         return None
@@ -404,9 +478,9 @@ def _read_metrics(metrics: object) -> tuple[dict[str, float], tuple[str, ...]]:
     read: dict[str, float] = {}
     skipped = []
     for name, value in items:
-        number = _finite(value)
-        if number is not None and is_name(name):
-            read[str(name)] = number
+        number, text = _finite(value), _text(name)
+        if number is not None and text is not None and is_name(text):
+            read[text] = number
         else:
             skipped.append(shown_name(name))
     return read, tuple(skipped)

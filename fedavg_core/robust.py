@@ -42,7 +42,7 @@ from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, is_number
+from fedavg_core.robust_mean import RobustMean, as_float
 from fedavg_core.weight import Weight, is_whole
 
 __all__ = [
@@ -100,9 +100,9 @@ class TrimmedMean(CoordinateWise):
     options = ("trim",)
 
     def __init__(self, trim: float = 0.1, spec: ModelSpec | None = None) -> None:
-        if not is_number(trim) or not 0 <= trim < 0.5:
+        self.trim = as_float(trim)
+        if not 0 <= self.trim < 0.5:
             raise UsageError(f"trim: expected a number from 0 to below 0.5, got {quoted(trim)}")
-        self.trim = trim
         super().__init__(spec)
 
     def rows(self, count: int) -> slice:
@@ -213,12 +213,12 @@ class GeometricMedian(WholeVector):
             raise UsageError(
                 f"iterations: expected a whole number from 1 on, got {quoted(iterations)}"
             )
-        if not is_number(smoothing) or not 0 < smoothing <= 1:
+        self.smoothing = as_float(smoothing)
+        if not 0 < self.smoothing <= 1:
             raise UsageError(
                 f"smoothing: expected a number above 0 and up to 1, got {quoted(smoothing)}"
             )
         self.iterations = int(iterations)
-        self.smoothing = smoothing
         super().__init__(spec)
 
     def weights(self) -> list[Weight]:

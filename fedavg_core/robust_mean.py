@@ -12,6 +12,7 @@ What it costs is not: see `nbytes`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -20,11 +21,11 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import UsageError
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.sums import not_finite
 
-__all__ = ["RobustMean", "State", "check_finite", "is_number"]
+__all__ = ["RobustMean", "State", "as_float", "check_finite"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -198,21 +199,28 @@ class RobustMean(ABC):
     def reset(self) -> None:
         """Forget every update, and give back the memory that they took."""
 
-    def _check_alike(self, other: RobustMean) -> None:
+    def _check_alike(self, other: object) -> None:
+        got = f"a {other.settings()}" if isinstance(other, RobustMean) else quoted(other)
         if type(self) is not type(other) or self.settings() != other.settings():
-            raise UsageError(f"expected a {self.settings()} to merge, got a {other.settings()}")
+            raise UsageError(f"expected a {self.settings()} to merge, got {got}")
 
 
-def is_number(value: object) -> bool:
-    """Whether something is a plain number, which truth values are not.
+def as_float(value: object) -> float:
+    """A plain number as a float.
 
     Args:
         value: Anything.
 
     Returns:
-        True for an int or a float, finite or not.
+        It; NaN for what is no int or float, as truth values are not, and for an int that is beyond
+        the largest float.
     """
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def check_finite(params: Params) -> None:

@@ -393,7 +393,7 @@ class Round:
         held, receipt, transfer, keys = self._begun
         if added or self._mean.count > held:
             self._transfer, self._keys = transfer, keys
-            if self._receipts[-1:] != [receipt]:
+            if not self._receipts or self._receipts[-1] is not receipt:
                 self._receipts.append(receipt)
             self._contributors.add(receipt.contributor)
         self._begun = None

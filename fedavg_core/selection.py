@@ -17,6 +17,7 @@ from fractions import Fraction
 
 from fedavg_core.client import draw_contributors
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.robust_mean import as_float
 
 __all__ = ["Selection"]
 
@@ -47,18 +48,15 @@ class Selection:
         over_selection: float,
         seed: int,
     ) -> None:
-        if (
-            isinstance(over_selection, bool)
-            or not isinstance(over_selection, (int, float))
-            or not 1 <= over_selection < math.inf
-        ):
+        times = as_float(over_selection)
+        if not 1 <= times < math.inf:
             raise UsageError(
                 f"over_selection: expected a number from 1.0 on, got {quoted(over_selection)}"
             )
         self._names = names
         self._seed = seed
         self.wanted = _count(participation, len(names))
-        self.asked = min(len(names), math.ceil(Fraction(repr(over_selection)) * self.wanted))
+        self.asked = min(len(names), math.ceil(Fraction(repr(times)) * self.wanted))
 
     def of_round(self, number: int) -> list[str]:
         """The clients that are asked in a round.

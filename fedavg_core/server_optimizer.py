@@ -54,6 +54,7 @@ import numpy.typing as npt
 
 from fedavg_core.errors import OutOfRange, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
+from fedavg_core.robust_mean import as_float
 from fedavg_core.transfer import apply
 
 __all__ = [
@@ -92,16 +93,19 @@ class ServerOptimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.name not in _POSITIVE + _FRACTIONS:
+                continue
             value = getattr(self, field.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if field.name in _POSITIVE and not (number and 0 < value < math.inf):
+            number = as_float(value)
+            if field.name in _POSITIVE and not 0 < number < math.inf:
                 raise UsageError(
                     f"{field.name}: expected a finite number above 0, got {quoted(value)}"
                 )
-            if field.name in _FRACTIONS and not (number and 0 <= value < 1):
+            if field.name in _FRACTIONS and not 0 <= number < 1:
                 raise UsageError(
                     f"{field.name}: expected a number from 0 to below 1, got {quoted(value)}"
                 )
+            object.__setattr__(self, field.name, number)
 
     @property
     def is_plain(self) -> bool:

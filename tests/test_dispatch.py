@@ -326,7 +326,15 @@ def test_an_argument_without_meaning_is_a_usage_error(
         Dispatch(**arguments)
 
 
-@pytest.mark.parametrize("deadline", [0, -1, math.inf, math.nan, "soon"])
+@pytest.mark.parametrize("first_come", [False, True])
+def test_a_deadline_beyond_what_can_be_waited_is_never_met(first_come: bool) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        dispatch = Dispatch(executor, deadline=1e300, first_come=first_come)
+        (answer,) = dispatch.answers(tasks(train), MODEL, FULL)
+    assert isinstance(answer, Update)
+
+
+@pytest.mark.parametrize("deadline", [0, -1, math.inf, math.nan, "soon", True, 10**400])
 def test_a_deadline_without_meaning_is_a_usage_error(deadline: Any) -> None:
     with ThreadPoolExecutor(1) as executor, pytest.raises(UsageError, match="seconds above 0"):
         Dispatch(executor, deadline=deadline)

@@ -31,6 +31,7 @@ from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.robust import Krum
+from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import FedAdam
 from fedavg_core.update import TransferType, Update
 from tests.conftest import THOROUGH
@@ -465,7 +466,10 @@ class TestOverSelection:
         assert outcome.failed == ()
         assert fed.model["b"].tolist() == [3.0, 3.0]
 
-    @pytest.mark.parametrize("factor", [0.99, 0, -1, math.nan, math.inf, True, "2"])
+    def test_a_factor_of_numpy_counts_as_plain(self) -> None:
+        assert Selection(list("abcdefghij"), 3, np.float64(1.1), 0).asked == 4
+
+    @pytest.mark.parametrize("factor", [0.99, 0, -1, math.nan, math.inf, True, "2", 10**400])
     def test_a_factor_without_meaning_is_a_usage_error(self, factor: Any) -> None:
         with pytest.raises(
             UsageError, match=r"over_selection: expected a number from 1\.0 on, got"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections import Counter
 from fractions import Fraction
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.norm import norm_above
-from fedavg_core.round import Round
+from fedavg_core.round import Round, _Begun
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import BAD_UPDATES, CONTRIBUTOR, ROUND, Bad, FailingMapping, good, model
 
@@ -347,6 +349,12 @@ class TestLimits:
             ({"max_weight": "5"}, "max_weight: expected a finite number above 0, got '5'"),
             ({"max_weight": 10**400}, "max_weight: expected a finite number above 0, got 1000"),
             ({"exclude": "("}, "exclude: expected a regular expression, got '\\('"),
+            (
+                {"max_norm": Fraction(1, 10**400)},
+                "max_norm: expected a finite number above 0, got Fr",
+            ),
+            ({"roster": 5}, "roster: expected a collection of contributors' names, got 5"),
+            ({"exclude": b"w"}, "exclude: expected a regular expression, got b'w'"),
             ({"exclude": 5}, "exclude: expected a regular expression, got 5"),
         ],
     )
@@ -359,6 +367,29 @@ class TestLimits:
     def test_a_roster_may_be_any_collection(self) -> None:
         names: Any = ["site-1", "site-2"]
         assert Limits(roster=names) == Limits(roster=frozenset(names))
+
+    def test_a_roster_is_read_once(self) -> None:
+        names: Any = (np.str_(name) for name in ("site-1", "site-2"))
+        roster = Limits(roster=names).roster
+        assert roster == {"site-1", "site-2"}
+        assert {type(name) for name in roster} == {str}
+
+    @pytest.mark.parametrize(
+        ("given", "plain"),
+        [
+            (np.float32(5), 5.0),
+            (np.float64(0.5), 0.5),
+            (np.int64(5), 5),
+            (2**60 + 1, 2**60 + 1),
+            (Fraction(1, 2), 0.5),
+        ],
+    )
+    def test_a_number_of_any_kind_is_kept_as_a_plain_one(self, given: Any, plain: float) -> None:
+        limits = Limits(max_norm=given, max_weight=given)
+        assert (limits.max_norm, limits.max_weight) == (plain, plain)
+        assert type(limits.max_norm) is type(limits.max_weight) is type(plain)
+        state = json.loads(json.dumps(Round(model(), ROUND, limits=limits).state()[0]))
+        assert Limits(**state["limits"]) == limits
 
     def test_they_are_the_same_after_json(self) -> None:
         limits = Limits(frozenset({"b", "a"}), False, True, 2.5, 10, "^x")
@@ -380,6 +411,180 @@ def test_a_shown_name_is_printable_and_bounded(name: Any) -> None:
     assert shown.isprintable()
     assert len(shown) <= 256
     assert (shown == name) == is_name(name)
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a method that fails")
+
+
+FAILING = dict.fromkeys(
+    (
+        *("__eq__", "__ne__", "__lt__", "__gt__", "__le__", "__ge__", "__bool__", "__len__"),
+        *("__str__", "__repr__", "__format__", "__int__", "__index__", "__float__", "__array__"),
+        *("__getitem__", "__iter__", "__contains__", "isprintable", "as_integer_ratio", "item"),
+        *("items", "keys"),
+    ),
+    fails,
+)
+
+
+def hostile(base: type) -> Any:
+    """A subclass whose methods fail, and which cannot even be asked what it is."""
+    asked = dict.fromkeys(("__class__", "dtype", "shape"), property(fails))
+    return type("Hostile", (base,), {**FAILING, "__hash__": base.__hash__, **asked})
+
+
+HOSTILE = hostile(object)()
+
+
+class Lines(str):
+    """Text that tells lies about itself."""
+
+    def isprintable(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Shown:
+    """An object that is shown by such a text."""
+
+    def __repr__(self) -> str:
+        return Lines("one\ntwo")
+
+
+class TestHostileObjects:
+    """What counts is what a string, number or array is, and not what its methods say."""
+
+    def test_a_name_with_a_hash_of_its_own_is_a_duplicate_all_the_same(self) -> None:
+        round = Round(model(), ROUND)
+        name: Any = type("Name", (str,), {"__hash__": object.__hash__})
+        reasons = [round.offer(good(name("site-1"))).reason for _ in range(3)]
+        assert reasons == [None, Reason.DUPLICATE, Reason.DUPLICATE]
+        assert (len(round.accepted), round._mean.count) == (1, 1)
+
+    def test_a_name_that_shows_another_is_judged_and_kept_as_what_it_is(self) -> None:
+        lies = {
+            "__str__": lambda _: "site-2",
+            "__eq__": lambda *_: True,
+            "__hash__": lambda _: hash("site-1"),
+        }
+        name: Any = type("Name", (str,), lies)
+        round = Round(model(), ROUND, limits=Limits(roster=frozenset({"site-1"})))
+        assert round.offer(good(name("site-3"))).reason is Reason.UNKNOWN_CONTRIBUTOR
+        receipt = round.offer(good(name("site-1")))
+        assert (receipt.accepted, receipt.contributor) == (True, "site-1")
+
+    @pytest.mark.parametrize(
+        ("kind", "plain"),
+        [
+            (int, 5),
+            (float, 0.5),
+            (np.int64, 5),
+            (np.uint8, 5),
+            (np.float64, 0.5),
+            (np.float32, 0.5),
+            (np.float16, 0.5),
+        ],
+    )
+    def test_what_is_of_a_subclass_counts_as_plain(self, kind: type, plain: float) -> None:
+        name, whole = hostile(str), hostile(int if kind in (int, float) else np.int64)
+        params = {name("w"): model()["w"].view(hostile(np.ndarray))}
+        update = good(
+            name("site-9"),
+            round=whole(ROUND),
+            params=params,
+            weight=hostile(kind)(plain),
+            transfer=name("FULL"),
+            metrics={name("a"): 1, "b": hostile(float)(1), "c": HOSTILE},
+        )
+        round = Round(model(), ROUND, limits=Limits(max_norm=1e9), audit=True)
+        receipt = round.offer(update)
+        assert (receipt.accepted, receipt.contributor) == (True, "site-9")
+        assert (type(receipt.weight), receipt.weight) == (type(plain), plain)
+        assert (receipt.metrics, receipt.skipped_metrics) == ({"a": 1.0}, ("b", "c"))
+        json.dumps(round.state()[0])
+        (array,) = judge(update).params.values()
+        assert type(array) is np.ndarray
+
+    @pytest.mark.parametrize(
+        ("changes", "reason", "got"),
+        [
+            ({"contributor": HOSTILE}, Reason.BAD_NAME, "an object of type 'Hostile'"),
+            ({"contributor": hostile(bytes)(b"a")}, Reason.BAD_NAME, "an object of type"),
+            ({"contributor": hostile(str)("")}, Reason.BAD_NAME, "a string of 0"),
+            ({"contributor": Lines("one\ntwo")}, Reason.BAD_NAME, "a string of 7"),
+            ({"round": HOSTILE}, Reason.STALE_ROUND, "one for <Hostile>"),
+            ({"round": Shown()}, Reason.STALE_ROUND, "one for <Shown>"),
+            ({"round": hostile(int)(2)}, Reason.STALE_ROUND, "one for <Hostile>"),
+            ({"round": hostile(int)(4)}, Reason.FUTURE_ROUND, "one for <Hostile>"),
+            ({"transfer": HOSTILE}, Reason.TRANSFER, "<Hostile>"),
+            ({"transfer": hostile(str)("no")}, Reason.TRANSFER, "'no'"),
+            ({"weight": HOSTILE}, Reason.BAD_WEIGHT, "<Hostile>"),
+            ({"weight": hostile(int)(0)}, Reason.BAD_WEIGHT, "<Hostile>"),
+            ({"weight": hostile(Fraction)(1, 2)}, Reason.BAD_WEIGHT, "<Hostile>"),
+            ({"params": HOSTILE}, Reason.DTYPE, "an object of type 'Hostile'"),
+            ({"params": hostile(dict)(w=1)}, Reason.DTYPE, "an object of type 'Hostile'"),
+            ({"params": {HOSTILE: 1}}, Reason.BAD_NAME, "<Hostile>"),
+            ({"params": {hostile(str)("x"): 1}}, Reason.UNEXPECTED_KEYS, "another"),
+            ({"params": {"w": HOSTILE}}, Reason.DTYPE, "a Hostile"),
+            ({"params": {"w": hostile(list)()}}, Reason.DTYPE, "a Hostile"),
+            (
+                {"params": {"w": np.ones((2, 2), bool).view(hostile(np.ndarray))}},
+                Reason.DTYPE,
+                "dtype 'bool'",
+            ),
+            (
+                {"params": {"w": np.ones(3).view(hostile(np.ndarray))}},
+                Reason.SHAPE,
+                "the shape (3,)",
+            ),
+            ({"params": {"w": np.zeros(3, [("a", "f8")])}}, Reason.DTYPE, "dtype([('a', '<f8')])"),
+        ],
+    )
+    def test_what_fails_when_it_is_asked_is_refused(
+        self, changes: dict[str, Any], reason: Reason, got: str
+    ) -> None:
+        for audit in (False, True):
+            round = Round(model(), ROUND, audit=audit)
+            receipt = round.offer(good(**changes))
+            assert receipt.reason is reason
+            assert f", got {got}" in receipt.detail
+            assert receipt.detail.isprintable()
+            assert receipt.contributor.isprintable()
+            assert round._mean.count == 0
+            round.close()
+            assert round.offer(good(**changes)).reason is Reason.ROUND_CLOSED
+
+    def test_a_dtype_that_asks_objects_is_refused(self) -> None:
+        dtypes: list[Any] = [np.dtype([(hostile(str)("a"), "f8")])]
+        if hasattr(np.dtypes, "StringDType"):
+            nothing = type("Nothing", (), {"__hash__": fails})()
+            dtypes.append(np.dtypes.StringDType(na_object=nothing))
+        for dtype in dtypes:
+            for array in (np.empty(1, dtype), np.empty((), dtype)[()]):
+                receipt = Round(model(), ROUND).offer(good(params={"w": array}))
+                assert receipt.reason is Reason.DTYPE
+
+    def test_metrics_that_fail_are_left_out(self) -> None:
+        shown = "<an object of type 'Hostile' where a mapping was expected>"
+        for metrics in (HOSTILE, hostile(dict)(a=1)):
+            assert judge(good(metrics=metrics)).skipped_metrics == (shown,)
+
+    def test_a_type_with_a_name_of_many_lines_is_shown_in_one(self) -> None:
+        kind: Any = type(Lines("a\nb"), (), {"__repr__": fails})
+        receipt = Round(model(), ROUND).offer(good(kind(), params={"w": kind()}))
+        assert receipt.detail.endswith(r"got an object of type 'a\nb'")
+
+    def test_a_receipt_that_equals_the_last_one_is_another(self) -> None:
+        round = Round(model(), ROUND)
+        first = round.offer(good())
+        round._begun = _Begun(0, copy.copy(first), TransferType.FULL, None)
+        round._settle()
+        round._begun = _Begun(0, round._receipts[-1], TransferType.FULL, None)
+        round._settle()
+        assert round._receipts == [first, first]
 
 
 FOREIGN = st.recursive(

@@ -724,11 +724,22 @@ class TestByName:
             (lambda: GeometricMedian(smoothing=2), "smoothing: expected a number above 0 and up"),
             (lambda: ClippedMean(0), "limit: expected a finite number above 0, got 0"),
             (lambda: ClippedMean(math.inf), "limit: expected a finite number above 0, got inf"),
+            (lambda: ClippedMean(10**400), "limit: expected a finite number above 0, got 1000"),
+            (lambda: CoordinateMedian().merge(None), "'median'} to merge, got None"),  # type: ignore[arg-type]
+            (lambda: ClippedMean().merge(fc.WeightedMean()), "to merge, got <fedavg_core"),  # type: ignore[arg-type]
         ],
     )
     def test_others_are_a_usage_error(self, make: Callable[[], object], message: str) -> None:
         with pytest.raises(fc.UsageError, match=message):
             make()
+
+    def test_a_number_of_numpy_counts_as_plain(self) -> None:
+        trimmed, near = TrimmedMean(np.float64(0.1)), GeometricMedian(smoothing=np.float64(0.5))
+        clipped = ClippedMean(np.float64(2))
+        assert [type(n) for n in (trimmed.trim, near.smoothing, clipped.limit)] == [float] * 3
+        for value in range(10):
+            trimmed.add({"w": np.full(1, 10.0**value)}, 1)
+        assert trimmed.mean()["w"] == 13_888_888.75
 
 
 def play(

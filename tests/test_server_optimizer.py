@@ -385,6 +385,11 @@ class TestByName:
             ({"name": "fedavg", "learning_rate": math.inf}, "learning_rate: expected a finite"),
             ({"name": "fedavg", "learning_rate": "1"}, "learning_rate: expected a finite number"),
             ({"name": "fedavg", "learning_rate": True}, "learning_rate: expected a finite number"),
+            ({"name": "fedavg", "learning_rate": 10**400}, "learning_rate: expected a finite numb"),
+            (
+                {"name": "fedadam", "tau": 10**400},
+                "tau: expected a finite number above 0, got 1000",
+            ),
             ({"name": "fedadam", "tau": -1}, "tau: expected a finite number above 0, got -1"),
             ({"name": "fedadam", "beta1": 1}, "beta1: expected a number from 0 to below 1, got 1"),
             ({"name": "fedyogi", "beta2": -0.1}, "beta2: expected a number from 0 to below 1"),
@@ -401,6 +406,14 @@ class TestByName:
             model, [({"w": np.full(2, 3.0, np.float32)}, 1)], server_optimizer=Halfway()
         )
         assert outcome.model["w"].tolist() == [1.5, 1.5]
+
+        @dataclass(frozen=True)
+        class Noted(FedAvg):
+            note: str = "one"
+
+        assert Noted(2).settings() == {"name": "noted", "learning_rate": 2.0, "note": "one"}
+        settings = FedAdam(np.float64(0.5), tau=1, beta1=0).settings()
+        assert all(type(value) is float for name, value in settings.items() if name != "name")
         assert Halfway().settings() == {"name": "halfway", "learning_rate": 1.0}
 
 
