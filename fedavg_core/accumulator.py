@@ -246,6 +246,8 @@ class WeightedMean:
             UsageError: It is of another kind, or holds a parameter of another shape or dtype, or
                 one that this one's spec does not name; the state is unchanged.
         """
+        if not isinstance(other, WeightedMean):
+            raise UsageError(f"expected an accumulator to merge, got {quoted(other)}")
         if self._accumulator != other._accumulator:
             raise UsageError(
                 f"expected an accumulator of kind {self._accumulator!r} to merge, "

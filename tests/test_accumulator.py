@@ -1214,3 +1214,9 @@ class TestTwoErrors:
         assert mean.digest() == before
         mean.remove({"w": np.array([1.0])}, 1)
         assert mean.count == 0
+
+
+@kinds
+def test_nothing_but_an_accumulator_is_merged(kind: Accumulator) -> None:
+    with pytest.raises(fc.UsageError, match="expected an accumulator to merge, got None"):
+        fc.WeightedMean(accumulator=kind).merge(None)  # type: ignore[arg-type]
