@@ -512,7 +512,7 @@ def _unlink(path: Path) -> None:
         os.unlink(path)
 
 
-def _leave_all() -> None:
+def _leave_all() -> None:  # pragma: no cover  (in a process that was forked)
     """Give up what a process that was forked has of its parent's locks: they are the parent's."""
     for store in list(_entered):
         store.__exit__(None, None, None)

@@ -449,8 +449,11 @@ def _unlike(name: str, kept: object, value: object) -> str:
     if name == "clients":
         return "the run that is stored there has other clients"
     if isinstance(kept, Mapping) and isinstance(value, Mapping):
-        odd = [field for field in value if kept.get(field) != value[field]]
-        if odd:
-            name, kept, value = f"{name}: {odd[0]}", kept.get(odd[0]), value[odd[0]]
+        odd = next(
+            one
+            for one in (*kept, *value)
+            if (one in kept) != (one in value) or kept.get(one) != value.get(one)
+        )
+        name, kept, value = f"{name}: {odd}", kept.get(odd), value.get(odd)
     shown = _SHOWN.get(name, name)
     return f"expected a run with {shown} {quoted(kept)} to resume, got {quoted(value)}"

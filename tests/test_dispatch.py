@@ -338,3 +338,13 @@ def test_a_deadline_beyond_what_can_be_waited_is_never_met(first_come: bool) -> 
 def test_a_deadline_without_meaning_is_a_usage_error(deadline: Any) -> None:
     with ThreadPoolExecutor(1) as executor, pytest.raises(UsageError, match="seconds above 0"):
         Dispatch(executor, deadline=deadline)
+
+
+def test_a_difference_that_no_number_holds_is_a_failure() -> None:
+    client = returning(TrainResult({"w": np.array([-3e38], np.float32)}, 1))
+    base = {"w": np.array([3e38], np.float32)}
+    (answer,) = Dispatch().answers([(client, context(1))], base, DIFF)
+    assert isinstance(answer, Failure)
+    assert answer.problem == (
+        "OutOfRange: key 'w': a difference is beyond the largest number of float32"
+    )

@@ -65,7 +65,7 @@ def say(problem: str) -> None:
     line = f"fedavg: {printable(problem)}\n"
     try:
         sys.stderr.write(line.encode("ascii", "backslashreplace").decode("ascii"))
-    except BrokenPipeError:
+    except BrokenPipeError:  # pragma: no cover  (in a process of its own)
         drop_output(sys.stderr)
 
 
@@ -82,7 +82,8 @@ def open_console(*, stderr: bool = False) -> Console:
 def open_missing() -> None:
     """Let the standard streams that this process was begun without lead nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the first one's descriptor is the lowest that is free
+        if getattr(sys, name) is None:  # pragma: no cover  (in a process of its own)
+            # The first one's descriptor is the lowest that is free.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
@@ -142,7 +143,7 @@ def _drop(descriptor: int) -> None:
 class _Outlasting(io.FileIO):
     """A file of which nobody need read all: what comes after its reader's end is dropped."""
 
-    def write(self, data: Any, /) -> int:
+    def write(self, data: Any, /) -> int:  # pragma: no cover  (in a process of its own)
         """Write; whole, where nobody reads it."""
         try:
             return super().write(data)
@@ -172,7 +173,7 @@ def _outlasting(stream: TextIO) -> Iterator[TextIO]:
         return
     try:
         stream.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # pragma: no cover  (in a process of its own)
         drop_output(stream)
     file = _Outlasting(descriptor, "w", closefd=False)
     text = io.TextIOWrapper(

@@ -44,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(read.run(read))
         sys.stdout.flush()
     except KeyboardInterrupt as interruption:
-        if arguments is None:
+        if arguments is None:  # pragma: no cover  (in a process of its own)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         say(str(interruption) or "interrupted")
-        if arguments is None:  # a second one ends the process, if it does not end by itself
+        if arguments is None:  # pragma: no cover  (likewise)
+            # A second one ends the process, if it does not end by itself.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return 130
     except BrokenPipeError:

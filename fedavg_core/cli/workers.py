@@ -65,7 +65,7 @@ class Workers:
 
     def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
         """Call a function in a thread, with `train` as its first argument and what is given."""
-        if self._hears:
+        if self._hears:  # pragma: no branch  (else in another thread)
             signal.signal(signal.SIGINT, self._interrupt)  # again, if something caught one
         return self._threads.submit(function, self.train, *given)
 
@@ -101,7 +101,7 @@ class Workers:
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         )
-        if self._hears:
+        if self._hears:  # pragma: no branch  (else in another thread)
             signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -111,7 +111,7 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._hears:
+        if self._hears:  # pragma: no branch  (else in another thread)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             with self._lock:
@@ -126,7 +126,7 @@ class Workers:
                 for worker in self._idle:
                     worker.ending()
             finally:
-                if self._hears:
+                if self._hears:  # pragma: no branch  (else in another thread)
                     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
