@@ -1,4 +1,8 @@
-"""What can be refused without reading a value: names, kinds of arrays, shapes."""
+"""Whether what came can be used: updates, bases, models to begin with.
+
+Names, kinds of arrays and shapes are looked at here. An update's values are not, where whoever adds
+them looks on the way.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ import numpy.typing as npt
 
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
+from fedavg_core.sums import not_finite
 
-__all__ = ["check_base", "check_update"]
+__all__ = ["check_base", "check_finite", "check_model", "check_update"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -25,7 +30,7 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
         fixed: Whether it may have no others.
 
     Returns:
-        The entries of ``params``; the arrays are borrowed.
+        The entries of ``params``, as plain arrays; these are borrowed.
 
     Raises:
         RefusedUpdate: It is not fit to be added, whatever its values.
@@ -48,7 +53,7 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
             and value.shape == known.shape
         ):
             continue  # as nearly all do: to check the rest takes longer than this
-        array = check_array(key, value)
+        array = params[key] = check_array(key, value)
         if known is None and fixed:
             raise RefusedUpdate(
                 Reason.UNEXPECTED_KEYS, key=key, expected="parameters of the model", got="another"
@@ -57,7 +62,6 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
             raise RefusedUpdate(
                 Reason.SHAPE, key=key, expected=f"shape {known.shape}", got=f"{array.shape}"
             )
-        params[key] = np.asarray(array)  # a subclass may have another arithmetic, or dimensions
     return params
 
 
@@ -87,3 +91,39 @@ def check_base(
                 f"got {targets[key].shape}"
             )
     return targets
+
+
+def check_finite(params: Params) -> None:
+    """See that all numbers of an update are finite.
+
+    Args:
+        params: The update; only read.
+
+    Raises:
+        RefusedUpdate: One is not (NON_FINITE).
+    """
+    for key, array in params.items():
+        finite = np.isfinite(array)
+        if not finite.all():
+            raise not_finite(params, key, int(np.argmin(finite)))
+
+
+def check_model(model: Params, what: str) -> None:
+    """See that clients can begin with a model.
+
+    Args:
+        model: The model; only read.
+        what: What a message is to call it.
+
+    Raises:
+        UsageError: It is no mapping of names to arrays of finite numbers, or has none.
+    """
+    try:
+        if not ModelSpec.of(model):
+            raise UsageError("expected at least one parameter, got none")
+        check_finite(model)
+    except RefusedUpdate as refusal:
+        place = what if refusal.key is None else f"{what}: key {quoted(refusal.key)}"
+        raise UsageError(f"{place}: expected {refusal.expected}, got {refusal.got}") from None
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from None

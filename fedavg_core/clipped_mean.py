@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.admission import check_update
+from fedavg_core.admission import check_finite, check_update
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, State, as_float, check_finite
+from fedavg_core.plain import as_float
+from fedavg_core.robust_mean import RobustMean, State
 from fedavg_core.weight import exact_weight, is_whole
 
 __all__ = ["ClippedMean"]

@@ -98,7 +98,7 @@ def fingerprints(params: Params) -> dict[str, Fingerprint]:
     """
     found = {}
     for key, value in params.items():
-        array = np.asarray(check_array(key, value))
+        array = check_array(key, value)
         little = array.dtype.newbyteorder("<")
         sha256 = hashlib.sha256()
         for start in range(0, array.size, _RUN):

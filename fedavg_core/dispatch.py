@@ -25,7 +25,7 @@ from fedavg_core.client import Client, Context, TrainResult
 from fedavg_core.errors import UsageError, one_line, quoted
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
-from fedavg_core.robust_mean import as_float
+from fedavg_core.plain import as_float
 from fedavg_core.transfer import change
 from fedavg_core.update import TransferType, Update
 

@@ -20,6 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from fedavg_core.plain import plain_text
+
 __all__ = [
     "CheckpointError",
     "FedAvgError",
@@ -29,6 +31,7 @@ __all__ = [
     "UsageError",
     "one_line",
     "quoted",
+    "type_name",
 ]
 
 _NAME_LIMIT = 80
@@ -95,16 +98,29 @@ def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
     Returns:
         Printable ASCII of bounded length, with ``...`` where it was cut.
     """
-    if isinstance(value, str):
-        shown = ascii(value[: limit + 1])
+    string = plain_text(value)
+    if string is not None:
+        shown = ascii(string[: limit + 1])
     else:
         try:
-            shown = ascii(value)
+            shown = str.__str__(ascii(value))
         except Exception:  # a foreign object's __repr__ may do anything
-            shown = f"<{type(value).__name__}>"
+            shown = f"<{type_name(value)}>"
         if not shown.isprintable():  # an array's repr has several lines
             shown = ascii(shown)[1:-1]
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def type_name(value: object) -> str:
+    """The name of a foreign object's type, fit to stand in one line of text.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        Printable ASCII of bounded length, with ``...`` where it was cut.
+    """
+    return quoted(type.__dict__["__name__"].__get__(type(value)))[1:-1]
 
 
 def one_line(error: BaseException, limit: int = _ERROR_LIMIT) -> str:

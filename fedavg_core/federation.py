@@ -39,6 +39,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.admission import check_model
 from fedavg_core.checkpoint import Checkpoint, CheckpointStore
 from fedavg_core.client import (
     Client,
@@ -48,14 +49,14 @@ from fedavg_core.client import (
     contributor_seed,
 )
 from fedavg_core.dispatch import Dispatch, check_whole
-from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
 from fedavg_core.progress import Best, Progress
 from fedavg_core.robust import kind_of
-from fedavg_core.robust_mean import RobustMean, check_finite
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
@@ -186,7 +187,7 @@ class Federation:
         if not isinstance(resume, bool):
             raise UsageError(f"resume: expected True or False, got {quoted(resume)}")
         if model is not None:
-            _check_model(model)
+            check_model(model, "model")
         self._clients = clients
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
@@ -420,22 +421,6 @@ class Federation:
             raise CheckpointError(store.paths()[-1], str(error)) from None
         self._optimizer_state = found.arrays
         self._progress.take_up(store, found)
-
-
-def _check_model(model: Params) -> None:
-    """See that clients can begin with a model."""
-    if not isinstance(model, Mapping) or not model:
-        raise UsageError(
-            f"model: expected a mapping of at least one name to an array, or None, got "
-            f"{quoted(model)}"
-        )
-    ModelSpec.of(model)
-    try:
-        check_finite(model)
-    except RefusedUpdate as refusal:
-        raise UsageError(
-            f"model: key {quoted(refusal.key)}: expected {refusal.expected}, got {refusal.got}"
-        ) from None
 
 
 def _folder(path: object) -> str | os.PathLike[str]:

@@ -29,14 +29,15 @@ import numbers
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_name
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
+from fedavg_core.plain import plain_number, plain_text
 from fedavg_core.update import TransferType, Update
 from fedavg_core.weight import is_whole
 
@@ -44,7 +45,6 @@ __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
 _NAME_LENGTH = 256
 _MOST_METRICS = 1_000
-_SHOWN = 80
 _LARGEST_WEIGHT = float(np.finfo(np.float64).max)
 
 
@@ -58,7 +58,7 @@ def is_name(value: object) -> bool:
         True for a string of 1 to 256 printable characters (letters and signs of any script, and
         the space; no control characters, line ends or lone surrogates).
     """
-    text = _text(value)
+    text = plain_text(value)
     return text is not None and 0 < len(text) <= _NAME_LENGTH and text.isprintable()
 
 
@@ -92,7 +92,7 @@ class Limits:
         if self.roster is not None:
             given: object = self.roster
             one = isinstance(given, str) or not isinstance(given, Iterable)
-            names = [None] if one else [_text(name) for name in self.roster]
+            names = [None] if one else [plain_text(name) for name in self.roster]
             if not all(map(is_name, names)):
                 raise UsageError(
                     f"roster: expected a collection of contributors' names, got {quoted(given)}"
@@ -234,16 +234,16 @@ class Gate:
             if self._limits.max_norm is not None:
                 self._check_norm(params, kind, self._limits.max_norm)
         except RefusedUpdate as refusal:
-            name = _text(update.contributor)
+            name = plain_text(update.contributor)
             raise refusal.placed(
-                contributor=_shown(update.contributor) if name is None else name,
+                contributor=quoted(update.contributor) if name is None else name,
                 round=self._number,
             ) from None
         metrics, skipped = _read_metrics(update.metrics)
         return Contribution(contributor, kind, params, weight, metrics, skipped)
 
     def _contributor(self, sent: object) -> str:
-        name = _text(sent)
+        name = plain_text(sent)
         if name is None or not is_name(name):
             raise RefusedUpdate(
                 Reason.BAD_NAME,
@@ -261,18 +261,18 @@ class Gate:
 
     def _check_round(self, sent: object) -> None:
         reason = Reason.STALE_ROUND
-        number = _number(sent)
+        number = plain_number(sent)
         if isinstance(number, int):
             if number == self._number:
                 return
             if number > self._number:
                 reason = Reason.FUTURE_ROUND
         raise RefusedUpdate(
-            reason, expected=f"an update for round {self._number}", got=f"one for {_shown(sent)}"
+            reason, expected=f"an update for round {self._number}", got=f"one for {quoted(sent)}"
         )
 
     def _transfer(self, sent: object, wanted: TransferType | None) -> TransferType:
-        text = _text(sent)
+        text = plain_text(sent)
         kind = next((kind for kind in TransferType if text == kind.value), None)
         if kind is TransferType.DIFF and not self._has_model:
             expected = "FULL, for there is no model yet to differ from"
@@ -281,15 +281,15 @@ class Gate:
         else:
             expected = "FULL or DIFF" if wanted is None else str(wanted)
         raise RefusedUpdate(
-            Reason.TRANSFER, expected=expected, got=str(kind) if kind else _shown(sent)
+            Reason.TRANSFER, expected=expected, got=str(kind) if kind else quoted(sent)
         )
 
     def _weight(self, weight: object) -> int | float:
         most = self._limits.max_weight
-        exact = _number(weight)
+        exact = plain_number(weight)
         if exact is None or not 0 < exact <= (_LARGEST_WEIGHT if most is None else most):
             expected = "a finite number above 0" + ("" if most is None else f", at most {most!r}")
-            raise RefusedUpdate(Reason.BAD_WEIGHT, expected=expected, got=_shown(weight))
+            raise RefusedUpdate(Reason.BAD_WEIGHT, expected=expected, got=quoted(weight))
         return exact
 
     def _params(self, params: object, keys: frozenset[str] | None) -> dict[str, npt.NDArray[Any]]:
@@ -300,14 +300,11 @@ class Gate:
             )
         taken: dict[str, npt.NDArray[Any]] = {}
         for key, value in items:
-            name = _text(key)
-            if name is None:
-                raise RefusedUpdate(
-                    Reason.BAD_NAME, expected="parameter names that are strings", got=_shown(key)
-                )
-            if not self._averages(name, keys):
+            name = plain_text(key)
+            if name is not None and not self._averages(name, keys):
                 continue
-            array = _array(name, value)
+            array = check_array(key, value)
+            name = cast("str", name)  # else it is refused by now
             if self._has_model and self.spec[name].shape != array.shape:
                 raise RefusedUpdate(
                     Reason.SHAPE, key=name, expected=_shape(self.spec[name]), got=_shape(array)
@@ -379,69 +376,12 @@ def shown_name(name: object) -> str:
     Returns:
         The name itself if it is one, else something printable of at most 80 characters.
     """
-    text = _text(name)
-    return text if text is not None and is_name(text) else _shown(name)
-
-
-# `isinstance` asks a foreign object for its `__class__`, which may do anything; its type may not.
-
-
-def _text(value: object) -> str | None:
-    """The plain string that a string is, whatever its own methods say; None if it is none."""
-    return str.__str__(value) if issubclass(type(value), str) else None
-
-
-def _number(value: object) -> int | float | None:
-    """The plain number that one of Python or NumPy is; None for anything else."""
-    kind = type(value)
-    if kind is bool or issubclass(kind, np.timedelta64):
-        return None
-    plain: Any = value
-    if issubclass(kind, int):
-        return int.__int__(plain)
-    if issubclass(kind, float):
-        return float.__float__(plain)
-    if issubclass(kind, (np.integer, np.float32, np.float16)):
-        number: int | float = np.generic.item(plain)
-        return number
-    return None
-
-
-def _array(key: str, value: object) -> npt.NDArray[Any]:
-    """The plain array that an array or a scalar of NumPy is: the arithmetic is NumPy's."""
-    kind = type(value)
-    if not issubclass(kind, (np.ndarray, np.generic)) or issubclass(kind, np.ma.MaskedArray):
-        raise RefusedUpdate(
-            Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {_type_name(value)}"
-        )
-    array = np.asarray(value)
-    # Records and NumPy's strings refer to objects, which are asked where such dtypes are compared.
-    if array.dtype.names is None and array.dtype.kind != "T":
-        return check_array(key, array)
-    raise RefusedUpdate(
-        Reason.DTYPE, key=key, expected="an array of real numbers", got=_shown(array.dtype)
-    )
-
-
-def _shown(value: object) -> str:
-    """What `quoted` shows of a foreign object, or its type where it cannot be shown."""
-    text = _text(value)
-    try:
-        shown = quoted(value if text is None else text)
-        if type(shown) is str and shown.isprintable() and len(shown) <= _SHOWN:
-            return shown
-    except Exception:
-        pass
-    return f"<{_type_name(value)}>"
-
-
-def _type_name(value: object) -> str:
-    name = _text(type.__dict__["__name__"].__get__(type(value)))
-    return quoted(name)[1:-1]
+    text = plain_text(name)
+    return text if text is not None and is_name(text) else quoted(name)
 
 
 def _kind(value: object) -> str:
-    return f"an object of type '{_type_name(value)}'"
+    return f"an object of type '{type_name(value)}'"
 
 
 def _shape(array: ArraySpec | npt.NDArray[Any]) -> str:
@@ -478,7 +418,7 @@ def _read_metrics(metrics: object) -> tuple[dict[str, float], tuple[str, ...]]:
     read: dict[str, float] = {}
     skipped = []
     for name, value in items:
-        number, text = _finite(value), _text(name)
+        number, text = _finite(value), plain_text(name)
         if number is not None and text is not None and is_name(text):
             read[text] = number
         else:

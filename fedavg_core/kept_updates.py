@@ -25,13 +25,13 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.admission import check_base, check_update
+from fedavg_core.admission import check_base, check_finite, check_update
 from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import RobustMean, State, check_finite
+from fedavg_core.robust_mean import RobustMean, State
 from fedavg_core.rounding import quotient
 from fedavg_core.sums import base_not_finite, out_of_range
 from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text

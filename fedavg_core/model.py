@@ -24,7 +24,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_name
+from fedavg_core.plain import plain_text
 
 __all__ = [
     "ArraySpec",
@@ -140,28 +141,36 @@ def check_array(key: object, value: object) -> npt.NDArray[Any]:
         value: The entry's value.
 
     Returns:
-        ``value`` itself, borrowed.
+        The value as a plain array, borrowed: a subclass may have another arithmetic, or bring its
+        own code.
 
     Raises:
-        RefusedUpdate: The name is no string (BAD_NAME), or the value is no plain NumPy array of a
-            dtype that can be averaged (DTYPE).
+        RefusedUpdate: The name is no string (BAD_NAME), or the value is no NumPy array of a dtype
+            that can be averaged (DTYPE).
     """
-    if not isinstance(key, str):
+    name = plain_text(key)
+    if name is None:
         raise RefusedUpdate(
             Reason.BAD_NAME, expected="parameter names that are strings", got=quoted(key)
         )
     # The arithmetic of zero-dimensional arrays gives NumPy's scalars, so those are arrays here.
-    if not isinstance(value, _ARRAYS) or isinstance(value, np.ma.MaskedArray):
-        kind = type(value).__name__
-        raise RefusedUpdate(Reason.DTYPE, key=key, expected="a NumPy array", got=f"a {kind}")
-    if number_format(value.dtype) is None:
+    kind = type(value)
+    if not issubclass(kind, _ARRAYS) or issubclass(kind, np.ma.MaskedArray):
+        raise RefusedUpdate(
+            Reason.DTYPE, key=name, expected="a NumPy array", got=f"a {type_name(value)}"
+        )
+    array = np.asarray(value)
+    dtype = array.dtype
+    # Records and NumPy's strings refer to objects, which are asked where such dtypes are compared.
+    foreign = dtype.names is not None or dtype.kind == "T"
+    if foreign or number_format(dtype) is None:
         raise RefusedUpdate(
             Reason.DTYPE,
-            key=key,
+            key=name,
             expected="an array of real numbers (float16, bfloat16, float8, float32, float64, ints)",
-            got=f"dtype {quoted(str(value.dtype))}",
+            got=quoted(dtype) if foreign else f"dtype {quoted(str(dtype))}",
         )
-    return value  # type: ignore[return-value]  # a scalar has what is used of an array
+    return array
 
 
 @dataclass(frozen=True)
@@ -217,11 +226,11 @@ class ModelSpec(Mapping[str, ArraySpec]):
             raise UsageError(
                 f"expected a model as a mapping from names to arrays, got {type(params).__name__}"
             )
+        arrays = {key: check_array(key, value) for key, value in params.items()}
         return cls(
             {
-                key: ArraySpec(value.shape, value.dtype.newbyteorder("="))
-                for key, value in params.items()
-                if check_array(key, value) is not None
+                key: ArraySpec(array.shape, array.dtype.newbyteorder("="))
+                for key, array in arrays.items()
             }
         )
 

@@ -42,7 +42,8 @@ from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, as_float
+from fedavg_core.plain import as_float
+from fedavg_core.robust_mean import RobustMean
 from fedavg_core.weight import Weight, is_whole
 
 __all__ = [

@@ -12,20 +12,17 @@ What it costs is not: see `nbytes`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
-from fedavg_core.sums import not_finite
 
-__all__ = ["RobustMean", "State", "as_float", "check_finite"]
+__all__ = ["RobustMean", "State"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -203,36 +200,3 @@ class RobustMean(ABC):
         got = f"a {other.settings()}" if isinstance(other, RobustMean) else quoted(other)
         if type(self) is not type(other) or self.settings() != other.settings():
             raise UsageError(f"expected a {self.settings()} to merge, got {got}")
-
-
-def as_float(value: object) -> float:
-    """A plain number as a float.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        It; NaN for what is no int or float, as truth values are not, and for an int that is beyond
-        the largest float.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
-def check_finite(params: Params) -> None:
-    """See that all numbers of an update are finite.
-
-    Args:
-        params: The update; only read.
-
-    Raises:
-        RefusedUpdate: One is not (NON_FINITE).
-    """
-    for key, array in params.items():
-        finite = np.isfinite(array)
-        if not finite.all():
-            raise not_finite(params, key, int(np.argmin(finite)))

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 from fedavg_core.client import draw_contributors
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.robust_mean import as_float
+from fedavg_core.plain import as_float
 
 __all__ = ["Selection"]
 

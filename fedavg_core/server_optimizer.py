@@ -54,7 +54,7 @@ import numpy.typing as npt
 
 from fedavg_core.errors import OutOfRange, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import as_float
+from fedavg_core.plain import as_float
 from fedavg_core.transfer import apply
 
 __all__ = [

@@ -916,11 +916,11 @@ def test_a_file_for_nvflare_runs_as_it_is(
         ),
         (
             ["t.py", "--accumulator", "krum", "--clients", "3"],
-            "krum needs at least 5 clients in a round, got 3",
+            "accumulator: a krum needs at least 5 updates a round, got 3 clients",
         ),
         (
             ["t.py", "--accumulator", "multi-krum:faulty=2,keep=1", "--fraction", ".2"],
-            "multi-krum needs at least 7 clients in a round, got 2",
+            "accumulator: a multi-krum needs at least 7 updates a round, got 2 clients",
         ),
         (["t.py", "--accumulator", "krum:x=1"], "argument --accumulator: robust mean krum: expec"),
         (["t.py", "--accumulator", "clipped-mean"], "accumulator: a clipped-mean is of differenc"),

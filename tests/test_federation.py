@@ -882,8 +882,8 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"clients": {}}, "clients: expected a mapping of at least one"),
         ({"clients": [train]}, "clients: expected a mapping"),
         ({"clients": {"a\n": train}}, "clients: expected a mapping of at least one printable"),
-        ({"model": [1.0]}, "model: expected a mapping"),
-        ({"model": {}}, "model: expected a mapping of at least one name to an array, or None"),
+        ({"model": [1.0]}, "model: expected a model as a mapping from names to arrays, got list"),
+        ({"model": {}}, "model: expected at least one parameter, got none"),
         (
             {"model": {"w": np.array([[0.0], [math.inf]])}},
             re.escape("model: key 'w': expected finite numbers, got inf at [1, 0]"),

@@ -516,7 +516,7 @@ class TestHostileObjects:
             ({"contributor": hostile(str)("")}, Reason.BAD_NAME, "a string of 0"),
             ({"contributor": Lines("one\ntwo")}, Reason.BAD_NAME, "a string of 7"),
             ({"round": HOSTILE}, Reason.STALE_ROUND, "one for <Hostile>"),
-            ({"round": Shown()}, Reason.STALE_ROUND, "one for <Shown>"),
+            ({"round": Shown()}, Reason.STALE_ROUND, r"one for one\ntwo"),
             ({"round": hostile(int)(2)}, Reason.STALE_ROUND, "one for <Hostile>"),
             ({"round": hostile(int)(4)}, Reason.FUTURE_ROUND, "one for <Hostile>"),
             ({"transfer": HOSTILE}, Reason.TRANSFER, "<Hostile>"),

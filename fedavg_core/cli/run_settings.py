@@ -22,8 +22,6 @@ import numpy as np
 from fedavg_core.cli.arguments import accumulator, fraction, optimizer, package_version, whole
 from fedavg_core.cli.run_log import SETTINGS, read_settings
 from fedavg_core.errors import CheckpointError, UsageError, quoted
-from fedavg_core.robust_mean import RobustMean
-from fedavg_core.selection import Selection
 
 __all__ = ["add_settings", "settings_of", "settle", "training_before"]
 
@@ -131,8 +129,7 @@ def settle(read: argparse.Namespace, folder: Path) -> None:
         folder: The run's.
 
     Raises:
-        UsageError: A setting is given, and the run that is resumed has another; or a round has too
-            few clients for the mean.
+        UsageError: A setting is given, and the run that is resumed has another.
         CheckpointError: What that run's ``run.json`` holds is not settings.
     """
     kept = _kept(folder) if read.resume else {}
@@ -148,13 +145,6 @@ def settle(read: argparse.Namespace, folder: Path) -> None:
             setattr(read, name, value)
         elif name in kept and not setting.free and _plain(given) != _plain(value):
             raise UsageError(f"--{name}: this run has {_written(value)}, got {_written(given)}")
-    names = [str(number) for number in range(read.clients)]
-    wanted = Selection(names, read.fraction, 1.0, read.seed).wanted
-    if isinstance(read.accumulator, RobustMean) and read.accumulator.least > wanted:
-        raise UsageError(
-            f"{read.accumulator.name} needs at least {read.accumulator.least} clients in a round, "
-            f"got {wanted}"
-        )
     read.keep_updates = read.keep_updates or kept.get("keep_updates") is True
     read.audit = read.audit or read.keep_updates or kept.get("audit") is True
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy.typing as npt
 
+from fedavg_core.admission import check_model
 from fedavg_core.client import Client
-from fedavg_core.errors import RefusedUpdate, UsageError, one_line, quoted
-from fedavg_core.model import ModelSpec, Params
-from fedavg_core.robust_mean import check_finite
+from fedavg_core.errors import UsageError, one_line
+from fedavg_core.model import Params
 
 __all__ = ["TrainingFile", "read_training_file"]
 
@@ -61,16 +61,7 @@ class TrainingFile:
         if self.initial_model is None:
             return None
         model: Params = self.call("initial_model", seed)
-        where = f"{self.name}: initial_model"
-        try:
-            if not ModelSpec.of(model):
-                raise UsageError("expected at least one parameter, got none")
-            check_finite(model)
-        except RefusedUpdate as refusal:
-            place = where if refusal.key is None else f"{where}: key {quoted(refusal.key)}"
-            raise UsageError(f"{place}: expected {refusal.expected}, got {refusal.got}") from None
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
+        check_model(model, f"{self.name}: initial_model")
         return model
 
     def call(self, function: str, argument: object) -> Any:

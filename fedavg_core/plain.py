@@ -1,0 +1,68 @@
+"""The plain string or number that a foreign object is.
+
+An object of a subclass may answer anything when it is asked for its length, its hash or its text,
+or raise; and `isinstance` asks an object for its ``__class__``, which is no safer. Its type can be
+trusted. So these functions look at the type, and read the value by the base type's own methods.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+__all__ = ["as_float", "plain_number", "plain_text"]
+
+
+def plain_text(value: object) -> str | None:
+    """The plain string that a string is.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        It; None if this is no string.
+    """
+    return str.__str__(value) if issubclass(type(value), str) else None
+
+
+def plain_number(value: object) -> int | float | None:
+    """The plain number that one of Python or NumPy is.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        It, exactly; None for anything else, as truth values and spans of time are.
+    """
+    kind = type(value)
+    if kind is bool or issubclass(kind, np.timedelta64):
+        return None
+    plain: Any = value
+    if issubclass(kind, int):
+        return int.__int__(plain)
+    if issubclass(kind, float):
+        return float.__float__(plain)
+    if issubclass(kind, (np.integer, np.float32, np.float16)):
+        found: int | float = np.generic.item(plain)
+        return found
+    return None
+
+
+def as_float(value: object) -> float:
+    """A number of Python as a float.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        It; NaN for what is no int or float, as truth values are not, and for an int that is beyond
+        the largest float.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
