@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.admission import check_base, check_update
+from fedavg_core.admission import check_base, check_update, pairs
 from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import STEP
 from fedavg_core.model import (
@@ -194,13 +194,17 @@ class WeightedMean:
 
         Raises:
             RefusedUpdate: One of them is not fit to be added, see `add`; the state is unchanged.
+                Of several, the contributor is ``updates[number]``.
+            UsageError: They are no pairs.
         """
+        updates = pairs(updates)
         terms = []
         known = dict(self._books.spec)
-        for given, weight in updates:
-            exact = exact_weight(weight)
-            params = check_update(given, known, self._fixed)
-            known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
+        for number, (given, weight) in enumerate(updates):
+            with RefusedUpdate.numbered(number, updates):
+                exact = exact_weight(weight)
+                params = check_update(given, known, self._fixed)
+                known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
             terms.append((params, exact))
         self._apply(terms, 1)
 
@@ -512,11 +516,11 @@ def weighted_mean(
         given = f"{len(weights)}" if isinstance(weights, Sized) else quoted(weights)
         raise UsageError(f"expected one weight a model, got {len(models)} models, weights: {given}")
     result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
-    for number, (params, weight) in enumerate(zip(models, weights, strict=True)):
-        try:
-            result.add(params, weight)
-        except RefusedUpdate as refusal:
-            raise refusal.placed(contributor=f"models[{number}]") from None
+    try:
+        result.add_many(zip(models, weights, strict=True))
+    except RefusedUpdate as refusal:
+        name = refusal.contributor or "updates[0]"
+        raise refusal.placed(contributor=name.replace("updates", "models")) from None
     return result.mean(base)
 
 

@@ -16,9 +16,30 @@ from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.sums import not_finite
 
-__all__ = ["check_base", "check_finite", "check_model", "check_update"]
+__all__ = ["check_base", "check_finite", "check_model", "check_update", "pairs"]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+def pairs(updates: Iterable[tuple[Params, float]]) -> list[tuple[Params, float]]:
+    """See that updates to be added at once are such, each with a weight.
+
+    Args:
+        updates: Pairs of params and weight.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        UsageError: They are not.
+    """
+    updates = list(updates) if isinstance(updates, Iterable) else [updates]
+    for number, pair in enumerate(updates):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UsageError(
+                f"updates[{number}]: expected a pair of params and weight, got {quoted(pair)}"
+            )
+    return updates
 
 
 def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> dict[str, Array]:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.admission import check_finite, check_update
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.admission import check_finite, check_update, pairs
+from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
@@ -82,12 +82,13 @@ class ClippedMean(RobustMean):
 
     def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
         """See `RobustMean.add_many`."""
+        updates = pairs(updates)
         terms: list[tuple[Params, Any]] = []
-        count = 0
-        for given, weight in updates:
-            exact = exact_weight(weight)
-            params = check_update(given, self._given or {}, self._fixed)
-            check_finite(params)
+        for number, (given, weight) in enumerate(updates):
+            with RefusedUpdate.numbered(number, updates):
+                exact = exact_weight(weight)
+                params = check_update(given, self._given or {}, self._fixed)
+                check_finite(params)
             factor = self._factor(params)
             if factor == 1:
                 terms.append((params, exact))
@@ -98,8 +99,7 @@ class ClippedMean(RobustMean):
                     for key, a in params.items()
                 }
                 terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
-            count += 1
-        self._expect(len(terms), count)
+        self._expect(len(terms), len(updates))
         self._mean.add_many(terms)
 
     def _expect(self, terms: int, updates: int) -> None:

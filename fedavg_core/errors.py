@@ -16,6 +16,8 @@ break a log.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,26 @@ class RefusedUpdate(FedAvgError):
             round=round,
             key=self.key,
         )
+
+    @staticmethod
+    @contextmanager
+    def numbered(number: int, several: Sized) -> Iterator[None]:
+        """Let a refusal say which of several updates it is about.
+
+        Args:
+            number: Which of them is looked at meanwhile.
+            several: All of them.
+
+        Raises:
+            RefusedUpdate: One that was raised meanwhile, the contributor being ``updates[number]``;
+                as it was if there is but one update.
+        """
+        try:
+            yield
+        except RefusedUpdate as refusal:
+            if len(several) == 1:
+                raise
+            raise refusal.placed(contributor=f"updates[{number}]") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = (self.reason, self.expected, self.got, self.contributor, self.round, self.key)

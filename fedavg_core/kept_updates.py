@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.admission import check_base, check_finite, check_update
+from fedavg_core.admission import check_base, check_finite, check_update, pairs
 from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
@@ -110,12 +110,14 @@ class KeptUpdates(RobustMean):
         """See `RobustMean.add_many`."""
         spec: dict[str, ArraySpec] = self._held.spec
         added: list[Kept] = []
-        for given, weight in updates:
-            exact = exact_weight(weight)
-            params = check_update(given, spec, self._fixed)
-            if self.whole and spec:
-                self._check_whole(params, spec)
-            check_finite(params)
+        updates = pairs(updates)
+        for number, (given, weight) in enumerate(updates):
+            with RefusedUpdate.numbered(number, updates):
+                exact = exact_weight(weight)
+                params = check_update(given, spec, self._fixed)
+                if self.whole and spec:
+                    self._check_whole(params, spec)
+                check_finite(params)
             new = {key: array for key, array in params.items() if key not in spec}
             if new:
                 spec = {**spec, **ModelSpec.of(new)}

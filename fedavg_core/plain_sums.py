@@ -6,13 +6,13 @@ and finds its NaNs; the second adds it. That reads the update twice, and is stil
 write each sum beside the one before it, which it goes on from: storing to memory that is not in the
 cache reads it first, and a sum takes more of it than an update.
 
-Where an update has to be copied to be read (float16, say, or many small arrays), to do so twice
-would be slower. There the first pass does write the new sum beside the one before it, in memory
-that is taken once it is needed, and the second pass lets it take the other's place. So it is with a
-block that is still zero: there is no sum yet to spoil.
+Where several updates are added at once, or one has to be copied to be read (float16, say, or many
+small arrays), to do so twice would be slower. There the first pass does write the new sum beside
+the one before it, in memory that is taken once it is needed, and the second pass lets it take the
+other's place. So it is with a block that is still zero: there is no sum yet to spoil.
 
 From the second pass on there is no way back, only forward: what is interrupted then is finished
-(`recover`). Each block knows how much of the update was added to it.
+(`recover`). Each block knows whether the update was added to it.
 
 The last bits of a sum depend on the order of the additions, and on nothing else: not on blocks, nor
 on threads.
@@ -48,11 +48,11 @@ class PlainSum:
     Attributes:
         current: Which of two arrays is the sum; -1 for neither, which is zero.
         following: Which of them will be, once the addition under way is made.
-        parts: Of how many parts, to be added in place, that addition consists.
-        made: As many items as parts were added.
+        is_due: Whether that addition is still to be made in place, ``made`` or not.
+        made: One item once it is.
     """
 
-    __slots__ = ("_pair", "current", "following", "made", "parts")
+    __slots__ = ("_pair", "current", "following", "is_due", "made")
 
     def __init__(self, array: Array) -> None:
         self._pair = [array]
@@ -72,11 +72,11 @@ class PlainSum:
     def begin(self) -> None:
         """Begin an addition."""
         self.following = self.current
-        self.parts = 0
+        self.is_due = False
         self.made: list[Array] = []
 
     def add(self, product: Array) -> None:
-        """Add a part in place."""
+        """Add in place."""
         # It is counted by the very call that adds it: nothing can come between the two.
         self.made.extend(map(np.add, (self.value,), (product,), (self.value,)))
 
@@ -111,22 +111,30 @@ class PlainSums(Sums[PlainSum]):
 
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
-        factors = [self._factor(weight) for _, weight in terms]
+        factors = []
+        for number, (_, weight) in enumerate(terms):
+            with RefusedUpdate.numbered(number, terms):
+                factors.append(self._factor(weight))
 
-        def work(number: int, buffers: Buffers) -> None:
-            block, total = self._blocks[number]
+        def work(at: int, buffers: Buffers) -> None:
+            block, total = self._blocks[at]
             total.begin()
-            in_place = not total.is_zero and all(is_at_hand(block, params) for params, _ in terms)
+            # Of several updates at once, each is read but once.
+            alone = len(terms) == 1 and is_at_hand(block, terms[0][0])
+            in_place = alone and not total.is_zero
             source = None if total.is_zero else total.value
             following, target = (total.current, source) if in_place else total.next()
-            for (params, _), factor in zip(terms, factors, strict=True):
+            for number, (params, _) in enumerate(terms):
                 for values, exponent in load(block, params, params, buffers):
-                    product = None if in_place else self._product(values, factor, exponent, buffers)
+                    product = None
+                    if not in_place:
+                        product = self._product(values, factors[number], exponent, buffers)
                     index = _first_not_finite(values, buffers)  # now they are in the cache
                     if index >= 0:
-                        raise not_finite(params, *block.locate(index))
+                        with RefusedUpdate.numbered(number, terms):
+                            raise not_finite(params, *block.locate(index))
                     if product is None:
-                        total.parts += 1
+                        total.is_due = True
                         continue
                     np.add(0.0 if source is None else source, product, out=target)
                     source, total.following = target, following
@@ -138,18 +146,13 @@ class PlainSums(Sums[PlainSum]):
 
     def _rest_of(self, terms: Sequence[Term]) -> Callable[[int, Buffers], None]:
         """The second pass: what it has to do, or has left to do, for a block."""
-        factors = [self._factor(weight) for _, weight in terms]
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            skipped = len(total.made)
-            for (params, _), factor in zip(terms, factors, strict=True):
-                if skipped < total.parts:
-                    for values, exponent in load(block, params, params, buffers):
-                        if skipped:
-                            skipped -= 1
-                            continue
-                        total.add(self._product(values, factor, exponent, buffers))
+            if total.is_due and not total.made:
+                ((params, weight),) = terms
+                ((values, exponent),) = load(block, params, params, buffers)
+                total.add(self._product(values, self._factor(weight), exponent, buffers))
             total.current = total.following
 
         return work

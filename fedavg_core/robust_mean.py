@@ -129,7 +129,9 @@ class RobustMean(ABC):
             updates: Pairs of params and weight, as for `add`.
 
         Raises:
-            RefusedUpdate: One of them is not fit to be added; the state is unchanged.
+            RefusedUpdate: One of them is not fit to be added; the state is unchanged. Of several,
+                the contributor is ``updates[number]``.
+            UsageError: They are no pairs.
         """
 
     @abstractmethod

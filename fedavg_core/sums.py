@@ -281,13 +281,14 @@ class ExactSums(Sums[ExactSum]):
     def add(self, terms: Sequence[Term]) -> None:
         """See `Sums.add`."""
 
-        def work(number: int, buffers: Buffers) -> None:
-            block, total = self._blocks[number]
-            for params, weight in terms:
+        def work(at: int, buffers: Buffers) -> None:
+            block, total = self._blocks[at]
+            for number, (params, weight) in enumerate(terms):
                 try:
                     _add_block(block, total, params, params, weight, buffers)
                 except NonFiniteError as error:
-                    raise not_finite(params, *block.locate(error.index)) from None
+                    with RefusedUpdate.numbered(number, terms):
+                        raise not_finite(params, *block.locate(error.index)) from None
 
         self._each_block(work)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from pydoc import locate
@@ -438,15 +438,19 @@ def test_rounded_sums_are_those_of_one_addition_after_the_other(
             assert np.array_equal(arrays[f"{number}.sum"], expected[entry["name"]])
 
 
+LARGE_INTEGERS = np.array([(1 << 53) + 1, -(1 << 62) - 5, 3], np.int64)
+"""Which float64 cannot hold, so that they are added in two parts."""
+
+
 @pytest.mark.parametrize("kind", ["float64", "float32"])
-@pytest.mark.parametrize("moment", range(1, 7))
-def test_a_rounded_addition_that_is_interrupted_between_two_updates_is_finished(
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_a_rounded_addition_that_is_interrupted_between_two_blocks_is_finished(
     kind: Accumulator, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [{"w": np.linspace(n, 7, 9, dtype=np.float32)} for n in range(4)]
+    held, sent = ({"w": np.linspace(n, 7, 17, dtype=np.float32)} for n in range(2))
     mean, expected = (fc.WeightedMean(accumulator=kind, block=5) for _ in range(2))
     for one in (mean, expected):
-        one.add(models[0], 3)
+        one.add(held, 3)
     add, left = PlainSum.add, [moment]
 
     def interrupted(total: PlainSum, product: Array) -> None:
@@ -455,31 +459,45 @@ def test_a_rounded_addition_that_is_interrupted_between_two_updates_is_finished(
             raise KeyboardInterrupt
         add(total, product)
 
-    sent = [(model, 0.3) for model in models[1:]]
     monkeypatch.setattr(PlainSum, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mean.add_many(sent)
-    assert left[0] == moment - 1 - 6  # each part of the two blocks was added once
-    expected.add_many(sent)
-    assert mean.count == 4
+        mean.add(sent, 0.3)
+    assert left[0] == moment - 1 - 4  # each of the four blocks was added to once
+    expected.add(sent, 0.3)
+    assert mean.count == 2
     assert fc.same_bits(mean.state()[1], expected.state()[1])
 
 
-LARGE_INTEGERS = np.array([(1 << 53) + 1, -(1 << 62) - 5, 3], np.int64)
-"""Which float64 cannot hold, so that they are added in two parts."""
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_several_updates_at_once_are_added_to_rounded_sums_in_their_order(
+    kind: Accumulator,
+) -> None:
+    rng = np.random.default_rng(7)
+    updates: list[Any] = [
+        ({"w": rng.normal(9, 3, 12).astype("f4"), "n": LARGE_INTEGERS + n}, 0.3 + n)
+        for n in range(6)
+    ]
+    del updates[4][0]["w"]
+    one_by_one, at_once = (fc.WeightedMean(accumulator=kind, block=5) for _ in range(2))
+    for update in updates:
+        one_by_one.add(*update)
+    at_once.add_many(updates[:1])
+    at_once.add_many(updates[1:5])
+    at_once.add_many([])
+    at_once.add_many(updates[5:])
+    assert fc.same_bits(at_once.state()[1], one_by_one.state()[1])
 
 
 @pytest.mark.parametrize("kind", ["float64", "float32"])
-@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize(("held", "together"), [(0, 2), (1, 1), (1, 2)])
 def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_after(
-    kind: Accumulator, held: int
+    kind: Accumulator, held: int, together: int
 ) -> None:
     begun = [({"w": model(1)["w"], "n": LARGE_INTEGERS}, 3)][:held]
     sent = [
         ({"w": model(2)["w"], "n": LARGE_INTEGERS}, 0.3),
         ({"new": np.ones(5), "w": model(3)["w"]}, 7),
-        ({"w": model(4)["w"], "n": LARGE_INTEGERS}, 2),
-    ]
+    ][:together]
 
     def filled(updates: Any) -> fc.WeightedMean:
         mean = fc.WeightedMean(accumulator=kind, block=2)
@@ -504,7 +522,7 @@ def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_a
         if mean.count == held:
             mean.add_many(sent)
             assert fc.same_bits(mean.state()[1], after[1]), moment
-    assert seen == {held, held + 3}
+    assert seen == {held, held + together}
     assert moment > 500
 
 
@@ -1220,3 +1238,71 @@ class TestTwoErrors:
 def test_nothing_but_an_accumulator_is_merged(kind: Accumulator) -> None:
     with pytest.raises(fc.UsageError, match="expected an accumulator to merge, got None"):
         fc.WeightedMean(accumulator=kind).merge(None)  # type: ignore[arg-type]
+
+
+GOOD = {"w": np.ones(9, np.float32)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fc.WeightedMean,
+        lambda: fc.WeightedMean(accumulator="float64", block=2),
+        lambda: fc.WeightedMean(accumulator="float32", block=2),
+        fc.CoordinateMedian,
+        lambda: fc.ClippedMean(9.0),
+    ],
+)
+@pytest.mark.parametrize(
+    ("params", "weight"),
+    [
+        ({"w": np.array([1, 2, 3, 4, 5, 6, 7, np.nan, 9], np.float32)}, 1),
+        ({"w": np.ones(8, np.float32)}, 1),
+        (GOOD, -1),
+        ({"w": np.full(9, "x")}, 1),
+    ],
+)
+def test_of_several_updates_the_refusal_says_which_is_unfit(
+    make: Callable[[], Any], params: Any, weight: float
+) -> None:
+    mean = make()
+    mean.add(GOOD, 2)
+    before = mean.digest() if mean.determinism == "order-independent" else None
+    with pytest.raises(fc.RefusedUpdate) as alone:
+        mean.add(params, weight)
+    assert alone.value.contributor is None
+    with pytest.raises(fc.RefusedUpdate) as among:
+        mean.add_many([(GOOD, 1), (GOOD, 3), (params, weight), (GOOD, 1)])
+    assert among.value.contributor == "updates[2]"
+    assert str(among.value.placed(contributor="a")) == str(alone.value.placed(contributor="a"))
+    assert mean.count == 1
+    assert before is None or mean.digest() == before
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_of_several_updates_the_refusal_says_whose_weight_a_rounded_sum_cannot_hold(
+    kind: Accumulator,
+) -> None:
+    with pytest.raises(fc.RefusedUpdate, match=r"contributor 'updates\[1\]'.*a sum in float"):
+        fc.WeightedMean(accumulator=kind).add_many([(GOOD, 1), (GOOD, 5e-324)])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_several_models_the_refusal_says_which_is_unfit(number: int) -> None:
+    models = [GOOD, GOOD]
+    models[number] = {"w": np.full(9, np.inf)}
+    for some in models, models[number:][:1]:
+        place = rf"contributor 'models\[{len(some) - 1 and number}\]'"
+        with pytest.raises(fc.RefusedUpdate, match=place):
+            fc.weighted_mean(some, [1] * len(some))
+
+
+@pytest.mark.parametrize("make", [fc.WeightedMean, fc.CoordinateMedian, lambda: fc.ClippedMean(9)])
+@pytest.mark.parametrize("updates", [[GOOD], [(GOOD, 1), (GOOD, 1, 1)], [(GOOD, 1), 3], 3])
+def test_updates_that_come_without_their_weights_are_a_mistake(
+    make: Callable[[], Any], updates: Any
+) -> None:
+    mean = make()
+    with pytest.raises(fc.UsageError, match=r"updates\[\d\]: expected a pair of params and weight"):
+        mean.add_many(updates)
+    assert mean.count == 0

@@ -469,9 +469,9 @@ class TestAsAnAccumulator:
         bad: list[tuple[Any, Any, str]] = [
             (good, 0, "BAD_WEIGHT"),
             (good, Fraction(1, 3), "BAD_WEIGHT"),
-            ({**good, "p1": np.full(5, np.nan)}, 1, "NON_FINITE .key 'p1'.: .* got nan at .0."),
-            ({**good, "p1": np.ones(4)}, 1, "SHAPE .key 'p1'."),
-            ({**good, "p1": None}, 1, "DTYPE .key 'p1'."),
+            ({**good, "p1": np.full(5, np.nan)}, 1, "NON_FINITE .*key 'p1'.: .* got nan at .0."),
+            ({**good, "p1": np.ones(4)}, 1, "SHAPE .*key 'p1'."),
+            ({**good, "p1": None}, 1, "DTYPE .*key 'p1'."),
             ({}, 1, "MISSING_KEYS"),
             ([1], 1, "DTYPE"),
         ]
