@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import check_base, check_update, pairs
-from fedavg_core.errors import RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact import STEP
 from fedavg_core.model import (
     ArraySpec,
@@ -111,7 +111,7 @@ class WeightedMean:
             raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
         if spec is not None and not isinstance(spec, ModelSpec):
             raise UsageError(
-                f"expected a ModelSpec (ModelSpec.of(model) makes one), got a {type(spec).__name__}"
+                f"expected a ModelSpec (ModelSpec.of(model) makes one), got {a_type(spec)}"
             )
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")

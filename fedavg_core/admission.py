@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.sums import not_finite
 
@@ -60,7 +60,7 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
         raise RefusedUpdate(
             Reason.DTYPE,
             expected="a mapping from names to arrays",
-            got=f"a {type(params).__name__}",
+            got=a_type(params),
         )
     params = dict(params)
     if not params:

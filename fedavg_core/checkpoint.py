@@ -42,7 +42,7 @@ import numpy as np
 
 from fedavg_core.archive import Damaged, require
 from fedavg_core.codec import damage_told, read_npz, write_npz
-from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
 from fedavg_core.model import Params
 
 if sys.platform == "win32":  # pragma: no cover
@@ -110,7 +110,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     """
     given: object = checkpoint
     if not isinstance(given, Checkpoint):
-        raise UsageError(f"expected a Checkpoint to save, got a {type(given).__name__}")
+        raise UsageError(f"expected a Checkpoint to save, got {a_type(given)}")
     target = Path(path)
     for field_name in ("model", "arrays", "metrics", "extra"):
         held: object = getattr(checkpoint, field_name)
@@ -279,13 +279,12 @@ class CheckpointStore:
     each save does so for its own duration.
 
     Args:
-        folder: Where they are; made if it is not there.
+        folder: Where they are; made by the first who writes there.
         keep: How many of the newest to keep. The last that was the best when it was saved is kept
             in addition.
 
     Raises:
         UsageError: Fewer than one is to be kept.
-        CheckpointError: The folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
@@ -294,7 +293,6 @@ class CheckpointStore:
         self._folder = Path(folder)
         self._keep = keep
         self._lock: int | None = None
-        make_folder(self._folder)
 
     @property
     def folder(self) -> Path:
@@ -358,7 +356,8 @@ class CheckpointStore:
         """
         paths = self.paths()
         if not paths:
-            raise CheckpointError(self._folder, "there is no checkpoint in this folder")
+            there = "checkpoint in this" if self._folder.exists() else "such"
+            raise CheckpointError(self._folder, f"there is no {there} folder")
         try:
             return load_checkpoint(paths[-1])
         except CheckpointError as error:
@@ -380,6 +379,7 @@ class CheckpointStore:
     def __enter__(self) -> CheckpointStore:
         if self._lock is not None:
             raise UsageError(f"{self._folder}: this store has been entered already")
+        make_folder(self._folder)
         path = self._folder / _LOCK
         try:
             lock = os.open(path, _READ_WRITE, 0o644)
@@ -420,6 +420,8 @@ class CheckpointStore:
         """The checkpoints, in their order."""
         try:
             names = os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise CheckpointError(
                 self._folder, f"could not be read ({error.strerror or error})"

@@ -31,6 +31,7 @@ __all__ = [
     "Reason",
     "RefusedUpdate",
     "UsageError",
+    "a_type",
     "one_line",
     "quoted",
     "type_name",
@@ -123,6 +124,19 @@ def type_name(value: object) -> str:
         Printable ASCII of bounded length, with ``...`` where it was cut.
     """
     return quoted(type.__dict__["__name__"].__get__(type(value)))[1:-1]
+
+
+def a_type(value: object) -> str:
+    """The name of a foreign object's type with its article, such as ``an int``.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        As of `type_name`.
+    """
+    name = type_name(value)
+    return f"an {name}" if name[:1].lower() in set("aeiou") else f"a {name}"
 
 
 def one_line(error: BaseException, limit: int = _ERROR_LIMIT) -> str:

@@ -98,6 +98,11 @@ class Limits:
                     f"roster: expected a collection of contributors' names, got {quoted(given)}"
                 )
             object.__setattr__(self, "roster", frozenset(names))
+        for choice in ("allow_missing", "allow_unexpected"):
+            chosen: object = getattr(self, choice)
+            if not isinstance(chosen, (bool, np.bool_)):
+                raise UsageError(f"{choice}: expected True or False, got {quoted(chosen)}")
+            object.__setattr__(self, choice, bool(chosen))
         for limit in ("max_norm", "max_weight"):
             value: object = getattr(self, limit)
             if value is None:

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_name
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.plain import plain_text
 
 __all__ = [
@@ -156,9 +156,7 @@ def check_array(key: object, value: object) -> npt.NDArray[Any]:
     # The arithmetic of zero-dimensional arrays gives NumPy's scalars, so those are arrays here.
     kind = type(value)
     if not issubclass(kind, _ARRAYS) or issubclass(kind, np.ma.MaskedArray):
-        raise RefusedUpdate(
-            Reason.DTYPE, key=name, expected="a NumPy array", got=f"a {type_name(value)}"
-        )
+        raise RefusedUpdate(Reason.DTYPE, key=name, expected="a NumPy array", got=a_type(value))
     array = np.asarray(value)
     dtype = array.dtype
     # Records and NumPy's strings refer to objects, which are asked where such dtypes are compared.

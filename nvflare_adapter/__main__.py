@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fedavg_core as fc
+from fedavg_core.admission import check_model
 from fedavg_core.cli.console import open_console, typed
 from fedavg_core.errors import one_line, quoted
 from fedavg_core.model import copy_params
@@ -171,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         training = read_training_file(read.path, read.train_args.split())
         initial = {} if training.initial_model is None else training.initial_model(read.seed)
-        fc.ModelSpec.of(initial)
+        if training.initial_model is not None:
+            check_model(initial, f"{read.path.name}: initial_model")
         if read.start_from is not None:
             read.start_from = models_within(read.start_from)
         start = read.start_from

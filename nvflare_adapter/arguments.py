@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
+from fedavg_core.errors import a_type, quoted
 from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 from nvflare_adapter.aggregator import FedAvgAggregator
 from nvflare_adapter.controller import direction
@@ -235,7 +235,7 @@ def checked(kind: type[_Kind], given: Mapping[str, Any], place: str = "") -> _Ki
 
 def _shown(value: Any) -> str:
     simple = isinstance(value, (str, int, float, type(None)))
-    return quoted(value) if simple else f"a {type(value).__name__}"
+    return quoted(value) if simple else a_type(value)
 
 
 def check_together(arguments: Arguments) -> None:

@@ -22,7 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
-from fedavg_core.checkpoint import replacing
+from fedavg_core.checkpoint import make_folder, replacing
 from nvflare_adapter import global_model
 from nvflare_adapter.report import round_checkpoint
 from nvflare_adapter.start import OPEN_FILE, SINGLE_ARRAY_KEY, read_start
@@ -153,7 +153,9 @@ class CheckpointPersistor(ModelPersistor):
 
     def _store(self, fl_ctx: FLContext) -> fc.CheckpointStore:
         root = fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id())
-        return fc.CheckpointStore(Path(root) / self.folder, keep=self.keep)
+        folder = Path(root) / self.folder
+        make_folder(folder)  # more than checkpoints is written there
+        return fc.CheckpointStore(folder, keep=self.keep)
 
     def _shipped(self, name: str, fl_ctx: FLContext) -> Path:
         workspace, job = fl_ctx.get_workspace(), fl_ctx.get_job_id()

@@ -707,8 +707,8 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
         "SystemExit: bye (training.py, line 1); what is not for here belongs under: if __name__ ==",
     ),
     "empty": ("", "expected a function train, got none"),
-    "number": ("train = 3", "expected a function train, got a int"),
-    "evaluate": ("def train(p, c): ...\nevaluate = 3", "expected a function evaluate, got a int"),
+    "number": ("train = 3", "expected a function train, got an int"),
+    "evaluate": ("def train(p, c): ...\nevaluate = 3", "expected a function evaluate, got an int"),
     "initial": (
         "def train(p, c): ...\ndef initial_model(seed): return seed / 0",
         "initial_model, of training.py, failed: ZeroDivisionError: division by zero (training.py, ",

@@ -356,6 +356,8 @@ class TestLimits:
             ({"roster": 5}, "roster: expected a collection of contributors' names, got 5"),
             ({"exclude": b"w"}, "exclude: expected a regular expression, got b'w'"),
             ({"exclude": 5}, "exclude: expected a regular expression, got 5"),
+            ({"allow_missing": "no"}, "allow_missing: expected True or False, got 'no'"),
+            ({"allow_unexpected": 1}, "allow_unexpected: expected True or False, got 1"),
         ],
     )
     def test_one_without_meaning_is_a_usage_error(
@@ -363,6 +365,12 @@ class TestLimits:
     ) -> None:
         with pytest.raises(UsageError, match=message):
             Limits(**fields)
+
+    def test_a_choice_may_be_numpys(self) -> None:
+        yes: Any = np.True_
+        limits = Limits(allow_missing=yes, allow_unexpected=yes)
+        assert limits.to_json() == Limits(allow_unexpected=True).to_json()
+        assert limits.allow_missing is True
 
     def test_a_roster_may_be_any_collection(self) -> None:
         names: Any = ["site-1", "site-2"]

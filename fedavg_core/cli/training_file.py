@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fedavg_core.admission import check_model
 from fedavg_core.client import Client
-from fedavg_core.errors import UsageError, one_line
+from fedavg_core.errors import UsageError, a_type, one_line
 from fedavg_core.model import Params
 
 __all__ = ["TrainingFile", "read_training_file"]
@@ -122,7 +122,7 @@ def read_training_file(path: Path) -> TrainingFile:
     train = getattr(module, "train", None)
     for name, function in {"train": train, **functions}.items():
         if not callable(function) and (function is not None or name == "train"):
-            got = "none" if function is None else f"a {type(function).__name__}"
+            got = "none" if function is None else a_type(function)
             raise UsageError(f"{path}: expected a function {name}, got {got}")
     return TrainingFile(path.name, train, **functions)  # type: ignore[arg-type]
 

@@ -234,12 +234,12 @@ BROKEN = [
     ("import sys; sys.exit(3)", "ended by itself, given ''"),
     (
         "import nvflare_adapter\nnvflare_adapter.serve(print)\ndef initial_model(s): return [1]",
-        "expected a model as a mapping from names to arrays, got list",
+        "broken.py: initial_model: expected a model as a mapping from names to arrays, got list",
     ),
     (
         "import nvflare_adapter\nnvflare_adapter.serve(print)\n"
         "def initial_model(s): return {'w': 1}",
-        "DTYPE (key 'w'): expected a NumPy array, got a int",
+        "broken.py: initial_model: key 'w': expected a NumPy array, got an int",
     ),
     ("x = 1", "expected the file to end by calling nvflare_adapter.serve(train)"),
 ]
