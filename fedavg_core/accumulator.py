@@ -507,14 +507,19 @@ def weighted_mean(
         The mean, as new arrays; see `WeightedMean.mean`.
 
     Raises:
-        UsageError: There are not as many weights as models, or none of either.
+        UsageError: They are no lists, there are not as many weights as models, or none of either.
         RefusedUpdate: A model is not fit to be averaged; the contributor is ``models[number]``.
         OutOfRange: See `WeightedMean.mean`.
     """
+    if isinstance(models, Mapping) or not isinstance(models, Iterable):
+        raise UsageError(f"models: expected a list of them, got {a_type(models)}")
     models = list(models)
-    if not isinstance(weights, Sized) or len(models) != len(weights):
-        given = f"{len(weights)}" if isinstance(weights, Sized) else quoted(weights)
-        raise UsageError(f"expected one weight a model, got {len(models)} models, weights: {given}")
+    if not isinstance(weights, Sized):
+        raise UsageError(f"weights: expected a list of {len(models)}, got {quoted(weights)}")
+    if len(models) != len(weights):
+        raise UsageError(
+            f"weights: expected one for each of the {len(models)} models, got {len(weights)}"
+        )
     result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
     try:
         result.add_many(zip(models, weights, strict=True))

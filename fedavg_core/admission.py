@@ -33,12 +33,16 @@ def pairs(updates: Iterable[tuple[Params, float]]) -> list[tuple[Params, float]]
     Raises:
         UsageError: They are not.
     """
-    updates = list(updates) if isinstance(updates, Iterable) else [updates]
+    if not isinstance(updates, Iterable):
+        raise UsageError(f"updates: expected pairs of params and weight, got {a_type(updates)}")
+    updates = list(updates)
     for number, pair in enumerate(updates):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UsageError(
-                f"updates[{number}]: expected a pair of params and weight, got {quoted(pair)}"
-            )
+        got = a_type(pair)
+        if isinstance(pair, tuple | list):
+            if len(pair) == 2 and not isinstance(pair[1], Mapping):
+                continue
+            got = f"{got} of {' and '.join(map(a_type, pair)) or 'nothing'}"
+        raise UsageError(f"updates[{number}]: expected a pair of params and weight, got {got}")
     return updates
 
 

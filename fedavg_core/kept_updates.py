@@ -232,7 +232,8 @@ class KeptUpdates(RobustMean):
                 try:
                     beyond = _write_mean(terms, bottom, target, buffers, part)
                 except NonFiniteError:
-                    raise base_not_finite({key}) from None
+                    assert base is not None  # what is kept is finite
+                    raise base_not_finite(base, {key}) from None
                 if beyond >= 0:
                     raise out_of_range(key, target, start + beyond)
             result[key] = mean

@@ -258,7 +258,7 @@ class PlainSums(Sums[PlainSum]):
             if base is not None:
                 start = flat(base[segment.key], segment.start, segment.size)
                 if _first_not_finite(start, buffers) >= 0:
-                    raise base_not_finite({segment.key})
+                    raise base_not_finite(base, {segment.key})
                 mean += start.astype(self._dtype)
             if number.kind == "integer":
                 np.rint(mean, out=mean)

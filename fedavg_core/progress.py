@@ -70,6 +70,8 @@ class Progress:
             check_whole("patience", patience, 1)
             if monitor is None:
                 raise UsageError("patience: expected the name of the metric to monitor as well")
+        if monitor is not None and not isinstance(monitor, str):
+            raise UsageError(f"monitor: expected the name of a metric, got {quoted(monitor)}")
         if mode not in ("max", "min"):
             raise UsageError(f"mode: expected 'max' or 'min', got {quoted(mode)}")
         if stop_when is not None and not callable(stop_when):

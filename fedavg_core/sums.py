@@ -390,7 +390,7 @@ class ExactSums(Sums[ExactSum]):
             try:
                 _add_block(block, total, base, keys, weight, buffers, where)
             except NonFiniteError:
-                raise base_not_finite(keys) from None
+                raise base_not_finite(base, keys) from None
         return quotient(total, weight, spec.number, buffers.scratch, out)
 
 
@@ -425,11 +425,15 @@ def not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
     )
 
 
-def base_not_finite(keys: Collection[str]) -> UsageError:
+def base_not_finite(base: Params, keys: Collection[str]) -> UsageError:
     """The error for a base of which one of these arrays is not finite."""
+    for key in keys:
+        fine = np.isfinite(base[key])
+        if not fine.all():
+            refusal = not_finite(base, key, int(np.argmin(fine)))
+            break
     return UsageError(
-        "expected a base of finite numbers, got a NaN or an infinity among the keys "
-        f"{quoted(sorted(keys))}"
+        f"key {quoted(refusal.key)}: expected a base of {refusal.expected}, got {refusal.got}"
     )
 
 

@@ -55,7 +55,7 @@ def exact_weight(weight: object) -> Weight:
     if isinstance(weight, Fraction) and weight > 0 and weight.denominator.bit_count() == 1:
         return weight.numerator if weight.denominator == 1 else weight
     raise RefusedUpdate(
-        Reason.BAD_WEIGHT, expected="a finite number above zero as weight", got=quoted(weight)
+        Reason.BAD_WEIGHT, expected="a finite int or float above zero as weight", got=quoted(weight)
     )
 
 

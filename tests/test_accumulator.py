@@ -173,7 +173,7 @@ def test_what_was_added_is_not_kept(kind: Accumulator) -> None:
 
 
 BAD_UPDATES: list[tuple[Any, Any, fc.Reason, str]] = [
-    ({"w": np.ones(2)}, 0, fc.Reason.BAD_WEIGHT, "a finite number above zero as weight, got 0"),
+    ({"w": np.ones(2)}, 0, fc.Reason.BAD_WEIGHT, "int or float above zero as weight, got 0"),
     ({"w": np.ones(2)}, -1, fc.Reason.BAD_WEIGHT, "got -1"),
     ({"w": np.ones(2)}, float("nan"), fc.Reason.BAD_WEIGHT, "got nan"),
     ({"w": np.ones(2)}, np.inf, fc.Reason.BAD_WEIGHT, "got inf"),
@@ -939,9 +939,9 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
         fc.WeightedMean().mean()
     base = {"x": np.arange(3)}
     assert fc.same_bits(fc.WeightedMean().mean(base), base)
-    with pytest.raises(fc.UsageError, match="got 1 models, weights: 2"):
+    with pytest.raises(fc.UsageError, match="for each of the 1 models, got 2"):
         fc.weighted_mean([base], [1, 2])
-    with pytest.raises(fc.UsageError, match="got 1 models, weights: 3"):
+    with pytest.raises(fc.UsageError, match="weights: expected a list of 1, got 3"):
         fc.weighted_mean([base], 3)  # type: ignore[arg-type]
     with pytest.raises(
         fc.RefusedUpdate, match=r"NON_FINITE \(contributor 'models\[1\]', key 'x'\)"
@@ -1298,11 +1298,52 @@ def test_of_several_models_the_refusal_says_which_is_unfit(number: int) -> None:
 
 
 @pytest.mark.parametrize("make", [fc.WeightedMean, fc.CoordinateMedian, lambda: fc.ClippedMean(9)])
-@pytest.mark.parametrize("updates", [[GOOD], [(GOOD, 1), (GOOD, 1, 1)], [(GOOD, 1), 3], 3])
+@pytest.mark.parametrize(
+    ("updates", "told"),
+    [
+        ([GOOD], r"updates\[0\]: expected a pair of params and weight, got a dict"),
+        ((GOOD, 1), r"updates\[0\]: expected a pair of params and weight, got a dict"),
+        (
+            [(GOOD, 1), (GOOD, 1, 1)],
+            r"updates\[1\]: .*, got a tuple of .* and an int and an int",
+        ),
+        ([(GOOD, 1), [1, GOOD]], r"updates\[1\]: .*, got a list of an int and a dict"),
+        ([()], r"updates\[0\]: .*, got a tuple of nothing"),
+        ([(GOOD, 1), 3], r"updates\[1\]: .*, got an int"),
+        (3, "updates: expected pairs of params and weight, got an int"),
+        (None, "updates: expected pairs of params and weight, got a NoneType"),
+    ],
+)
 def test_updates_that_come_without_their_weights_are_a_mistake(
-    make: Callable[[], Any], updates: Any
+    make: Callable[[], Any], updates: Any, told: str
 ) -> None:
     mean = make()
-    with pytest.raises(fc.UsageError, match=r"updates\[\d\]: expected a pair of params and weight"):
+    with pytest.raises(fc.UsageError, match=told):
         mean.add_many(updates)
     assert mean.count == 0
+
+
+@pytest.mark.parametrize(
+    ("models", "weights", "told"),
+    [
+        ([GOOD, GOOD], [1], "weights: expected one for each of the 2 models, got 1"),
+        ([GOOD, GOOD], 3, "weights: expected a list of 2, got 3"),
+        (GOOD, [1], "models: expected a list of them, got a dict"),
+        (None, [1], "models: expected a list of them, got a NoneType"),
+    ],
+)
+def test_models_that_are_no_list_or_have_not_a_weight_each_are_a_mistake(
+    models: Any, weights: Any, told: str
+) -> None:
+    with pytest.raises(fc.UsageError, match=told):
+        fc.weighted_mean(models, weights)
+
+
+@kinds
+def test_a_base_that_is_not_finite_is_named_with_its_place(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add({"a": np.ones(2), "b": np.ones((2, 2))}, 1)
+    base = {"a": np.ones(2), "b": np.array([[1, 2], [np.inf, np.nan]])}
+    told = r"key 'b': expected a base of finite numbers, got inf at \[1, 0\]"
+    with pytest.raises(fc.UsageError, match=told):
+        mean.mean(base)

@@ -488,7 +488,16 @@ class TestResuming:
         assert self.same_runs(folder, whole)
         assert read_settings(folder)["rounds"] == 4
 
-    @pytest.mark.parametrize("when", ["train", "evaluate", "log", "checkpoint"])
+    def test_the_last_round_is_the_last_that_was_played(
+        self, training: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        folder = tmp_path / "run"
+        shared = ["run", training, "--checkpoint", folder, "--resume", "--keep-updates"]
+        for rounds in 3, 2:
+            _, out, _ = run(capsys, *shared, "--rounds", rounds)
+            assert f"to check the last round: fedavg verify {folder / 'audit-00000002'}" in out
+
+    @pytest.mark.parametrize("when", ["train", "evaluate", "log", "checkpoint", "stored"])
     def test_a_run_that_was_interrupted_goes_on(
         self,
         when: str,
@@ -518,12 +527,15 @@ class TestResuming:
             elif when == "checkpoint":
                 save = interrupting(fc.CheckpointStore.save, 3)
                 patch.setattr(fc.CheckpointStore, "save", lambda *given: save(*given))
+            elif when == "stored":
+                patch.setattr(fc.CheckpointStore, "_prune", interrupting(lambda _: None, 2))
             elif when == "train":
                 patch.setattr(Watch, "_norm", interrupting(lambda *_: None, 10))
             else:
                 patch.setattr(Watch, "record", interrupting(Watch.record, 3))
-            code, _, err = run(capsys, *shared)
+            code, out, err = run(capsys, *shared)
         assert code == 130
+        assert [line.split()[0] for line in out.splitlines()] == ["round", "0", "1"]
         assert err == (
             "fedavg: interrupted; 2 of 4 rounds are done, and the same command goes on with them, "
             f"with --checkpoint {folder} --resume\n"

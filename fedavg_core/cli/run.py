@@ -130,14 +130,14 @@ def _run(read: argparse.Namespace) -> int:
 def _run_in(read: argparse.Namespace, folder: Path) -> int:
     settle(read, folder)
     with _Lines() if read.json else _Table(read) as display:
-        model, problem = _play(read, folder, display)
+        model, done, problem = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
         write_npz(file, model)
     if not read.json:
         print_line(f"model: {folder / MODEL}")
         print_line(f"to see how it went: fedavg report {typed(folder)} -o report.html")
         if read.keep_updates:
-            print_line(f"to check the last round: {_check(folder, read.rounds - 1)}")
+            print_line(f"to check the last round: {_check(folder, done - 1)}")
     if problem is not None:
         raise FedAvgError(f"the model is written, but no round could be evaluated: {problem}")
     return 0
@@ -145,8 +145,12 @@ def _run_in(read: argparse.Namespace, folder: Path) -> int:
 
 def _play(
     read: argparse.Namespace, folder: Path, display: _Lines | _Table
-) -> tuple[Params, str | None]:
-    """Play the rounds that are left; the model, and why none of them could be evaluated."""
+) -> tuple[Params, int, str | None]:
+    """Play the rounds that are left.
+
+    Returns:
+        The model, of how many rounds it is, and why none of these could be evaluated.
+    """
     training = read_training_file(read.train)
     with contextlib.ExitStack() as stack:
         workers = None
@@ -176,14 +180,18 @@ def _play(
             keep=read.rounds if read.keep_updates else _KEPT,
             resume=read.resume and bool(CheckpointStore(folder).paths()),
         )
-        before = done = federation.round
+        before = federation.round
         if read.resume:
             _say_where(read, folder, before)
+        shown = 0
         try:
             for _ in federation:
-                done += 1
-                display.round(recorder.records[-1])
+                display.round(recorder.records[shown])
+                shown += 1
         except KeyboardInterrupt:
+            done = _rounds_stored(folder)
+            for record in recorder.records[shown : done - before]:
+                display.round(record)
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
                 f"on with them, with --checkpoint {typed(folder)} --resume"
@@ -191,7 +199,14 @@ def _play(
     if before == 0 and all(one.problem for one in recorder.records):
         raise FedAvgError(f"no round changed the model: {recorder.records[-1].problem}")
     problems = [one.evaluation_problem for one in recorder.records]
-    return federation.model, problems[-1] if problems and all(problems) else None
+    problem = problems[-1] if problems and all(problems) else None
+    return federation.model, federation.round, problem
+
+
+def _rounds_stored(folder: Path) -> int:
+    """Of how many rounds the newest checkpoint is."""
+    paths = CheckpointStore(folder).paths()
+    return int(paths[-1].stem.split("-")[1]) if paths else 0
 
 
 def _folder(read: argparse.Namespace) -> Path:

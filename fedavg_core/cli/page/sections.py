@@ -59,7 +59,8 @@ def tiles(settings: dict[str, Any], records: Sequence[RoundRecord]) -> Element:
         _tile(
             "updates averaged",
             f"{count['accepted']:,}",
-            f"{count['refused']:,} refused, {count['failed']:,} clients failed",
+            f"{count['refused']:,} refused, {count['failed']:,} "
+            f"client{'' if count['failed'] == 1 else 's'} failed",
         )
     )
     parts = {part: sum(record.seconds.get(part, 0.0) for record in records) for part in PARTS}
