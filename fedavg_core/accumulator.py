@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -197,6 +197,10 @@ class WeightedMean:
                 Of several, the contributor is ``updates[number]``.
             UsageError: They are no pairs.
         """
+        self._apply(self._admitted(updates), 1)
+
+    def _admitted(self, updates: Iterable[tuple[Params, float]]) -> Sequence[tuple[Params, Weight]]:
+        """Updates as plain arrays and exact weights; refuses what can be refused unread."""
         updates = pairs(updates)
         terms = []
         known = dict(self._books.spec)
@@ -206,7 +210,7 @@ class WeightedMean:
                 params = check_update(given, known, self._fixed)
                 known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
             terms.append((params, exact))
-        self._apply(terms, 1)
+        return terms
 
     def remove(self, params: Params, weight: float) -> None:
         """Undo one `add` exactly: the state is then as if it had never been.
@@ -514,12 +518,14 @@ def weighted_mean(
     if isinstance(models, Mapping) or not isinstance(models, Iterable):
         raise UsageError(f"models: expected a list of them, got {a_type(models)}")
     models = list(models)
-    if not isinstance(weights, Sized):
-        raise UsageError(f"weights: expected a list of {len(models)}, got {quoted(weights)}")
-    if len(models) != len(weights):
+    try:
+        count = len(weights)
+    except TypeError:
         raise UsageError(
-            f"weights: expected one for each of the {len(models)} models, got {len(weights)}"
-        )
+            f"weights: expected a list of {len(models)}, got {quoted(weights)}"
+        ) from None
+    if len(models) != count:
+        raise UsageError(f"weights: expected one for each of the {len(models)} models, got {count}")
     result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
     try:
         result.add_many(zip(models, weights, strict=True))

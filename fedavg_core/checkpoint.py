@@ -108,9 +108,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
             cannot hold, what JSON cannot hold, or more than `load_checkpoint` reads. Nothing is
             written then.
     """
-    given: object = checkpoint
-    if not isinstance(given, Checkpoint):
-        raise UsageError(f"expected a Checkpoint to save, got {a_type(given)}")
+    _check_kind(checkpoint)
     target = Path(path)
     for field_name in ("model", "arrays", "metrics", "extra"):
         held: object = getattr(checkpoint, field_name)
@@ -326,6 +324,7 @@ class CheckpointStore:
             UsageError: It holds what a checkpoint cannot (see `save_checkpoint`), or is of an
                 earlier round than one that is there.
         """
+        _check_kind(checkpoint)
         number, best = _round(checkpoint.round), bool(checkpoint.best)
         with contextlib.nullcontext() if self._lock is not None else self:
             newest, turn = number, 1
@@ -450,6 +449,11 @@ class CheckpointStore:
             for stored in listing:
                 if stored.path not in keep:
                     _unlink(stored.path)
+
+
+def _check_kind(given: object) -> None:
+    if not isinstance(given, Checkpoint):
+        raise UsageError(f"expected a Checkpoint to save, got {a_type(given)}")
 
 
 def _name(name: object) -> str:

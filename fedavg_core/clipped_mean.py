@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.admission import check_finite, check_update, pairs
+from fedavg_core.admission import check_finite
 from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean, State
-from fedavg_core.weight import exact_weight, is_whole
+from fedavg_core.weight import is_whole
 
 __all__ = ["ClippedMean"]
 
@@ -82,12 +82,10 @@ class ClippedMean(RobustMean):
 
     def add_many(self, updates: Iterable[tuple[Params, float]]) -> None:
         """See `RobustMean.add_many`."""
-        updates = pairs(updates)
+        admitted = self._mean._admitted(updates)
         terms: list[tuple[Params, Any]] = []
-        for number, (given, weight) in enumerate(updates):
-            with RefusedUpdate.numbered(number, updates):
-                exact = exact_weight(weight)
-                params = check_update(given, self._given or {}, self._fixed)
+        for number, (params, exact) in enumerate(admitted):
+            with RefusedUpdate.numbered(number, admitted):
                 check_finite(params)
             factor = self._factor(params)
             if factor == 1:
@@ -99,7 +97,7 @@ class ClippedMean(RobustMean):
                     for key, a in params.items()
                 }
                 terms += [(params, exact * factor), (nothing, exact * (1 - factor))]
-        self._expect(len(terms), len(updates))
+        self._expect(len(terms), len(admitted))
         self._mean.add_many(terms)
 
     def _expect(self, terms: int, updates: int) -> None:

@@ -104,7 +104,8 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
         OSError: As the file raises it.
     """
     for name, array in arrays.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+        plain = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+        if not isinstance(name, str) or not plain:
             raise UsageError(
                 f"expected arrays under names that are strings, got {quoted(name)} with an object "
                 f"of type {quoted(type(array).__name__)}"
@@ -162,6 +163,7 @@ class NpzWriter:
             member = f"{name if plain else f'array-{number}'}.npy"
             entries.append({"name": name, "member": member, "dtype": _dtype_name(array.dtype)})
         try:
+            _check_names(meta)
             index = json.dumps({"format": _FORMAT, "meta": dict(meta or {}), "arrays": entries})
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"expected meta that JSON can hold: {quoted(str(error))}") from error
@@ -330,6 +332,19 @@ def list_npz(archive: zipfile.ZipFile, sealed: bool) -> tuple[list[Entry], dict[
     if index is not None:
         return _read_index(archive, index, members)
     return [Entry(_stem(name), member, None) for name, member in members.items()], {}
+
+
+def _check_names(held: object) -> None:
+    """See that names within JSON are strings; it would make strings of others, of two maybe one."""
+    if isinstance(held, dict):
+        for name in held:
+            if not isinstance(name, str):
+                raise TypeError(f"the name {name!r} is no string")
+        held = held.values()
+    elif not isinstance(held, (list, tuple)):
+        return
+    for item in held:
+        _check_names(item)
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str | None:

@@ -160,7 +160,9 @@ class PlainSums(Sums[PlainSum]):
     def _product(self, values: Array, factor: float, exponent: int, buffers: Buffers) -> Array:
         """Values times a factor times a power of two, in a buffer."""
         product = buffers.scratch.product.view(self._dtype)[: values.size]
-        scale = self._dtype.type(factor * 2.0**exponent)
+        if exponent:  # apart from the factor: together they may overflow, and zeros be none
+            values = values * 2.0**exponent
+        scale = self._dtype.type(factor)
         if values.dtype == np.float32 and self._dtype == np.float64:
             np.copyto(product, values)  # faster than a cast on the way
             np.multiply(product, scale, out=product)

@@ -1279,6 +1279,30 @@ def test_of_several_updates_the_refusal_says_which_is_unfit(
     assert before is None or mean.digest() == before
 
 
+@pytest.mark.parametrize("limit", [1.0, 1e9])
+def test_updates_that_do_not_match_each_other_are_counted_as_they_came(limit: float) -> None:
+    clipped = fc.ClippedMean(limit)
+    other = {"w": np.ones(3)}
+    with pytest.raises(fc.RefusedUpdate, match=r"SHAPE \(contributor 'updates\[1\]', key 'w'\)"):
+        clipped.add_many([(GOOD, 1), (other, 1)])
+    clipped.add(GOOD, 1)
+    with pytest.raises(fc.RefusedUpdate, match=r"SHAPE \(key 'w'\)"):
+        clipped.add(other, 1)
+    assert clipped.count == 1
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("float64", 1e300), ("float32", 1e29)])
+@pytest.mark.parametrize("block", [2, 1 << 10])
+def test_an_element_beyond_a_rounded_sum_says_nothing_of_the_others_in_its_block(
+    kind: Accumulator, weight: float, block: int
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind, block=block)
+    mean.add({"a": np.array([1 << 60, 1]), "b": np.ones(2, np.float32)}, weight)
+    state = mean.state()[1]
+    assert state["0.sum"].tolist() == [np.inf, np.dtype(kind).type(weight)]
+    assert state["1.sum"].tolist() == [np.dtype(kind).type(weight)] * 2
+
+
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_of_several_updates_the_refusal_says_whose_weight_a_rounded_sum_cannot_hold(
     kind: Accumulator,
@@ -1330,6 +1354,7 @@ def test_updates_that_come_without_their_weights_are_a_mistake(
         ([GOOD, GOOD], 3, "weights: expected a list of 2, got 3"),
         (GOOD, [1], "models: expected a list of them, got a dict"),
         (None, [1], "models: expected a list of them, got a NoneType"),
+        ([GOOD], np.array(1), r"weights: expected a list of 1, got array\(1\)"),
     ],
 )
 def test_models_that_are_no_list_or_have_not_a_weight_each_are_a_mistake(
