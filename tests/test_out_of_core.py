@@ -317,7 +317,7 @@ def good(tmp_path: Path) -> Good:
                 {"w": np.zeros((2, 3))},
                 weight,
                 Reason.BAD_WEIGHT,
-                "BAD_WEIGHT (contributor 'bad.npz'): expected a finite number above zero as "
+                "BAD_WEIGHT (contributor 'bad.npz'): expected a finite int or float above zero as "
                 f"weight, got {weight!r}",
             )
             for weight in (0, -1, float("nan"), float("inf"), None, True, "3")
