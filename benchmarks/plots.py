@@ -19,7 +19,7 @@ from benchmarks.timing import Row, Timing, middle
 __all__ = ["save_plots"]
 
 _COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "floor": "#999999"}
-_KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes: nothing is faster"}
+_KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes, on one thread"}
 _LINES = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#000000")
 _MARKERS = "osD^vXP"
 _COLUMNS = 4
