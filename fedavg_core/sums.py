@@ -427,13 +427,10 @@ def not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
 
 def base_not_finite(base: Params, keys: Collection[str]) -> UsageError:
     """The error for a base of which one of these arrays is not finite."""
-    for key in keys:
-        fine = np.isfinite(base[key])
-        if not fine.all():
-            refusal = not_finite(base, key, int(np.argmin(fine)))
-            break
+    key = next(key for key in keys if not np.isfinite(base[key]).all())
+    refusal = not_finite(base, key, int(np.argmin(np.isfinite(base[key]))))
     return UsageError(
-        f"key {quoted(refusal.key)}: expected a base of {refusal.expected}, got {refusal.got}"
+        f"key {quoted(key)}: expected a base of {refusal.expected}, got {refusal.got}"
     )
 
 

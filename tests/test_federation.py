@@ -901,6 +901,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"transfer": "FULL"}, "transfer: expected a TransferType"),
         ({"clients": {"a": 3}}, "clients: expected a function for each name, got 3 for 'a'"),
         ({"evaluate": 3}, "evaluate: expected a function or None, got 3"),
+        ({"monitor": 3}, "monitor: expected the name of a metric, got 3"),
         ({"stop_when": "never"}, "stop_when: expected a function or None, got 'never'"),
         ({"min_updates": 0}, "min_updates: expected an integer of at least 1"),
         (
