@@ -247,7 +247,7 @@ def _numpy_average(replies: list[Any]) -> Params:
 
 
 class _Copy(_Plain):
-    """Copies each update into the same memory: on one thread few who read them are faster."""
+    """Copies each update into the same memory, on one thread."""
 
     def __init__(self) -> None:
         self._memory: Params = {}

@@ -187,7 +187,7 @@ class WeightedMean:
         """Add several updates that are at hand together, all of them or none.
 
         Faster than adding one after the other, as the sums are read and written once for all. The
-        result is the same, for exact sums to the bit.
+        result is the same, to the bit. Rounded sums take memory for a second sum then, and keep it.
 
         Args:
             updates: Pairs of params and weight, as for `add`.
