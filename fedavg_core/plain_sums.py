@@ -48,11 +48,11 @@ class PlainSum:
     Attributes:
         current: Which of two arrays is the sum; -1 for neither, which is zero.
         following: Which of them will be, once the addition under way is made.
-        is_due: Whether that addition is still to be made in place, ``made`` or not.
+        in_place: Whether that addition is made in place, by the second pass.
         made: One item once it is.
     """
 
-    __slots__ = ("_pair", "current", "following", "is_due", "made")
+    __slots__ = ("_pair", "current", "following", "in_place", "made")
 
     def __init__(self, array: Array) -> None:
         self._pair = [array]
@@ -72,7 +72,7 @@ class PlainSum:
     def begin(self) -> None:
         """Begin an addition."""
         self.following = self.current
-        self.is_due = False
+        self.in_place = False
         self.made: list[Array] = []
 
     def add(self, product: Array) -> None:
@@ -134,7 +134,7 @@ class PlainSums(Sums[PlainSum]):
                         with RefusedUpdate.numbered(number, terms):
                             raise not_finite(params, *block.locate(index))
                     if product is None:
-                        total.is_due = True
+                        total.in_place = True
                         continue
                     np.add(0.0 if source is None else source, product, out=target)
                     source, total.following = target, following
@@ -149,7 +149,7 @@ class PlainSums(Sums[PlainSum]):
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
-            if total.is_due and not total.made:
+            if total.in_place and not total.made:
                 ((params, weight),) = terms
                 ((values, exponent),) = load(block, params, params, buffers)
                 total.add(self._product(values, self._factor(weight), exponent, buffers))
