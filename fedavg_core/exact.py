@@ -39,7 +39,7 @@ from fractions import Fraction
 from functools import partial
 from math import frexp, ldexp
 from operator import methodcaller
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ LOOSE_BOUND = _SETTLED
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
-_FEW = 1 << 14  # places that are looked at one by one
+_FEW = 1 << 16  # places that are looked at one by one
 _PIECE = 1 << 12  # elements that are carried in one go
 _MOST_LOOSE = 16
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
@@ -94,11 +94,13 @@ class Scratch:
         bits: for bit patterns;
         small: for a mask.
         spare: For anything else.
+        mask: For a mask that is kept while the others serve.
     """
 
     def __init__(self, size: int) -> None:
         self.product = np.empty(size, np.float64)
         self.spare = np.empty(size, np.float64)
+        self.mask = np.empty(size, np.bool_)
         # The less memory in use, the more of it stays in the cache.
         self.bits = self.product.view(np.uint32)[:size]
         self.small = self.product.view(np.bool_)[4 * size : 5 * size]
@@ -116,7 +118,8 @@ class ExactSum:
         size: n.
         origin: The exponent of limb 0's unit; None while nothing was added.
         limbs: The limbs, by their number. One whose bound is zero counts as zero, whatever the
-            memory holds: a reset writes nothing, and the next addition need not read.
+            memory holds: a reset writes nothing, and the next addition need not read. No other
+            limb holds a -0.0.
         loose: Parts of limb -1 that are not in it yet: ascending positions, each once, and what to
             add there in units of limb 0. A few, and together for a small part of the elements.
         bounds: What no element of a limb exceeds.
@@ -308,9 +311,11 @@ class ExactSum:
         if least > 127:
             return False
         where: Indices | None = _NOWHERE
+        has_zeros = True
         if least > -126:
             small = np.less(bits, np.uint32((least + 127) << 24), out=scratch.small[:n])
             where = positions(small, n >> _SPARSE)
+            has_zeros = where is None  # at places that are not looked at
             if where is None:  # zeros are whole units as well
                 where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
         factor = ldexp(odd, shift - origin)
@@ -320,13 +325,15 @@ class ExactSum:
         product = scratch.product[:n] if where is None else self._blank(0, scratch.product)
         np.copyto(product, values)
         np.multiply(product, factor, out=product)
+        if has_zeros and self.is_zero:
+            product += 0.0  # of which none may stay -0.0
         if where is None:
             self._cut(0, None, product, 1, bound)
         elif not where.size:
             self._deposit(0, None, product, bound)
         else:
             rest = product[where]
-            whole = np.rint(rest)
+            whole = np.rint(rest) + 0.0
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
@@ -507,16 +514,22 @@ def _do_both(first: Callable[[], object], second: Callable[[], object]) -> None:
     list(map(methodcaller("__call__"), (first, second)))
 
 
-def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None:
+@overload
+def positions(mask: npt.NDArray[np.bool_]) -> Indices: ...
+@overload
+def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None: ...
+def positions(mask: npt.NDArray[np.bool_], most: int | None = None) -> Indices | None:
     """Where a mask is true, fast if that is in few places.
 
     Args:
         mask: One dimension, contiguous; only read.
-        most: How many places the caller cares for.
+        most: How many places the caller cares for; None for all.
 
     Returns:
         The positions, ascending; None if they are more than that.
     """
+    if most is None:
+        most = mask.size
     if mask.size <= _FEW:
         found: Indices = np.flatnonzero(mask)
     else:

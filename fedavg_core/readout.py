@@ -11,19 +11,60 @@ that is the same for all; they identify the value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.exact import LOOSE_BOUND, STEP, ExactSum
 
-__all__ = ["digits", "extent", "from_digits", "leading", "nearest", "sign"]
+__all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 Digits: TypeAlias = "dict[int, npt.NDArray[np.int32]]"
+
+
+class Nearest(NamedTuple):
+    """Sums that float64 tells at once, and what is loose beside them.
+
+    Attributes:
+        limbs: From one to three adjoining limbs, the highest first.
+        units: The units of these, in those of the first.
+        where: Where there is something loose, in any order; a place may occur several times.
+        part: What is to be added there.
+        exponent: What all of it is to be scaled by, as a power of two.
+        roundings: After how many roundings `at` gives them, each with a relative error below
+            2**-52; exact if there were none.
+    """
+
+    limbs: Sequence[Floats]
+    units: Sequence[float]
+    where: Indices
+    part: Floats
+    exponent: int
+    roundings: int
+
+    def at(self, place: slice, out: Floats, spare: Floats) -> Floats:
+        """Some of the sums, without what is loose.
+
+        Args:
+            place: Which.
+            out: As many numbers; overwritten.
+            spare: As many numbers; overwritten.
+
+        Returns:
+            The sums, none of them -0.0; only to be read: they may be part of a limb.
+        """
+        top, *lower = (limb[place] for limb in self.limbs)
+        if not lower:
+            return top
+        np.multiply(lower[-1], self.units[-1], out=spare)
+        if len(lower) == 2:
+            np.multiply(lower[0], self.units[1], out=out)
+            np.add(spare, out, out=spare)
+        return np.add(top, spare, out=out)
 
 
 def sign(total: ExactSum) -> Floats:
@@ -61,45 +102,34 @@ def extent(total: ExactSum) -> tuple[int, int]:
     return least, least + bound.bit_length()
 
 
-def nearest(total: ExactSum, place: slice, out: Floats, spare: Floats) -> tuple[int, int] | None:
-    """The sums of some elements as float64, if that can be had at once.
+def nearest(total: ExactSum) -> Nearest | None:
+    """The sums as float64, if that can be had at once.
 
     Args:
         total: The sums; only read.
-        place: Which elements.
-        out: As many numbers; overwritten with the sums.
-        spare: As many numbers; overwritten.
 
     Returns:
-        ``(exponent, roundings)``: the sums are ``out · 2**exponent``, after so many roundings,
-        each with a relative error below 2**-52; exact if there were none. None if it takes more
-        than that, or if every sum is zero.
+        The sums; None if it takes more than a few operations, or if every sum is zero.
     """
-    used = total.used()
-    if total.origin is None or not used or used[-1] - used[0] > 2:
+    used = total.used()[::-1]
+    if total.origin is None or not used or used[0] - used[-1] > 2:
         return None
-    top = used[-1]
-    lower = [k for k in used if k < top]
+    top = used[0]
     # Two lower limbs are added without rounding, if between them there are at most 53 bits.
-    if len(lower) == 2 and max(total.bounds[k] for k in lower) > 1 << (52 - STEP):
+    if len(used) == 3 and max(total.bounds[k] for k in used[1:]) > 1 << (52 - STEP):
         return None
-    if not lower:
-        np.add(total.limbs[top][place], 0.0, out=out)  # a limb may hold -0.0; what is told is +0.0
-    else:
-        np.multiply(total.limbs[lower[0]][place], 2.0 ** (STEP * (lower[0] - top)), out=spare)
-        if len(lower) == 2:
-            np.multiply(total.limbs[lower[1]][place], 2.0**-STEP, out=out)
-            np.add(spare, out, out=spare)
-        np.add(total.limbs[top][place], spare, out=out)
-    # All are multiples of one unit. A partial sum of few bits is exact, and from one of many bits
-    # loose parts do not lead back to few. So no error is large beside the sum.
+    where, part = np.empty(0, np.intp), np.empty(0)
     if total.loose:
         where, part = map(np.concatenate, zip(*total.loose, strict=True))
-        if out.size < total.size:
-            inside = (place.start <= where) & (where < place.stop)
-            where, part = where[inside] - place.start, part[inside]
-        np.add.at(out, where, part * 2.0 ** (-STEP * top))
-    return total.origin + STEP * top, bool(lower) + len(total.loose)
+        part *= 2.0 ** (-STEP * top)
+    return Nearest(
+        limbs=[total.limbs[k] for k in used],
+        units=[2.0 ** (STEP * (k - top)) for k in used],
+        where=where,
+        part=part,
+        exponent=total.origin + STEP * top,
+        roundings=int(len(used) > 1),
+    )
 
 
 def leading(total: ExactSum) -> Iterator[tuple[Indices, Floats, Floats, int, bool]]:

@@ -11,8 +11,9 @@ the sign of
 
 is that of one more exact sum. A tie, sign zero, goes to the even one.
 
-Most elements do not come so far (`_quick`): float64 alone tells how they round unless it is near to
-a midpoint, and of most of these, ties above all, also on which side they are (`_break_ties`).
+Most elements do not come so far: float64 alone tells how they round (`_divide_at`), unless it is
+near to a midpoint or has not all of the sum; and of most of these, ties above all, also on which
+side of a midpoint they are (`_settle`).
 
 A double-double is brought to fewer bits in two steps without rounding twice by *rounding to odd*
 (Boldo and Melquiond, 2008): if it is not itself a float64, the neighbouring float64 with an odd
@@ -23,14 +24,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import frexp, ldexp
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.exact import STEP, ExactSum, Scratch, positions
 from fedavg_core.model import NumberFormat
-from fedavg_core.readout import extent, leading, nearest, sign
+from fedavg_core.readout import Nearest, extent, leading, nearest, sign
 
 __all__ = ["quotient"]
 
@@ -39,11 +40,11 @@ Array: TypeAlias = npt.NDArray[Any]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
 _RELATIVE_ERROR = 2.0**-68
-_DIVISION_ERROR = 8  # more than a rounded sum times a rounded inverse is off, in last places
+_SHIFT = 2.0**-47  # 32 to 64 last places; a rounded sum times a rounded inverse is off by 5 at most
+_NEAR = 96  # last places; more than this shift and that error together
 _SAFE_SCALE = 900
 _BEYOND = 2.0**1000
 _PIECE = 1 << 16  # elements divided with care in one go, which takes some thirty arrays as large
-_ROW = 256  # elements looked at together for those that are midway
 _SPLITTER = 2.0**27 + 1
 
 
@@ -64,13 +65,16 @@ def quotient(
         The position of the first quotient beyond the largest number, or -1.
     """
     with np.errstate(all="ignore"):  # whatever the caller has set
-        piece = scratch.product.size
-        doubtful = [np.empty(0, np.intp)]
-        for start in range(0, total.size, piece):
-            place = slice(start, min(start + piece, total.size))
-            doubt = _quick(total, place, weight, number, scratch, out[place])
-            doubtful.append(np.arange(place.start, place.stop) if doubt is None else start + doubt)
-        careful = np.concatenate(doubtful)
+        way = _way(total, weight, number)
+        if way is None:
+            careful = np.arange(total.size)
+        else:
+            piece = scratch.product.size
+            pieces = [slice(n, min(n + piece, total.size)) for n in range(0, total.size, piece)]
+            careful = np.concatenate(
+                [_divide_at(at, way, weight, number, scratch, out) for at in pieces]
+            )
+            careful = _settle(way, careful, weight, out)
         out[careful] = 0
         beyond: list[int] = []
         for start in range(0, careful.size, _PIECE):
@@ -85,114 +89,153 @@ def quotient(
     return min(beyond, default=-1)
 
 
-def _quick(
-    total: ExactSum,
+class _Way(NamedTuple):
+    """How sums are divided in float64.
+
+    Attributes:
+        sums: The sums.
+        scale: See `_scaled`.
+        unused: How many of a float64's bits the format of the results does not have.
+        are_normal: Whether every result is zero, or a normal number.
+    """
+
+    sums: Nearest
+    scale: int
+    unused: int
+    are_normal: bool
+
+
+def _way(total: ExactSum, weight: int | Fraction, number: NumberFormat) -> _Way | None:
+    """How to divide the sums in float64; None if that cannot be."""
+    if number.kind == "integer":
+        return None
+    sums = nearest(total)
+    if sums is None:
+        return None
+    bits, unused = weight.numerator.bit_length(), 53 - number.precision
+    scale = _scaled(weight, sums.exponent)[2]
+    if abs(scale) > _SAFE_SCALE or (not unused and (sums.roundings or bits > 53)):
+        return None
+    # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
+    least, reach = (power + scale - sums.exponent for power in extent(total))
+    return _Way(
+        sums,
+        scale,
+        unused,
+        least >= number.least_exponent and reach + 1 < frexp(number.largest)[1],
+    )
+
+
+def _divide_at(
     place: slice,
+    way: _Way,
     weight: int | Fraction,
     number: NumberFormat,
     scratch: Scratch,
-    result: Array,
-) -> Indices | None:
-    """Write quotients at once; the positions of those that cannot be trusted, or None for all.
+    out: Array,
+) -> Indices:
+    """Write some of the quotients, as float64 tells them; the positions of those not to be trusted.
 
-    Into a narrow format: the product with the divisor's inverse is off by a few units in the last
-    place of float64, so its rounding is right unless it lies that near to a midpoint. Into float64:
-    of one float64 over another the division is right by itself. Results that are not normal numbers
-    are not trusted.
+    Into float64: of one float64 over another the division is right by itself. Into a narrow format:
+    the product with the divisor's inverse is off by a few units in the last place of float64, so
+    its rounding is right unless it lies that near to a midpoint. All products are made greater by
+    more than they are off (`_SHIFT`); so those that may have been on the other side of a midpoint,
+    or on it, are beyond it now by little, which one comparison finds.
+
+    Results that are not normal numbers are not trusted, nor those to which something loose belongs.
     """
-    if number.kind == "integer":
-        return None
     size = place.stop - place.start
     values, spare = scratch.product[:size], scratch.spare[:size]
-    found = nearest(total, place, values, spare)
-    if found is None:
-        return None
-    exponent, roundings = found
-    numerator, bits, scale = _scaled(weight, exponent)
-    unused = 53 - number.precision
-    if abs(scale) > _SAFE_SCALE or (not unused and (roundings or bits > 53)):
-        return None
-    if unused:
-        values *= ldexp((1 << bits) / numerator, scale)
+    sums, numerator, bits = way.sums, weight.numerator, weight.numerator.bit_length()
+    if way.unused:
+        factor = ldexp((1 << bits) / numerator, way.scale) * (1 + _SHIFT)
+        np.multiply(sums.at(place, values, spare), factor, out=values)
     else:
-        values /= ldexp(numerator / (1 << bits), -scale)
+        factor = ldexp(numerator / (1 << bits), -way.scale)
+        np.divide(sums.at(place, values, spare), factor, out=values)
     doubt: npt.NDArray[np.bool_] | None = None
-    # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
-    least, reach = (power + scale - exponent for power in extent(total))
-    if least < number.least_exponent or reach + 1 >= frexp(number.largest)[1]:
+    if not way.are_normal:
         np.abs(values, out=spare)
         doubt = ((spare < 2.0**number.least_exponent) & (spare > 0.0)) | (spare > number.largest)
         values[doubt] = 0.0
-    if not unused:
-        result[:] = values
+    doubtful = scratch.mask[:size]
+    if way.unused:
+        _round(values, way.unused, spare, out[place], doubtful)
     else:
-        pattern, half = values.view(np.int64), 1 << (unused - 1)
-        if number.precision == 24:
-            result[:] = values
-            aside = pattern  # the values are not needed any more
-        else:
-            aside = spare.view(np.int64)
-        np.bitwise_and(pattern, (1 << unused) - 1, out=aside)
-        error = _DIVISION_ERROR + 2 * roundings
-        aside -= half - error
-        distance, near = aside.view(np.uint64), np.uint64(2 * error)
-        midway = _at_most(distance, near)
-        if aside is not pattern:
-            # Halfway cases are in doubt, so adding half a unit and cutting rounds to nearest.
-            pattern += half
-            pattern &= -(1 << unused)
-            result[:] = values
-        if doubt is None:
-            return _break_ties(total, place, midway, weight, scale, unused, result)
-        doubt[midway] = True
-    return np.empty(0, np.intp) if doubt is None else positions(doubt, size)
+        out[place] = values
+        doubtful[:] = False
+    if doubt is not None:
+        doubtful |= doubt
+    where = sums.where
+    if size < out.size:
+        where = where[(place.start <= where) & (where < place.stop)] - place.start
+    doubtful[where] = True
+    places: Indices = positions(doubtful) + place.start
+    return places
 
 
-def _at_most(numbers: npt.NDArray[np.uint64], most: np.uint64) -> Indices:
-    """Where numbers are at most so large, fast if that is in few places."""
-    whole = numbers.size - numbers.size % _ROW
-    rows = numbers[:whole].reshape(-1, _ROW)
-    hits = np.flatnonzero(rows.min(axis=1) <= most)
-    row, column = np.nonzero(rows[hits] <= most)
-    tail = np.flatnonzero(numbers[whole:] <= most)
-    return np.concatenate([hits[row] * _ROW + column, tail + whole])
+def _round(
+    values: Floats, unused: int, spare: Floats, out: Array, midway: npt.NDArray[np.bool_]
+) -> None:
+    """Write values rounded to narrower numbers; which are beyond a midpoint of two by little.
 
-
-def _break_ties(
-    total: ExactSum,
-    place: slice,
-    midway: Indices,
-    weight: int | Fraction,
-    scale: int,
-    unused: int,
-    result: Array,
-) -> Indices:
-    """Write quotients that are nearly midway between two normal numbers; the positions left over.
-
-    A sum of two limbs, less the midpoint times the weight: of the upper limb and the product, if
-    they are alike, the difference is exact (Sterbenz, 1974); adding the lower limb to it keeps the
-    sign of the exact result, though it rounds.
+    Args:
+        values: Zeros, and numbers of a size that is normal in the narrower format; overwritten.
+        unused: How many of a value's last bits the narrower format does not have.
+        spare: As many numbers; overwritten.
+        out: Overwritten with the rounded values; of those near to a midpoint, with either
+            neighbour.
+        midway: Overwritten with which are on a midpoint, or beyond it by up to `_NEAR`.
     """
+    pattern = values.view(np.uint64)
+    is_float32 = unused == 29
+    rest = pattern
+    if is_float32:  # a processor's own rounding, once
+        out[:] = values
+    else:
+        rest = spare.view(np.uint64)
+    # What is unused, moved to the top: at a midpoint it is the least of the signed integers.
+    np.left_shift(pattern, np.uint64(64 - unused), out=rest)
+    least = -(1 << 63) + (_NEAR << (64 - unused))
+    np.less_equal(rest.view(np.int64), np.int64(least), out=midway)
+    if not is_float32:
+        # As those near to a midpoint are known, adding half a unit and cutting rounds to nearest.
+        pattern += np.uint64(1 << (unused - 1))
+        pattern &= np.uint64((1 << 64) - (1 << unused))
+        out[:] = values
+
+
+def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> Indices:
+    """Write the quotients of a few sums that are normal numbers; the positions left over.
+
+    Cut to the narrower format, a quotient has a midpoint above it. A sum of two limbs, less that
+    midpoint times the weight: of the upper limb and the product, if they are alike, the difference
+    is exact (Sterbenz, 1974); adding the lower limb to it keeps the sign of the exact result,
+    though it rounds. Should an error of the quotient have led to the midpoint before or after the
+    right one, the number between the two is what comes out, and is right.
+    """
+    unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
     zeros = (numerator & -numerator).bit_length() - 1
-    if not midway.size or bits - zeros > unused - 1:  # else a midpoint times the weight is exact
-        return midway
-    part = total.take(place.start + midway)
-    part.tuck()
-    used = part.used()
-    if used[-1] - used[0] > 1:
-        return midway
-    upper, lower = part.limbs[used[-1]], np.zeros(midway.size)
-    if len(used) == 2:
-        lower += part.limbs[used[0]] * 2.0**-STEP
-    values = (upper + lower) * ldexp((1 << bits) / numerator, scale)
+    # Else a midpoint times the weight is exact, and there are one or two limbs.
+    if not (way.are_normal and bits - zeros < unused and sums.units[-1] >= 2.0**-STEP):
+        return places
+    upper, lower = sums.limbs[0][places], np.zeros(places.size)
+    for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):
+        lower += limb[places] * unit
+    loose = np.zeros(places.size)
+    np.add.at(loose, np.searchsorted(places, sums.where), sums.part)
+    lower, lost = _two_sum(lower, loose)
+    values = (upper + lower) * ldexp((1 << bits) / numerator, way.scale)
     cut = values.view(np.int64) & -(1 << unused)
-    middle = (cut | 1 << (unused - 1)).view(np.float64) * ldexp(numerator, -bits - scale)
-    alike = (np.abs(upper) <= 2.0 * np.abs(middle)) & (np.abs(middle) <= 2.0 * np.abs(upper))
+    middle = (cut | 1 << (unused - 1)).view(np.float64) * ldexp(numerator, -bits - way.scale)
+    size, other = np.abs(upper), np.abs(middle)
+    fine = (size <= 2.0 * other) & (other <= 2.0 * size) & (lost == 0.0)
     side = ((upper - middle) + lower) * np.sign(middle)
     up = (side > 0.0) | ((side == 0.0) & ((cut >> unused) & 1 == 1))
-    result[midway] = (cut + (up.astype(np.int64) << unused)).view(np.float64)
-    return midway[~alike]
+    out[places] = (cut + (up.astype(np.int64) << unused)).view(np.float64)
+    left: Indices = places[~fine]
+    return left
 
 
 def _careful(
@@ -269,11 +312,16 @@ def _two_product(a: Floats, b: float) -> tuple[Floats, Floats]:
     return product, error
 
 
-def _to_odd(a: Floats, b: Floats) -> Floats:
-    """A float64 that every format of at most 51 bits rounds as it would round a + b."""
+def _two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """The sum a + b as an exact sum of two float64 (Knuth, 1969)."""
     total = a + b
     shift = total - a
-    error = (a - (total - shift)) + (b - shift)  # a + b = total + error (Knuth, 1969)
+    return total, (a - (total - shift)) + (b - shift)
+
+
+def _to_odd(a: Floats, b: Floats) -> Floats:
+    """A float64 that every format of at most 51 bits rounds as it would round a + b."""
+    total, error = _two_sum(a, b)
     aside = np.nextafter(total, np.where(error > 0.0, np.inf, -np.inf))
     even = (total.view(np.int64) & 1) == 0
     return np.where((error != 0.0) & even, aside, total)
