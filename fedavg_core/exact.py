@@ -337,12 +337,13 @@ class ExactSum:
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
-            below = rest * 2.0**STEP
-            if (np.rint(below) == below).all():
-                self._steps.append((-1, where, rest, _LOOSE))
-                self._done.extend(map(self.loose.append, ((where, rest),)))
-            else:
+            left = np.flatnonzero(rest)  # zeros and other whole units are small as well
+            where, below = where[left], rest[left] * 2.0**STEP
+            if (np.rint(below) != below).any():
                 self._cut(-1, where, below, 1, _SETTLED)
+            elif left.size:
+                self._steps.append((-1, where, below, _LOOSE))
+                self._done.extend(map(self.loose.append, ((where, rest[left]),)))
         return True
 
     def _add_general(

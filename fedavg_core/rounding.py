@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import STEP, ExactSum, Scratch, positions
+from fedavg_core.exact import ExactSum, Scratch, positions
 from fedavg_core.model import NumberFormat
 from fedavg_core.readout import Nearest, extent, leading, nearest, sign
 
@@ -208,17 +208,16 @@ def _round(
 def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> Indices:
     """Write the quotients of a few sums that are normal numbers; the positions left over.
 
-    Cut to the narrower format, a quotient has a midpoint above it. A sum of two limbs, less that
+    Cut to the narrower format, a quotient has a midpoint above it. A sum of limbs, less that
     midpoint times the weight: of the upper limb and the product, if they are alike, the difference
-    is exact (Sterbenz, 1974); adding the lower limb to it keeps the sign of the exact result,
-    though it rounds. Should an error of the quotient have led to the midpoint before or after the
+    is exact (Sterbenz, 1974); adding what is lower to it keeps the sign of the exact result, though
+    it rounds. Should an error of the quotient have led to the midpoint before or after the
     right one, the number between the two is what comes out, and is right.
     """
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
     zeros = (numerator & -numerator).bit_length() - 1
-    # Else a midpoint times the weight is exact, and there are one or two limbs.
-    if not (way.are_normal and bits - zeros < unused and sums.units[-1] >= 2.0**-STEP):
+    if not way.are_normal or bits - zeros >= unused:  # else a midpoint times the weight is exact
         return places
     upper, lower = sums.limbs[0][places], np.zeros(places.size)
     for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):

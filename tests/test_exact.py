@@ -429,7 +429,7 @@ def test_what_is_loose_in_the_same_places_stays_so_without_a_limb_of_its_own(
     places: list[int], most: int
 ) -> None:
     values = np.ones(320, np.float32)
-    values[places] = -3 * 2.0**-21
+    values[places] = -(1 + 3 * 2.0**-23) * 2.0**-16  # times 601 no whole units of limb 0
     total, scratch, kept = ExactSum(320), Scratch(320), []
     for count in range(1, 101):
         total.add(values, 601, scratch)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import pytest
 
 from fedavg_core import OutOfRange
-from fedavg_core.accumulator import WeightedMean
+from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.exact import ExactSum, Scratch
 from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, number_format, same_bits
 from fedavg_core.testing import (
     averaged_dtypes,
@@ -335,7 +336,8 @@ models = {site: {n: numbers(site + n, n.split(".")[1], 50) for n in names} for s
 
 SCRIPT = f"""{INPUTS}
 import sys
-from fedavg_core.accumulator import WeightedMean
+from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.exact import ExactSum, Scratch
 
 for block in map(int, sys.argv[1:]):
     acc = WeightedMean(block=block)
@@ -431,3 +433,28 @@ def test_midpoints_at_the_end_of_float64_are_out_of_a_narrow_range(dtype: str, b
     mean.add({"x": np.array([0.0, value])}, 2.0**1000)
     with pytest.raises(OutOfRange, match=r"key 'x': the result at \[1\]"):
         mean.mean(model if base else None)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.9])  # of zeros: looked at one by one, and too many
+@pytest.mark.parametrize("largest", [1.0, 1e-44])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_zero_is_positive_however_many_negative_ones_there_are(
+    dtype: type[np.floating[Any]], largest: float, share: float
+) -> None:
+    values = np.full(1000, largest).astype(dtype)
+    values[: int(1000 * share)] = -0.0
+    for weights in ([3], [3, 5]):
+        mean = weighted_mean([{"w": values}] * len(weights), weights)["w"]
+        assert np.array_equal(mean, values)
+        assert not np.signbit(mean).any()
+
+
+def test_a_model_with_many_zeros_needs_no_limb_for_them() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(1600).astype(np.float32)
+    values[::20] = 0
+    total = ExactSum(values.size)
+    for _ in range(20):
+        total.add(values, 3, Scratch(values.size))
+    assert total.used() == [0]
+    assert not any(np.intersect1d(at, np.arange(0, values.size, 20)).size for at, _ in total.loose)

@@ -35,7 +35,8 @@ def laid(
     """An `ExactSum` of these numbers in one of its forms, and what it holds: multiples of a unit.
 
     ``lay`` says where what is below limb 0's unit lies: loose (in 1 to 3 parts), in limb -1, there
-    with much that limb 0 has the negative of, in both, or in limbs -1 and -2.
+    with much that limb 0 has the negative of, in both, or in limbs -1 and -2; or loose, with most
+    of the sum in limb 1 and more in limb 0 than float64 can hold with the loose parts.
     """
     step = UNIT * UNIT if lay == "two limbs" else UNIT
     sums = [round(number / step) * step for number in sums]
@@ -45,7 +46,12 @@ def laid(
     rests = [number - whole for number, whole in zip(sums, wholes, strict=True)]
     total.limbs[0] = np.array([float(whole) for whole in wholes])
     total.bounds[0] = 1 << 53
-    if lay != "loose":
+    if lay == "limb 1":
+        upper = [round(whole / (1 << STEP)) + int(rng.integers(-1024, 1024)) for whole in wholes]
+        total.limbs[1] = np.array([float(part) for part in upper])
+        total.limbs[0] -= total.limbs[1] * 2.0**STEP
+        total.bounds = {0: 1 << 35, 1: 1 << 53}
+    elif lay != "loose":
         share = 2 if lay == "both" else 1
         parts = [round(rest / share / UNIT) for rest in rests]
         rests = [rest - part * UNIT for rest, part in zip(rests, parts, strict=True)]
@@ -71,7 +77,7 @@ def laid(
     return total, sums
 
 
-@pytest.mark.parametrize("lay", ["loose", "limb -1", "cancelling", "both", "two limbs"])
+@pytest.mark.parametrize("lay", ["loose", "limb -1", "cancelling", "both", "two limbs", "limb 1"])
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 29, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
