@@ -168,16 +168,19 @@ def load(
     segments = [segment for segment in block.segments if segment.key in keys]
     if not segments:
         return []
-    sources = [flat(params[segment.key], segment.start, segment.size) for segment in segments]
-    narrow = all(map(fits_float32, {source.dtype for source in sources}))
+    arrays = [params[segment.key] for segment in segments]
+    narrow = all(map(fits_float32, {array.dtype for array in arrays}))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
     upper = None
     with np.errstate(invalid="ignore"):  # NaNs are found by whoever reads the values
         if narrow and len(segments) == len(block.segments):
-            np.concatenate(sources, out=values, casting="unsafe")
+            if len(arrays) == 1:  # only where several share a block it has all of each
+                arrays = [flat(arrays[0], segments[0].start, segments[0].size)]
+            np.concatenate(arrays, axis=None, out=values, casting="unsafe")
             return [(values, 0)]
         values.fill(0.0)
-        for segment, source in zip(segments, sources, strict=True):
+        for segment, array in zip(segments, arrays, strict=True):
+            source = flat(array, segment.start, segment.size)
             if _exceeds_float64(source):
                 if upper is None:
                     upper = buffers.upper[: block.size]
