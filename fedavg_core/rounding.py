@@ -211,8 +211,8 @@ def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> I
     Cut to the narrower format, a quotient has a midpoint above it. A sum of limbs, less that
     midpoint times the weight: of the upper limb and the product, if they are alike, the difference
     is exact (Sterbenz, 1974); adding what is lower to it keeps the sign of the exact result, though
-    it rounds. Should an error of the quotient have led to the midpoint before or after the
-    right one, the number between the two is what comes out, and is right.
+    it rounds. Should an error of the quotient have led to the midpoint before or after the right
+    one, the number between the two is what comes out, and is right.
     """
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)

@@ -336,8 +336,7 @@ models = {site: {n: numbers(site + n, n.split(".")[1], 50) for n in names} for s
 
 SCRIPT = f"""{INPUTS}
 import sys
-from fedavg_core.accumulator import WeightedMean, weighted_mean
-from fedavg_core.exact import ExactSum, Scratch
+from fedavg_core.accumulator import WeightedMean
 
 for block in map(int, sys.argv[1:]):
     acc = WeightedMean(block=block)
