@@ -58,6 +58,7 @@ _SETTLED = 1 << (STEP - 1)
 LOOSE_BOUND = _SETTLED
 """What no loose part exceeds, in units of limb -1."""
 
+_ONE = np.uint32(1)
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
@@ -292,8 +293,8 @@ class ExactSum:
     ) -> bool:
         """Add the fast way; False, and nothing done, if these values ask for the general way."""
         n = self.size
-        bits = np.left_shift(values.view(np.uint32), np.uint32(1), out=scratch.bits[:n])
-        top_bits = int(bits.max())
+        bits = np.left_shift(values.view(np.uint32), _ONE, out=scratch.bits[:n])
+        top_bits = int(np.maximum.reduce(bits))
         if top_bits >= _INFINITY_BITS:
             raise NonFiniteError(int(np.argmax(bits >= _INFINITY_BITS)))
         if top_bits == 0:
@@ -337,13 +338,14 @@ class ExactSum:
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
-            left = np.flatnonzero(rest)  # zeros and other whole units are small as well
-            where, below = where[left], rest[left] * 2.0**STEP
+            left = rest.nonzero()[0]  # zeros and other whole units are small as well
+            where, rest = where[left], rest[left]
+            below = rest * 2.0**STEP
             if (np.rint(below) != below).any():
                 self._cut(-1, where, below, 1, _SETTLED)
             elif left.size:
-                self._steps.append((-1, where, below, _LOOSE))
-                self._done.extend(map(self.loose.append, ((where, rest[left]),)))
+                self._steps.append((-1, where, rest, _LOOSE))
+                self._done.extend(map(self.loose.append, ((where, rest),)))
         return True
 
     def _add_general(
@@ -532,14 +534,14 @@ def positions(mask: npt.NDArray[np.bool_], most: int | None = None) -> Indices |
     if most is None:
         most = mask.size
     if mask.size <= _FEW:
-        found: Indices = np.flatnonzero(mask)
+        found: Indices = mask.nonzero()[0]
     else:
         whole = mask.size & -8
         eights = mask[:whole].view(np.uint64)
         hits = positions(eights != 0, most)
         if hits is None:
             return None
-        inside = np.flatnonzero(eights[hits].view(np.bool_))
+        inside = eights[hits].view(np.bool_).nonzero()[0]
         found = (hits[inside >> 3] << 3) + (inside & 7)
         if whole < mask.size:
             found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
