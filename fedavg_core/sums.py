@@ -130,9 +130,11 @@ class Sums(ABC, Generic[Total]):
         # Gathered blocks take longest; at the end the other threads would wait for them.
         cut = sorted(pack(spec, self._capacity), key=lambda block: len(block.segments) == 1)
         blocks = list(zip(cut, self._make([block.size for block in cut]), strict=True))
+        cut += [block for block, _ in self._blocks]
         largest = max((block.size for block in cut), default=0)
-        if not self._buffers or largest > self._buffers[0].size:
-            self._buffers = [Buffers(largest) for _ in range(self._threads)]
+        threads = self._threads_for(cut)
+        if threads > len(self._buffers) or largest > self._buffers[0].size:
+            self._buffers = [Buffers(largest) for _ in range(threads)]
         self._blocks += blocks
 
     def shrink(self, spec: Collection[str]) -> None:
@@ -196,8 +198,7 @@ class Sums(ABC, Generic[Total]):
         threads: numbers are handed out in order (unless backwards), and each that was handed out is
         tried. When this returns or raises, no thread is at work any more.
         """
-        size = sum(block.size for block, _ in self._blocks)
-        threads = min(self._threads, size // _THREAD_SHARE, len(self._blocks))
+        threads = self._threads_for([block for block, _ in self._blocks])
         numbers = iter(range(len(self._blocks))[:: -1 if backwards else 1])
         failed: list[tuple[int, BaseException]] = []
         busy: list[None] = []
@@ -246,6 +247,11 @@ class Sums(ABC, Generic[Total]):
         finally:
             list(numbers)  # a thread that begins this late finds nothing to do
             failed.clear()  # an error that refers to itself would keep the update in memory
+
+    def _threads_for(self, blocks: Sequence[Block]) -> int:
+        """How many threads some blocks are worth, the calling one among them."""
+        size = sum(block.size for block in blocks)
+        return max(1, min(self._threads, size // _THREAD_SHARE, len(blocks)))
 
     def _segments(self, key: str) -> Iterator[tuple[Segment, Total]]:
         """Where one array is, from its first element on."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -573,6 +574,31 @@ def test_a_large_model_is_the_same_on_several_threads(kind: Accumulator) -> None
         mean.add(large, 0.3)
     assert fc.same_bits(on_one.mean(), on_many.mean())
     assert kind != "exact" or np.array_equal(on_one.mean()["w"], large["w"])
+
+
+@kinds
+def test_threads_take_memory_only_where_they_have_work(kind: Accumulator) -> None:
+    def taken(threads: int, size: int) -> int:
+        values = {"w": np.ones(size, np.float32)}
+        mean = fc.WeightedMean(accumulator=kind, threads=threads)
+        tracemalloc.start()
+        mean.add(values, 3)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert taken(8, 200_000) < 1.1 * taken(1, 200_000)
+    assert taken(2, 3 << 20) > 1.1 * taken(1, 3 << 20)
+
+
+@kinds
+def test_a_small_model_may_grow_to_one_for_several_threads(kind: Accumulator) -> None:
+    small = {"w": np.arange(9, dtype=np.float32)}
+    large = {"w": small["w"], "v": np.arange(3 << 20, dtype=np.float32)}
+    mean = fc.WeightedMean(accumulator=kind, threads=3)
+    mean.add(small, 5)
+    mean.add(large, 5)
+    assert fc.same_bits(mean.mean(), large)
 
 
 def test_removing_an_update_leaves_what_would_be_without_it() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -282,11 +284,21 @@ def processes_that_name(text: str) -> list[str]:
 def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
     arguments = [sys.executable, "-m", "nvflare_adapter", "--rounds", "200", "--output", "out"]
     with subprocess.Popen(
-        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as job:
         assert job.stdout is not None
+        # A job whose client does not start waits for it, and would be waited for as long.
+        limit = threading.Timer(300, os.killpg, (job.pid, signal.SIGKILL))
+        limit.start()
         lines = iter(job.stdout.readline, "")
-        assert any(line.split()[0] == "0" for line in lines)
+        has_begun = any(line.split()[0] == "0" for line in lines)
+        limit.cancel()
+        assert has_begun, "no round within 300 s"
         assert len(processes_that_name(str(tmp_path))) > 2
         job.send_signal(sent)
         _, error = job.communicate(timeout=60)
