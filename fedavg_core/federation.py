@@ -410,8 +410,13 @@ class Federation:
         for name, value in wanted.items():
             if kept.get(name) != value:
                 raise UsageError(f"{store.folder}: {_unlike(name, kept.get(name), value)}")
-        if self._model and ModelSpec.of(self._model) != ModelSpec.of(found.model):
-            raise UsageError(f"{store.folder}: the stored model has other parameters")
+        stored, given = ModelSpec.of(found.model), ModelSpec.of(self._model)
+        if given and given != stored:
+            key = next(key for key in (*stored, *given) if stored.get(key) != given.get(key))
+            raise UsageError(
+                f"{store.folder}: key {quoted(key)}: expected a model with {_shown(stored, key)}, "
+                f"as it is stored, got one with {_shown(given, key)}"
+            )
         self._model = copy_params(found.model)
         self._next = found.round
         try:
@@ -427,6 +432,11 @@ def _folder(path: object) -> str | os.PathLike[str]:
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UsageError(f"checkpoint: expected the path of a folder, got {quoted(path)}")
     return path
+
+
+def _shown(spec: ModelSpec, key: str) -> str:
+    """What a model has under a name."""
+    return f"{spec[key].dtype}{list(spec[key].shape)}" if key in spec else "none"
 
 
 def _unlike(name: str, kept: object, value: object) -> str:

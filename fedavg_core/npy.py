@@ -190,7 +190,7 @@ def read_exactly(stream: IO[bytes], length: int) -> bytes:
     """
     data = stream.read(length)
     if len(data) != length:
-        raise EOFError("a member is shorter than it declares")
+        raise EOFError(f"expected {length} more bytes, got {len(data)}")
     return data
 
 

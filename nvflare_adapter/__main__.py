@@ -130,17 +130,29 @@ def _run(
     if not initial:
         console.print("without an initial_model(seed), the clients start from their own models")
     console.print(_line(_COLUMNS), style="bold")
-    checkpoint = fc.Checkpoint(model=initial, round=0)
+    checkpoint = fc.Checkpoint(model=initial, round=done)
     accuracies, problems = {}, []
+
+    def show(checkpoint: fc.Checkpoint) -> None:
+        evaluation = _evaluate(training, checkpoint.model)
+        accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
+        console.print(_line(_row(checkpoint, read.clients, evaluation)))
+        for note in _notes(checkpoint.extra["report"]):
+            console.print(f"{_INDENT}{note}", style="yellow")
+        problems.append(checkpoint.extra["report"]["problem"])
+
     with console.status(f"round {done} of {done} to {last}") as status:
-        for checkpoint in _in_process(read, training, initial) if job is None else job.run():
-            evaluation = _evaluate(training, checkpoint.model)
-            accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
-            console.print(_line(_row(checkpoint, read.clients, evaluation)))
-            for note in _notes(checkpoint.extra["report"]):
-                console.print(f"{_INDENT}{note}", style="yellow")
-            problems.append(checkpoint.extra["report"]["problem"])
-            status.update(f"round {checkpoint.round} of {done} to {last}")
+        try:
+            for checkpoint in _in_process(read, training, initial) if job is None else job.run():
+                show(checkpoint)
+                status.update(f"round {checkpoint.round} of {done} to {last}")
+        except KeyboardInterrupt:
+            stored = fc.CheckpointStore(models_folder(read.output, read.backend))
+            for path in stored.paths():  # some rounds may have ended while the job was stopped
+                later = fc.load_checkpoint(path)
+                if later.round > checkpoint.round:
+                    show(later)
+            raise
     if all(problems):
         unchanged = "no round changed the model: "
         if job is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -433,6 +434,7 @@ class TestKeepingUpdates:
         stale = folder / "updates-00000000" / "site-9.npz"
         stale.parent.mkdir(parents=True)
         stale.touch()
+        write_settings(folder, {})
         given = ["--clients", 3, "--rounds", 1, "--checkpoint", folder, "--keep-updates"]
         assert run(capsys, "run", training, *given, "--resume")[0] == 0
         kept = sorted(stale.parent.iterdir())
@@ -445,6 +447,7 @@ class TestKeepingUpdates:
         folder = tmp_path / "run"
         folder.mkdir()
         (folder / "updates-00000000").touch()
+        write_settings(folder, {})
         given = ["--checkpoint", folder, "--keep-updates", "--resume"]
         code, _, err = run(capsys, "run", training, *given)
         updates = folder / "updates-00000000"
@@ -487,6 +490,23 @@ class TestResuming:
         assert out.splitlines()[0] == f"model: {folder / 'model.npz'}"
         assert self.same_runs(folder, whole)
         assert read_settings(folder)["rounds"] == 4
+
+    @pytest.mark.parametrize(
+        ("lost", "named"),
+        [
+            ("round-*", "expected a checkpoint of the 3 rounds that .*rounds.jsonl tells of"),
+            ("r*", "expected the folder of a run, or a new or empty one, got .*nor a run.json"),
+        ],
+    )
+    def test_a_folder_that_is_no_run_s_or_has_lost_too_much_is_left_alone(
+        self, training: Path, whole: Path, lost: str, named: str, capsys: Capture
+    ) -> None:
+        for path in whole.glob(lost):
+            path.unlink()
+        before = {path: path.read_bytes() for path in whole.iterdir()}
+        arguments = ["run", training, "--clients", 4, "--checkpoint", whole, "--resume"]
+        assert re.search(f"--resume: {named}", fails(capsys, *arguments))
+        assert {path: path.read_bytes() for path in whole.iterdir()} == before
 
     def test_the_last_round_is_the_last_that_was_played(
         self, training: Path, tmp_path: Path, capsys: Capture

@@ -228,8 +228,8 @@ def folder_of(folder: Path) -> Path:
         (lambda folder: folder / "m.npz", "could not be read (No such file or directory)"),
         (folder_of, "expected a file, got a folder or a device"),
         (raw("m.npz", b""), "damaged, or no npz file: no end of a zip archive at its end"),
-        (raw("m.bin", b""), "unreadable ('a member is shorter than it declares')"),
-        (raw("m.npy", b""), "unreadable ('a member is shorter than it declares')"),
+        (raw("m.bin", b""), "unreadable ('expected 8 more bytes, got 0')"),
+        (raw("m.npy", b""), "unreadable ('expected 8 more bytes, got 0')"),
         (raw("m", b"PK"), "damaged, or no npz file: no end of a zip archive at its end"),
         (
             raw("m.txt", b"hello, this is no model"),

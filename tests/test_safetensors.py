@@ -148,8 +148,8 @@ ONE = tensor("U8", [2], 0, 2)
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"", "a member is shorter than it declares"),
-        (b"1234567", "a member is shorter than it declares"),
+        (b"", "expected 8 more bytes, got 0"),
+        (b"1234567", "expected 8 more bytes, got 7"),
         (
             safetensors_bytes({}, length=100),
             "no safetensors file, or damaged: it begins with a header length of 100 bytes, and the "

@@ -46,9 +46,10 @@ def add_commands(commands: Subparsers) -> None:
         "aggregate",
         help="average model files: their exact weighted mean",
         description="Write the weighted mean of model files: the exact mean, rounded once, so that "
-        "their order does not matter. They may be of different formats, and together or each "
-        "larger than memory. All must have the same arrays, unless --partial is given; those that "
-        "only the base has are copied from it.",
+        "their order does not matter; only where they differ in dtype, the mean has that of the "
+        "base, or else of the first. They may be of different formats, and together or each larger "
+        "than memory. All must have the same arrays, unless --partial is given; those that only "
+        "the base has are copied from it.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=MODEL_HELP)
     parser.add_argument(

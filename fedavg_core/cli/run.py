@@ -33,9 +33,12 @@ from fedavg_core.cli.console import (
     typed,
 )
 from fedavg_core.cli.run_log import (
+    LOG,
+    SETTINGS,
     Contribution,
     RoundRecord,
     append_round,
+    read_log,
     start_log,
     write_settings,
 )
@@ -111,7 +114,8 @@ def add_commands(commands: Subparsers) -> None:
         "--resume",
         action="store_true",
         help="go on with the run in the folder of --checkpoint, with its settings where none are "
-        "given; if no round of it is done, start at round 0 and say so",
+        "given; if no round of it is done, or the folder is new or empty, start at round 0 and say "
+        "so",
     )
     add(
         "--json",
@@ -181,8 +185,8 @@ def _play(
             resume=read.resume and bool(CheckpointStore(folder).paths()),
         )
         before = federation.round
-        if read.resume:
-            _say_where(read, folder, before)
+        if read.resume and before >= read.rounds:
+            say(f"all {before} rounds are done; a larger --rounds adds to them")
         shown = 0
         try:
             for _ in federation:
@@ -223,15 +227,34 @@ def _folder(read: argparse.Namespace) -> Path:
         raise UsageError(
             f"--checkpoint: expected a new or empty folder, or --resume as well, got {folder}"
         )
+    if read.resume:
+        _see_that_it_is_a_run(folder)
     return folder
+
+
+def _see_that_it_is_a_run(folder: Path) -> None:
+    """Refuse a folder without checkpoints that has something else in it, or did have them."""
+    if not folder.exists() or CheckpointStore(folder).paths():
+        return
+    if not (folder / SETTINGS).exists():
+        if any(not one.name.startswith(".") for one in folder.iterdir()):
+            raise UsageError(
+                f"--resume: expected the folder of a run, or a new or empty one, got {folder}, "
+                f"which has neither checkpoints nor a {SETTINGS}"
+            )
+    elif (folder / LOG).exists():
+        done = len(read_log(folder)) - 1  # the last may have been interrupted
+        if done > 0:
+            raise UsageError(
+                f"--resume: expected a checkpoint of the {done} rounds that {folder / LOG} tells "
+                f"of, got none in {folder}"
+            )
 
 
 def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
     """Tell what a run that is resumed goes on from."""
     if done == 0:
         say(f"nothing to resume in {folder}: starts at round 0")
-    elif done >= read.rounds:
-        say(f"all {done} rounds are done; a larger --rounds adds to them")
     elif (before := training_before(read.train, folder)) is None:
         return
     elif before == read.train.name:
@@ -271,6 +294,8 @@ class _Recorder(Observer):
     def round_started(self, round: int, contributors: Sequence[str]) -> None:
         """Begin the record; only now no other writer can be in the folder."""
         if not self._begun:
+            if self._read.resume:
+                _say_where(self._read, self._folder, round)
             write_settings(self._folder, settings_of(self._read, self._folder))
             start_log(self._folder, round)
             self._begun = True

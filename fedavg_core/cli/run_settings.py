@@ -94,8 +94,9 @@ _KNOWN = {
         "NAME[:SETTING=NUMBER,...]",
         "the arithmetic of the mean: exact, float64 or float32; or a robust mean: median, "
         "trimmed-mean, krum, multi-krum, geometric-median or clipped-mean, such as "
-        "trimmed-mean:trim=0.2; median, trimmed-mean, krum and multi-krum ignore weights (default: "
-        "exact)",
+        "trimmed-mean:trim=0.2, which leaves out a fifth at either end, rounded down, and so "
+        "nothing of fewer than 5 updates; median, trimmed-mean, krum and multi-krum ignore weights "
+        "(default: exact)",
     ),
     "optimizer": _Setting(
         optimizer,

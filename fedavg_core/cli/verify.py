@@ -50,7 +50,8 @@ def add_commands(commands: Subparsers) -> None:
         nargs="+",
         type=Path,
         metavar="UPDATE",
-        help="a file that may hold one of its updates",
+        help="a file that may hold one of its updates; one that holds none, or cannot be read, is "
+        "named, and is no error if each update was found in another",
     )
     parser.add_argument(
         "--base",

@@ -301,7 +301,7 @@ def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signa
         assert has_begun, "no round within 300 s"
         assert len(processes_that_name(str(tmp_path))) > 2
         job.send_signal(sent)
-        _, error = job.communicate(timeout=60)
+        rest, error = job.communicate(timeout=60)
     found = re.fullmatch(
         r"nvflare_adapter: stopped after (\d+) of 200 rounds: "
         r"fedavg_core\.CheckpointStore\('(.+)'\)\.load\(\)\.model; "
@@ -310,6 +310,8 @@ def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signa
     )
     assert found is not None, error
     assert fc.CheckpointStore(tmp_path / found[2]).load().round == int(found[1])
+    rows = [line.split()[0] for line in rest.splitlines() if line.split()[:1]]
+    assert [row for row in rows if row.isdigit()] == [str(n) for n in range(1, int(found[1]))]
     assert job.returncode == 130
     deadline = time.monotonic() + 20
     while processes_that_name(str(tmp_path)) and time.monotonic() < deadline:
