@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "MAGIC",
     "MOST_DIMENSIONS",
     "Layout",
+    "check_shape",
     "decoded",
     "encoded",
     "header_of",
@@ -39,6 +41,7 @@ MOST_DIMENSIONS = 32
 """How many dimensions an array may have to be read; NumPy before version 2 knows no more."""
 
 _MOST_HEADER = 10_000
+_WIDEST = 8  # bytes of an element
 _PLAIN_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _HEADER = re.compile(
     rb"\{'descr': '([<>|])([a-zA-Z][0-9]{1,2})', 'fortran_order': (True|False), "
@@ -115,7 +118,22 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
             f"{shown}: its header says {shape} of {stored}, {layout.nbytes} bytes, and "
             f"{size - layout.start} are there"
         )
+    check_shape(shape, shown)
     return layout
+
+
+def check_shape(shape: tuple[int, ...], shown: str) -> None:
+    """See that an array can have a shape; of no elements, one may lie about all other lengths.
+
+    Args:
+        shape: The shape.
+        shown: What to call the array in messages.
+
+    Raises:
+        Damaged: None can.
+    """
+    most = math.prod(length for length in shape if length) * _WIDEST
+    require(most <= sys.maxsize, f"{shown}: no array can have the shape {shape}")
 
 
 def decoded(values: npt.NDArray[Any], layout: Layout, shown: str) -> npt.NDArray[Any]:

@@ -210,9 +210,10 @@ def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> I
 
     Cut to the narrower format, a quotient has a midpoint above it. A sum of limbs, less that
     midpoint times the weight: of the upper limb and the product, if they are alike, the difference
-    is exact (Sterbenz, 1974); adding what is lower to it keeps the sign of the exact result, though
-    it rounds. Should an error of the quotient have led to the midpoint before or after the right
-    one, the number between the two is what comes out, and is right.
+    is exact (Sterbenz, 1974), and they are if it is less than half the product; adding what is
+    lower to it keeps the sign of the exact result, though it rounds. Should an error of the
+    quotient have led to the midpoint before or after the right one, the number between the two is
+    what comes out, and is right.
     """
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
@@ -227,10 +228,11 @@ def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> I
     lower, lost = _two_sum(lower, loose)
     values = (upper + lower) * ldexp((1 << bits) / numerator, way.scale)
     cut = values.view(np.int64) & -(1 << unused)
-    middle = (cut | 1 << (unused - 1)).view(np.float64) * ldexp(numerator, -bits - way.scale)
-    size, other = np.abs(upper), np.abs(middle)
-    fine = (size <= 2.0 * other) & (other <= 2.0 * size) & (lost == 0.0)
-    side = ((upper - middle) + lower) * np.sign(middle)
+    divisor = ldexp(numerator >> zeros, zeros - bits - way.scale)  # may be beyond float64 as it is
+    middle = (cut | 1 << (unused - 1)).view(np.float64) * divisor
+    distance = upper - middle
+    fine = (np.abs(distance) < 0.5 * np.abs(middle)) & (lost == 0.0)
+    side = (distance + lower) * np.sign(middle)
     up = (side > 0.0) | ((side == 0.0) & ((cut >> unused) & 1 == 1))
     out[places] = (cut + (up.astype(np.int64) << unused)).view(np.float64)
     left: Indices = places[~fine]

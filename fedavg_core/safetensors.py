@@ -27,7 +27,7 @@ import numpy.typing as npt
 from fedavg_core.archive import Damaged, require
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, dtype_named
-from fedavg_core.npy import Layout, encoded, read_exactly
+from fedavg_core.npy import Layout, check_shape, encoded, read_exactly
 
 __all__ = ["SafetensorsWriter", "aligned", "list_safetensors"]
 
@@ -158,6 +158,7 @@ def _layout(
         f"tensor {quoted(name)}: {list(shape)} of {code} takes {length} bytes, and its offsets "
         f"give it {end - begin}",
     )
+    check_shape(shape, f"tensor {quoted(name)}")
     plain = dtype if dtype.type.__module__ != "ml_dtypes" else np.dtype(f"u{dtype.itemsize}")
     return Layout(shape, plain.newbyteorder("<"), dtype, start=start + begin)
 

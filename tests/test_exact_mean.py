@@ -434,6 +434,20 @@ def test_midpoints_at_the_end_of_float64_are_out_of_a_narrow_range(dtype: str, b
         mean.mean(model if base else None)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int32"])
+@pytest.mark.parametrize(
+    "weight",
+    [2**1023, 2**1030, 3 << 1500, 2**2000, 2.0**1023],
+    ids=["2**1023", "2**1030", "3 << 1500", "2**2000", "2.0**1023"],
+)
+def test_weights_together_may_be_beyond_float64(dtype: str, weight: float) -> None:
+    few, more = (
+        {"x": np.array(values).astype(dtype_named(dtype))} for values in ([1, 2, 3], [2, 3, 6])
+    )
+    mean = weighted_mean([few, more], [weight, weight])
+    assert same_bits(mean, weighted_mean([few, more], [1, 1]))
+
+
 @pytest.mark.parametrize("share", [0.01, 0.9])  # of zeros: looked at one by one, and too many
 @pytest.mark.parametrize("largest", [1.0, 1e-44])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

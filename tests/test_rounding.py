@@ -35,8 +35,9 @@ def laid(
     """An `ExactSum` of these numbers in one of its forms, and what it holds: multiples of a unit.
 
     ``lay`` says where what is below limb 0's unit lies: loose (in 1 to 3 parts), in limb -1, there
-    with much that limb 0 has the negative of, in both, or in limbs -1 and -2; or loose, with most
-    of the sum in limb 1 and more in limb 0 than float64 can hold with the loose parts.
+    with much that limb 0 has the negative of (or as much as limb -1 can hold, so that limb 0 has
+    the other sign than most sums), in both, or in limbs -1 and -2; or loose, with most of the sum
+    in limb 1 and more in limb 0 than float64 can hold with the loose parts.
     """
     step = UNIT * UNIT if lay == "two limbs" else UNIT
     sums = [round(number / step) * step for number in sums]
@@ -55,12 +56,13 @@ def laid(
         share = 2 if lay == "both" else 1
         parts = [round(rest / share / UNIT) for rest in rests]
         rests = [rest - part * UNIT for rest, part in zip(rests, parts, strict=True)]
-        if lay == "cancelling":
-            moved = rng.integers(1, 1 << 26, len(sums))
+        if lay in ("cancelling", "opposite"):
+            least, most = (1, 1 << 26) if lay == "cancelling" else (1 << 27, (1 << 29) - 1)
+            moved = rng.integers(least, most, len(sums)) * np.sign(total.limbs[0]).astype(int)
             total.limbs[0] -= moved
             parts = [part + int(m) * (1 << STEP) for part, m in zip(parts, moved, strict=True)]
         total.limbs[-1] = np.array([float(part) for part in parts])
-        total.bounds[-1] = 1 << 52
+        total.bounds[-1] = 1 << 53
     if lay == "two limbs":
         total.limbs[-2] = np.array([float(rest / step) for rest in rests])
         total.bounds[-1] = total.bounds[-2] = 1 << STEP
@@ -77,7 +79,9 @@ def laid(
     return total, sums
 
 
-@pytest.mark.parametrize("lay", ["loose", "limb -1", "cancelling", "both", "two limbs", "limb 1"])
+@pytest.mark.parametrize(
+    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1"]
+)
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 29, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
@@ -85,7 +89,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
 ) -> None:
     rng = np.random.default_rng(weight_bits)
     number = ArraySpec((), np.dtype(dtype)).number
-    for sum_bits in (1, 3, 12, 30, 44, 50):
+    for sum_bits in (1, 3, 12, 26, 27, 28, 30, 44, 50):
         for _ in range(5 if THOROUGH else 1):
             weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
             odd = 2 * rng.integers(1 << (number.precision - 1), 1 << number.precision, SIZE) + 1

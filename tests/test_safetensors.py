@@ -151,6 +151,10 @@ ONE = tensor("U8", [2], 0, 2)
         (b"", "expected 8 more bytes, got 0"),
         (b"1234567", "expected 8 more bytes, got 7"),
         (
+            safetensors_bytes({"w": tensor("U8", [2**61, 0, 2], 0, 0)}),
+            f"tensor 'w': no array can have the shape ({2**61}, 0, 2)",
+        ),
+        (
             safetensors_bytes({}, length=100),
             "no safetensors file, or damaged: it begins with a header length of 100 bytes, and the "
             "file has 10",
