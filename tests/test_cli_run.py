@@ -508,6 +508,21 @@ class TestResuming:
         assert re.search(f"--resume: {named}", fails(capsys, *arguments))
         assert {path: path.read_bytes() for path in whole.iterdir()} == before
 
+    def test_a_run_that_was_stopped_in_its_first_round_begins_anew(
+        self, training: Path, whole: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        stopped, empty = tmp_path / "stopped", tmp_path / "empty"
+        for folder in (stopped, empty):
+            folder.mkdir()
+            (folder / ".lock").touch()
+        write_settings(stopped, read_settings(whole))
+        append_round(stopped, read_log(whole)[0])
+        for folder in (stopped, empty):
+            arguments = ["run", training, "--clients", 4, "--rounds", 4]
+            code, _, err = run(capsys, *arguments, "--checkpoint", folder, "--resume")
+            assert (code, err) == (0, f"fedavg: nothing to resume in {folder}: starts at round 0\n")
+            assert self.same_runs(folder, whole)
+
     def test_the_last_round_is_the_last_that_was_played(
         self, training: Path, tmp_path: Path, capsys: Capture
     ) -> None:
