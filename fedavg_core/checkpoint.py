@@ -393,8 +393,12 @@ class CheckpointStore:
                 else:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                busy = isinstance(error, (BlockingIOError, PermissionError))
                 raise CheckpointError(
-                    self._folder, "another writer is at work in this folder"
+                    self._folder,
+                    "another writer is at work in this folder"
+                    if busy
+                    else f"cannot be locked ({error.strerror or error})",
                 ) from error
             self._lock = lock
             _entered.add(self)

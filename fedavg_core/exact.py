@@ -85,7 +85,7 @@ class NonFiniteError(ValueError):
 
 
 class Scratch:
-    """Buffers for additions, so that no addition allocates: one for each thread that adds.
+    """Buffers for additions, so that the fast way hardly allocates: one for each thread that adds.
 
     Args:
         size: The largest number of elements of an addition.

@@ -28,6 +28,7 @@ The algorithm is FederatedAveraging of McMahan, Moore, Ramage, Hampson and Agüe
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import os
@@ -324,14 +325,22 @@ class Federation:
         spare = tuple(name for name in selected if name not in answered)
         outcome = replace(round.close(), failed=tuple(failed), not_needed=spare)
         outcome = replace(outcome, evaluation=self._evaluation(outcome))
-        self._model = copy_params(outcome.model)
-        self._optimizer_state = outcome.optimizer_state
-        self._next += 1
-        complete = outcome.problem is None and (self._evaluate is None or bool(outcome.evaluation))
-        is_best = self._progress.note(outcome, complete)
-        last = self._next == self._rounds or self.stopped is not None
-        if is_best or last or self._next % self._checkpoint_every == 0:
-            self._save(outcome, is_best)
+        before = self._model, self._optimizer_state, self._next, copy.copy(self._progress)
+        try:
+            self._model = copy_params(outcome.model)
+            self._optimizer_state = outcome.optimizer_state
+            self._next += 1
+            complete = outcome.problem is None and (
+                self._evaluate is None or bool(outcome.evaluation)
+            )
+            is_best = self._progress.note(outcome, complete)
+            last = self._next == self._rounds or self.stopped is not None
+            if is_best or last or self._next % self._checkpoint_every == 0:
+                self._save(outcome, is_best)
+        except BaseException:
+            # What is not stored has not been: the round is played again, as after a kill.
+            self._model, self._optimizer_state, self._next, self._progress = before
+            raise
         for observer in self._observers:
             observer.round_ended(outcome)
         return outcome

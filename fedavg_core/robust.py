@@ -226,7 +226,8 @@ class GeometricMedian(WholeVector):
         """See `WholeVector.weights`."""
         models = [update.params for update in self.updates]
         scale = scale_of(models)
-        shares = [float(update.weight / self.total_weight) for update in self.updates]
+        total = self.total_weight  # a sum over all updates
+        shares = [float(update.weight / total) for update in self.updates]
         least = max(self.smoothing * scale, _SMALLEST_NORMAL)
         targets = {
             key: ArraySpec(array.shape, np.dtype(np.float64)) for key, array in models[0].items()

@@ -16,7 +16,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -195,8 +194,9 @@ class Sums(ABC, Generic[Total]):
         """Do some work for each block, on several threads if there is enough of it.
 
         If it fails for several blocks, the error is that for the first of them, whatever the
-        threads: numbers are handed out in order (unless backwards), and each that was handed out is
-        tried. When this returns or raises, no thread is at work any more.
+        threads, unless there is an interruption among them: numbers are handed out in order (unless
+        backwards), and each that was handed out is tried. When this returns or raises, no thread is
+        at work any more.
         """
         threads = self._threads_for([block for block, _ in self._blocks])
         numbers = iter(range(len(self._blocks))[:: -1 if backwards else 1])
@@ -243,7 +243,8 @@ class Sums(ABC, Generic[Total]):
                 failed.append((len(self._blocks), error))
         try:
             if failed:
-                raise min(failed, key=itemgetter(0))[1]
+                # An interruption comes first: a refusal is an answer, and would hide it.
+                raise min(failed, key=lambda one: (isinstance(one[1], Exception), one[0]))[1]
         finally:
             list(numbers)  # a thread that begins this late finds nothing to do
             failed.clear()  # an error that refers to itself would keep the update in memory

@@ -118,11 +118,16 @@ def answer_to_fl_model(answer: fc.Update | fc.Failure, transfer: fc.TransferType
     kind = ParamsType(transfer.value)
     if isinstance(answer, fc.Failure):
         return FLModel(kind, {}, meta={_FAILURE: answer.problem})
-    params, dtypes = pack(answer.params)
+    given: object = answer.params
+    if not isinstance(given, Mapping):
+        problem = f"expected params as a mapping from names to arrays, got {type(given).__name__}"
+        return FLModel(kind, {}, meta={_FAILURE: problem})
+    params, dtypes = pack(given)
+    told: object = answer.metrics  # left out, as in process, if they are none
     return FLModel(
         params_type=kind,
         params=params,
-        metrics=metrics_to_fl_model(answer.metrics).metrics,
+        metrics=metrics_to_fl_model(told if isinstance(told, Mapping) else {}).metrics,
         meta={MetaKey.NUM_STEPS_CURRENT_ROUND: plain(answer.weight), _DTYPES: dtypes},
     )
 

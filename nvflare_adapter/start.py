@@ -56,7 +56,7 @@ def as_model(given: Any) -> dict[str, npt.NDArray[Any]] | None:
         place = "" if refusal.key is None else f"key {quoted(refusal.key)}: "
         raise ValueError(f"{place}expected {refusal.expected}, got {refusal.got}") from None
     for key, array in model.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not np.isfinite(array).all():
             raise ValueError(f"key {quoted(key)}: expected finite numbers, got NaN or infinity")
     return model
 

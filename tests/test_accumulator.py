@@ -576,6 +576,27 @@ def test_a_large_model_is_the_same_on_several_threads(kind: Accumulator) -> None
     assert kind != "exact" or np.array_equal(on_one.mean()["w"], large["w"])
 
 
+def test_an_interruption_is_not_hidden_by_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"w": np.ones(3 << 20, np.float32)}
+    mean = fc.WeightedMean(threads=2)
+    mean.add(values, 3)
+    before, real, both = mean.digest(), ExactSum.add, threading.Barrier(2)
+
+    def interrupted(total: ExactSum, part: Any, *rest: Any) -> None:
+        first = bool(np.isnan(part[0]))
+        both.wait(20)
+        if not first:
+            raise KeyboardInterrupt
+        real(total, part, *rest)
+
+    values["w"][0] = np.nan  # refused in the first block, while the second is interrupted
+    monkeypatch.setattr(ExactSum, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mean.add(values, 3)
+    monkeypatch.undo()
+    assert mean.digest() == before
+
+
 @kinds
 def test_threads_take_memory_only_where_they_have_work(kind: Accumulator) -> None:
     def taken(threads: int, size: int) -> int:

@@ -873,3 +873,19 @@ def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path: Path) -> Non
         [sys.executable, "-c", FORKING, tmp_path], capture_output=True, text=True, timeout=60
     )
     assert (ended.stdout, ended.returncode) == ("free\n", 0), ended.stderr
+
+
+def test_a_folder_that_cannot_be_locked_is_not_said_to_be_another_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(CheckpointError, match=r"cannot be locked \(No locks available\)"),
+        CheckpointStore(tmp_path),
+    ):
+        pass

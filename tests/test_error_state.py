@@ -93,7 +93,8 @@ def test_a_round(
             models[0], 0, transfer=transfer, server_optimizer=optimizer(), limits=limits
         )
         for i, (params, weight) in enumerate(zip(models, weights, strict=True)):
-            current.offer(fc.Update(f"client-{i}", 0, params, weight))
+            update = fc.Update(f"client-{i}", 0, params, weight, transfer=transfer)
+            assert current.offer(update).reason is not fc.Reason.TRANSFER
         return current.close().model
 
     assert same_under_raise(compute)

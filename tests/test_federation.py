@@ -741,6 +741,32 @@ class TestStoringAndResuming:
         with pytest.raises(UsageError, match=named):
             federation(2, checkpoint=tmp_path, resume=True, **change)
 
+    def test_a_round_that_could_not_be_stored_is_played_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = federation(4, monitor="loss", mode="min")
+        whole.run()
+        stopped = federation(4, monitor="loss", mode="min", checkpoint=tmp_path)
+        real, saved = CheckpointStore.save, [0]
+
+        def failing(store: CheckpointStore, checkpoint: Any) -> Any:
+            saved[0] += 1
+            if saved[0] == 2:
+                raise KeyboardInterrupt
+            return real(store, checkpoint)
+
+        monkeypatch.setattr(CheckpointStore, "save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+        assert stopped.round == 1
+        assert [outcome.round for outcome in stopped.run()] == [1, 2, 3]
+        assert same_bits(stopped.model, whole.model)
+        resumed = federation(4, monitor="loss", mode="min", checkpoint=tmp_path, resume=True)
+        assert same_bits(resumed.model, whole.model)
+        assert resumed.best is not None
+        assert whole.best is not None
+        assert resumed.best.round == whole.best.round
+
     def test_the_model_need_not_be_given_again(self, tmp_path: Path) -> None:
         federation(2, checkpoint=tmp_path).run()
         resumed = federation(4, model=None, checkpoint=tmp_path, resume=True)

@@ -256,3 +256,18 @@ def test_what_goes_with_the_model_stays_with_it() -> None:
     assert global_model.model_of(None) == {}
     assert global_model.extra_of(global_model.learnable({})) == {}
     assert global_model.extra_of(make_model_learnable({}, {})) == {}
+
+
+def test_what_train_answers_in_place_of_names_and_numbers_does_not_end_the_client(
+    server: Server,
+) -> None:
+    params: Any = [np.ones(2)]
+    failed = convert.answer_to_fl_model(fc.Update("site-1", 0, params, 1), fc.TransferType.FULL)
+    message = over_the_wire(FLModelUtils.to_shareable(failed))
+    message.set_peer_props({ReservedKey.IDENTITY_NAME: "site-1"})
+    answer = convert.answer_from_message(message, server.context())
+    assert isinstance(answer, Failure)
+    assert answer.problem == "expected params as a mapping from names to arrays, got list"
+    metrics: Any = None
+    update = fc.Update("site-1", 0, {"w": np.ones(2)}, 1, metrics=metrics)
+    assert not convert.answer_to_fl_model(update, fc.TransferType.FULL).metrics

@@ -24,6 +24,7 @@ from nvflare.recipe.spec import Recipe
 from nvflare.recipe.utils import add_cross_site_evaluation
 
 import fedavg_core as fc
+from fedavg_core.model import dtype_named
 from nvflare_adapter import FedAvgAggregator, NumpyFedAvgRecipe
 from tests.nvflare.custom_aggregators import Maximum, WithoutSecond
 from tests.nvflare.training import mixed
@@ -273,6 +274,10 @@ WRONG = [
     (
         {"initial_model": np.array([1.0, np.nan])},
         "initial_model: key 'numpy_key': expected finite numbers, got NaN or infinity",
+    ),
+    (
+        {"initial_model": {"w": np.array([np.nan], dtype_named("bfloat16"))}},
+        "initial_model: key 'w': expected finite numbers, got NaN or infinity",
     ),
     (
         {"min_updates": 3},
