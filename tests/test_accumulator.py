@@ -508,7 +508,7 @@ def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_a
     before, after = filled(begun).state(), filled([*begun, *sent]).state()
     seen, moment, stop = set(), 0, False
     while not stop:
-        moment += 1 if THOROUGH else 3
+        moment += 1 if THOROUGH else 7
         mean = filled(begun)
         try:
             with Interruption(moment, "plain_sums", "accumulator") as interruption:

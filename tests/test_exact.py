@@ -504,7 +504,7 @@ def test_putting_a_sum_in_order_leaves_its_value_whenever_it_is_interrupted(
     assert values_of(total) == value
     count = -1 - all_of_it.left
     assert count > 100
-    for moment in range(1, count + 1, 3 if THOROUGH else 7):
+    for moment in range(1, count + 1, 3 if THOROUGH else 17):
         total = full_of_loose_parts()
         with pytest.raises(KeyboardInterrupt), Interruption(moment, "exact"):
             getattr(total, step)()

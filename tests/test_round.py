@@ -665,7 +665,7 @@ class TestAnInterruptedOffer:
             round.offer(offered)
         count, expected = -1 - all_of_it.left, round.close()
         made = []
-        for moment in range(1, count + 1, 1 if THOROUGH else 3):
+        for moment in range(1, count + 1, 1 if THOROUGH else 7):
             round, offered = self.rounds(kind)
             with pytest.raises(KeyboardInterrupt), Interruption(moment, *ADDING):
                 round.offer(offered)
