@@ -58,7 +58,9 @@ def laid(
         rests = [rest - part * UNIT for rest, part in zip(rests, parts, strict=True)]
         if lay in ("cancelling", "opposite"):
             least, most = (1, 1 << 26) if lay == "cancelling" else (1 << 27, (1 << 29) - 1)
-            moved = rng.integers(least, most, len(sums)) * np.sign(total.limbs[0]).astype(int)
+            moved = rng.integers(least, most, len(sums))
+            if lay == "opposite":
+                moved[total.limbs[0] < 0] *= -1
             total.limbs[0] -= moved
             parts = [part + int(m) * (1 << STEP) for part, m in zip(parts, moved, strict=True)]
         total.limbs[-1] = np.array([float(part) for part in parts])
