@@ -69,7 +69,7 @@ class ClientLost(JobFailed):
 
 
 def follow(
-    command: Sequence[str], log: Path, checkpoints: Path, rounds: int
+    command: Sequence[str], log: Path, checkpoints: Path, rounds: int, before: int = 0
 ) -> Iterator[fc.Checkpoint]:
     """Run a command that runs a job, and follow the job.
 
@@ -81,30 +81,32 @@ def follow(
         command: The command; its output goes to the log. It ends what it started when interrupted.
         log: The file of NVFlare's log; made, or written on.
         checkpoints: The folder where the job's persistor stores; without checkpoints yet.
-        rounds: How many rounds the job has.
+        rounds: How many rounds the job has, with those before.
+        before: How many were done by the job that this one goes on from, whose last checkpoint it
+            stores at its start.
 
     Yields:
-        The checkpoint of each round, in order, as soon as it is stored. To stop before the end
-        stops the job.
+        The checkpoint of each round of its own, in order, as soon as it is stored. To stop before
+        the end stops the job.
 
     Raises:
         JobFailed: The job ended without having stored every round, or lost a client.
     """
     for attempt in range(_ATTEMPTS):
-        seen = 0
+        done = before
         try:
-            with contextlib.closing(_attempt(command, log, checkpoints, rounds)) as stored:
+            with contextlib.closing(_attempt(command, log, checkpoints, rounds, before)) as stored:
                 for checkpoint in stored:
-                    seen += 1
+                    done = checkpoint.round
                     yield checkpoint
             return
         except ClientLost:
-            if seen or attempt == _ATTEMPTS - 1:
+            if done > before or attempt == _ATTEMPTS - 1:
                 raise
 
 
 def _attempt(
-    command: Sequence[str], log: Path, folder: Path, rounds: int
+    command: Sequence[str], log: Path, folder: Path, rounds: int, before: int
 ) -> Generator[fc.Checkpoint, None, None]:
     with log.open("ab") as output:
         start = output.tell()
@@ -115,13 +117,16 @@ def _attempt(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    seen, last_news = 0, time.monotonic()
+    seen, done, last_news = 0, before, time.monotonic()
     try:
         while True:
             ended = child.poll() is not None
             paths = fc.CheckpointStore(folder).paths() if folder.is_dir() else ()
             for path in paths[seen:]:
-                yield fc.load_checkpoint(path)
+                checkpoint = fc.load_checkpoint(path)
+                if checkpoint.round > before:
+                    done = checkpoint.round
+                    yield checkpoint
             if len(paths) > seen:
                 seen, last_news = len(paths), time.monotonic()
             if ended:
@@ -134,9 +139,9 @@ def _attempt(
             time.sleep(_POLL_SECONDS)
     finally:
         _stop(child)
-    if seen < rounds or child.returncode != 0:
+    if done < rounds or child.returncode != 0:
         cause = cause_of_failure(log, start) or f"it ended with exit code {child.returncode}"
-        raise JobFailed(f"the job failed after {seen} of {rounds} rounds: {cause}", log)
+        raise JobFailed(f"the job failed after {done} of {rounds} rounds: {cause}", log)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

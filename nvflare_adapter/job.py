@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,8 +108,7 @@ class Job:
         """
         command = [sys.executable, "-m", "nvflare_adapter.job", json.dumps(asdict(self))]
         done = fc.CheckpointStore(self.start_from).load().round if self.start_from else 0
-        stored = follow(command, self.log, self.models, self.rounds - done + bool(done))
-        return islice(stored, 1, None) if done else stored  # the job stores its start, too
+        return follow(command, self.log, self.models, self.rounds, done)
 
     def recipe(self) -> NumpyFedAvgRecipe:
         """The job as NVFlare takes it.

@@ -441,32 +441,44 @@ def test_the_cause_of_a_failed_job_is_found_in_the_log(
 
 LOSES_A_CLIENT = """
 import pathlib, sys, time
+import numpy, fedavg_core as fc
+
+def store(done):
+    fc.CheckpointStore(stored).save(fc.Checkpoint(model={"w": numpy.ones(1)}, round=done))
+
 starts, stored = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+before = int(sys.argv[4])
 starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if before:
+    store(before)
 if len(starts.read_text()) < int(sys.argv[3]):
     print("x - ERROR - Communication error with client site-2: reset by peer", flush=True)
     time.sleep(600)
-import numpy, fedavg_core as fc
-fc.CheckpointStore(stored).save(fc.Checkpoint(model={"w": numpy.ones(1)}, round=1))
+store(before + 1)
 """
 
 
+@pytest.mark.parametrize("before", [0, 7])
 @pytest.mark.parametrize(("starts_needed", "is_lost"), [(2, False), (4, True)])
 def test_a_job_that_loses_a_client_before_its_first_round_is_started_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts_needed: int, is_lost: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    starts_needed: int,
+    is_lost: bool,
+    before: int,
 ) -> None:
     monkeypatch.setattr(follow, "_SILENCE_SECONDS", 0.3)
     starts, stored, log = tmp_path / "starts", tmp_path / "models", tmp_path / "log"
-    arguments = [str(starts), str(stored), str(starts_needed)]
+    arguments = [str(starts), str(stored), str(starts_needed), str(before)]
     followed = follow.follow(
-        [sys.executable, "-c", LOSES_A_CLIENT, *arguments], log, stored, rounds=1
+        [sys.executable, "-c", LOSES_A_CLIENT, *arguments], log, stored, before + 1, before
     )
     if is_lost:
         with pytest.raises(follow.ClientLost, match=r"lost a client: Communication .* site-2"):
             list(followed)
         assert starts.read_text() == "xxx"
     else:
-        assert [checkpoint.round for checkpoint in followed] == [1]
+        assert [checkpoint.round for checkpoint in followed] == [before + 1]
         assert starts.read_text() == "xx"
 
 
