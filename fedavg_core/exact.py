@@ -322,10 +322,11 @@ class ExactSum:
         factor = ldexp(odd, shift - origin)
         largest = float(np.uint32(top_bits >> 1).view(np.float32))
         bound = int(abs(largest * factor)) + 1
+        product = scratch.product[:n]
+        np.copyto(product, values)  # faster than a cast on the way
         # The first products are written where they are to stay.
-        product = scratch.product[:n] if where is None else self._blank(0, scratch.product)
-        np.copyto(product, values)
-        np.multiply(product, factor, out=product)
+        target = product if where is None else self._blank(0, product)
+        product = np.multiply(product, factor, out=target)
         if has_zeros and self.is_zero:
             product += 0.0  # of which none may stay -0.0
         if where is None:
@@ -433,7 +434,7 @@ class ExactSum:
 
     def _blank(self, k: int, spare: Floats) -> Floats:
         """Where to write what goes to limb k: its own memory if the sum is zero, else the spare."""
-        return self._limb(k) if self.is_zero else spare[: self.size]
+        return self._limb(k) if self.is_zero else spare
 
     def _limb(self, k: int) -> Floats:
         """Limb k, made if need be."""
