@@ -163,13 +163,14 @@ class Dispatch:
             return refused
 
     def _collect(self, context: Context, future: Future[_Answer], end: float) -> _Answer:
+        if not wait([future], _left(end)).done:
+            future.cancel()
+            problem = f"late: not done within the {self._deadline} s that the round waits"
+            return Failure(context.contributor, context.round, problem)
         try:
-            return future.result(_left(end))
+            return future.result()
         except Exception as error:  # not the client's, which are caught where it runs
             problem = one_line(error, _PROBLEM_LENGTH)
-            if not future.done():
-                future.cancel()
-                problem = f"late: not done within the {self._deadline} s that the round waits"
             return Failure(context.contributor, context.round, problem)
 
 
