@@ -8,7 +8,8 @@ while they are added, since that pass reads them anyway; the accumulator then un
 added and refuses in the same words.
 
 The checks run from the cheapest to the dearest, in this order, and the first that fails decides:
-contributor, round, duplicate, transfer type, weight, keys, shape and dtype, norm.
+contributor, round, duplicate, transfer type, weight; then of one parameter after the other, as they
+come, its name, its dtype and its shape; then whether any are missing; and the norm.
 
 Nothing that a contributor sends makes the gate raise anything but `RefusedUpdate`. Keys, names and
 objects of any kind are taken as they come: a mapping that fails while it is read is refused like
@@ -405,10 +406,13 @@ def _items(mapping: object) -> list[tuple[object, object]] | None:
 
 def _finite(value: object) -> float | None:
     """A number as a float; None for anything that is no number, or none that float64 can hold."""
+    plain = plain_number(value)
     try:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            return None
-        number = float(value)
+        if plain is None:
+            if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, numbers.Real):
+                return None
+            plain = float(value)
+        number = float(plain)
     except Exception:  # too large, or a foreign kind of number that fails
         return None
     return number if math.isfinite(number) else None
