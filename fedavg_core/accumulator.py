@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.admission import check_base, check_update, pairs
+from fedavg_core.admission import base_spec, check_base, check_update, pairs
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact import STEP
 from fedavg_core.model import (
@@ -80,7 +80,8 @@ class _Books:
 class WeightedMean:
     """Accumulates weighted updates; see the module's text for what it guarantees.
 
-    Not safe for use from several threads at once: the caller has the lock.
+    Not safe for use from several threads at once: the caller has the lock. Where the sums have
+    become unusable, as told there, every method that needs them raises a UsageError until `reset`.
 
     Args:
         spec: The parameters, their shapes and the dtypes that the mean shall have. If None, the
@@ -213,7 +214,9 @@ class WeightedMean:
         return terms
 
     def remove(self, params: Params, weight: float) -> None:
-        """Undo one `add` exactly: the state is then as if it had never been.
+        """Undo one `add` exactly: sums, weights and count are then as if it had never been.
+
+        Names, shapes and dtypes that it was the first to bring stay known, as after a `reset`.
 
         Args:
             params: What was added; only read.
@@ -303,8 +306,8 @@ class WeightedMean:
 
         Raises:
             OutOfRange: A result is beyond the largest number of its dtype.
-            UsageError: Nothing was added and there is no base, or the base lacks a parameter, or
-                has it in another shape, or is not finite.
+            UsageError: Nothing was added and there is no base; or the base is no model, lacks a
+                parameter, has it in another shape, or is not finite.
         """
         self._check_whole()
         if base is None:
@@ -511,7 +514,8 @@ def weighted_mean(
         The mean, as new arrays; see `WeightedMean.mean`.
 
     Raises:
-        UsageError: They are no lists, there are not as many weights as models, or none of either.
+        UsageError: They are no lists, there are not as many weights as models, or none of either;
+            or the base, see `WeightedMean.mean`.
         RefusedUpdate: A model is not fit to be averaged; the contributor is ``models[number]``.
         OutOfRange: See `WeightedMean.mean`.
     """
@@ -526,7 +530,7 @@ def weighted_mean(
         ) from None
     if len(models) != count:
         raise UsageError(f"weights: expected one for each of the {len(models)} models, got {count}")
-    result = WeightedMean(None if base is None else ModelSpec.of(base), accumulator=accumulator)
+    result = WeightedMean(None if base is None else base_spec(base), accumulator=accumulator)
     try:
         result.add_many(zip(models, weights, strict=True))
     except RefusedUpdate as refusal:

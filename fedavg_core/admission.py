@@ -16,7 +16,7 @@ from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.sums import not_finite
 
-__all__ = ["check_base", "check_finite", "check_model", "check_update", "pairs"]
+__all__ = ["base_spec", "check_base", "check_finite", "check_model", "check_update", "pairs"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -90,6 +90,26 @@ def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> 
     return params
 
 
+def base_spec(base: Params) -> ModelSpec:
+    """What a base looks like.
+
+    Args:
+        base: The base; its values are not read.
+
+    Returns:
+        Its spec.
+
+    Raises:
+        UsageError: It is no mapping of names to arrays of numbers.
+    """
+    try:
+        return ModelSpec.of(base)
+    except RefusedUpdate as refusal:
+        raise UsageError(
+            f"key {quoted(refusal.key)}: expected {refusal.expected} in the base, got {refusal.got}"
+        ) from None
+
+
 def check_base(
     base: Params, keys: Iterable[str], spec: Mapping[str, ArraySpec]
 ) -> dict[str, ArraySpec]:
@@ -104,9 +124,9 @@ def check_base(
         What the base looks like.
 
     Raises:
-        UsageError: It lacks one of them, or has it in another shape.
+        UsageError: It is no model, lacks one of them, or has it in another shape.
     """
-    targets = dict(ModelSpec.of(base))
+    targets = dict(base_spec(base))
     for key in keys:
         if key not in targets:
             raise UsageError(f"key {quoted(key)}: the base does not have it")

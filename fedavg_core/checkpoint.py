@@ -320,7 +320,8 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: It could not be written, or another writer is at work in the folder;
-                all that was there before is as it was.
+                all that was there before is as it was, unless the message says that the new one is
+                in place.
             UsageError: It holds what a checkpoint cannot (see `save_checkpoint`), or is of an
                 earlier round than one that is there.
         """

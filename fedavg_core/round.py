@@ -241,7 +241,8 @@ class Round:
             The outcome; its model is new memory.
 
         Raises:
-            UsageError: The round is closed already.
+            UsageError: The round is closed already; or its model is not finite, so that nothing can
+                be added to it, or its sums are unusable (see `WeightedMean`). The round stays open.
         """
         outcome: Outcome = self._happens(_Event.CLOSE)
         return outcome

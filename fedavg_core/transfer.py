@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
+from fedavg_core.admission import base_spec
 from fedavg_core.errors import OutOfRange, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 
@@ -35,10 +36,12 @@ def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
         integers give int64, exactly. New arrays.
 
     Raises:
-        UsageError: The base lacks a parameter or has it in another shape or dtype.
+        UsageError: The base lacks a parameter or has it in another shape or dtype; or either is no
+            mapping, or the base not one to arrays of numbers.
+        RefusedUpdate: A value of the model is no array of numbers.
         OutOfRange: A difference is beyond the largest number of its dtype.
     """
-    diff_spec(ModelSpec.of(local), ModelSpec.of(base))
+    diff_spec(ModelSpec.of(local), base_spec(base))
     return {key: _difference(key, array, base[key]) for key, array in local.items()}
 
 
@@ -101,7 +104,8 @@ def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
         are copied. New arrays.
 
     Raises:
-        UsageError: The base lacks a parameter, or has it in another shape, or is not finite.
+        UsageError: The base is no model, lacks a parameter, has it in another shape, or is not
+            finite.
         RefusedUpdate: The difference is not an update that can be added.
         OutOfRange: A sum is beyond the largest number of its dtype.
     """

@@ -1002,6 +1002,8 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
     ("base", "text"),
     [
         ({}, "key 'w': the base does not have it"),
+        ({"w": ["a"]}, "key 'w': expected a NumPy array in the base, got a list"),
+        ([1.0], "expected a model as a mapping from names to arrays, got list"),
         ({"w": np.ones(3)}, r"key 'w': expected a base of shape \(2,\), got \(3,\)"),
         ({"w": np.array([1, np.nan])}, "expected a base of finite numbers"),
         ([1], "expected a model as a mapping"),

@@ -107,6 +107,19 @@ def test_what_the_base_does_not_match_is_named(local: Any, text: str) -> None:
         fc.diff(local, {"w": np.ones(2)})
 
 
+@pytest.mark.parametrize("use", [fc.apply, lambda base, model: fc.diff(model, base)])
+@pytest.mark.parametrize(
+    ("base", "text"),
+    [
+        (7, "expected a model as a mapping from names to arrays, got int"),
+        ({"w": ["a"]}, "key 'w': expected a NumPy array in the base, got a list"),
+    ],
+)
+def test_a_base_that_is_no_model_is_the_callers_mistake(use: Any, base: Any, text: str) -> None:
+    with pytest.raises(fc.UsageError, match=text):
+        use(base, {"w": np.ones(2)})
+
+
 def test_applying_nothing_copies_the_base() -> None:
     base = {"w": np.ones(2)}
     assert fc.same_bits(fc.apply(base, {}), base)
