@@ -37,7 +37,7 @@ def norm_above(params: Params, base: Params, limit: float) -> float | None:
     """
     # Scaled by a power of two, so that the squares of what is within the limit are near 1: what
     # overflows is beyond the limit, and what underflows cannot matter.
-    scale = 2.0 ** -max(-1000, min(1000, math.frexp(limit)[1]))
+    scale = 2.0 ** -max(-_LARGEST_SCALE, min(_LARGEST_SCALE, math.frexp(limit)[1]))
     total = sum_of_squares(params, base, scale)
     return None if total <= (limit * scale) ** 2 else math.sqrt(total) / scale
 

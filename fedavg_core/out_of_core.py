@@ -41,12 +41,13 @@ import numpy.typing as npt
 from fedavg_core.blocks import Buffers
 from fedavg_core.checkpoint import replacing
 from fedavg_core.codec import NpzWriter
-from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
 from fedavg_core.safetensors import SafetensorsWriter, aligned
 from fedavg_core.stored_array import INFLATER_BYTES
+from fedavg_core.sums import out_of_range, shown_place
 from fedavg_core.weight import Weight, exact_weight
 
 __all__ = ["aggregate_files"]
@@ -279,14 +280,12 @@ class _Aggregation:
             ) from None
         except BeyondRange as place:
             spec = self._parameters[place.key].spec
-            raise OutOfRange(
-                f"key {quoted(place.key)}: the result at {_position(spec, place.index)} is beyond "
-                f"the largest number of {spec.dtype}"
-            ) from None
+            raise out_of_range(place.key, spec, place.index) from None
 
     def _shown(self, place: NotFinite, part: Pass, values: Mapping[str, Array]) -> str:
         value = values[place.key][place.index - part.runs[place.key][0]]
-        return f"{float(value)} at {_position(self._parameters[place.key].spec, place.index)}"
+        shape = self._parameters[place.key].spec.shape
+        return f"{float(value)} at {shown_place(shape, place.index)}"
 
     def _read(self, file: ModelFile, part: Pass, progress: _Progress | None) -> dict[str, Array]:
         values = file.read(part.runs)
@@ -294,7 +293,3 @@ class _Aggregation:
         if progress is not None:
             progress(self._done, self._bytes)
         return values
-
-
-def _position(spec: ArraySpec, index: int) -> str:
-    return str([int(i) for i in np.unravel_index(index, spec.shape)])

@@ -30,7 +30,15 @@ from fedavg_core.results import Memory, Results, size_of
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight
 
-__all__ = ["ExactSums", "Sums", "Term", "base_not_finite", "not_finite", "out_of_range"]
+__all__ = [
+    "ExactSums",
+    "Sums",
+    "Term",
+    "base_not_finite",
+    "not_finite",
+    "out_of_range",
+    "shown_place",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 Term: TypeAlias = "tuple[Params, Weight]"
@@ -416,7 +424,8 @@ def _add_block(
         total.add(chosen, weight * (1 << exponent), buffers.scratch)
 
 
-def _position(shape: tuple[int, ...], index: int) -> str:
+def shown_place(shape: tuple[int, ...], index: int) -> str:
+    """An element's place in an array, from its place in C order, as messages tell it."""
     return str([int(i) for i in np.unravel_index(index, shape)])
 
 
@@ -428,7 +437,7 @@ def not_finite(params: Params, key: str, index: int) -> RefusedUpdate:
         Reason.NON_FINITE,
         key=key,
         expected="finite numbers",
-        got=f"{float(value)} at {_position(array.shape, index)}",
+        got=f"{float(value)} at {shown_place(array.shape, index)}",
     )
 
 
@@ -444,6 +453,6 @@ def base_not_finite(base: Params, keys: Collection[str]) -> UsageError:
 def out_of_range(key: str, spec: ArraySpec, index: int) -> OutOfRange:
     """The error for a result, at ``index``, that an array's dtype cannot hold."""
     return OutOfRange(
-        f"key {quoted(key)}: the result at {_position(spec.shape, index)} is beyond the largest "
+        f"key {quoted(key)}: the result at {shown_place(spec.shape, index)} is beyond the largest "
         f"number of {spec.dtype}"
     )

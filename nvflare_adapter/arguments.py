@@ -94,7 +94,7 @@ _Count = Annotated[StrictInt, Field(ge=1), _says("an integer of at least 1")]
 _CountOrZero = Annotated[StrictInt, Field(ge=0), _says("an integer of at least 0")]
 _Text = Annotated[StrictStr, _says("a string")]
 _YesNo = Annotated[StrictBool, _says("True or False")]
-_Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 _FileName = Annotated[
     StrictStr | None,
     _must(lambda name: Path(name).name == name and not name.startswith((".", "round-", "open_"))),
@@ -178,7 +178,7 @@ class Arguments(RunnerArguments):
         StrictStr | None, _must(re.compile), _says("a regular expression, or None")
     ]
     aggregation_weights: Annotated[
-        dict[str, _Seconds | StrictInt] | None,
+        dict[str, _Positive | StrictInt] | None,
         _must(lambda weights: all(weight > 0 for weight in weights.values())),
         _says("a dict from clients' names to numbers above 0, or None"),
     ]
@@ -187,7 +187,7 @@ class Arguments(RunnerArguments):
     accumulator: Annotated[
         Literal["exact", "float64", "float32"], _says("'exact', 'float64' or 'float32'")
     ]
-    max_norm: Annotated[_Seconds | None, _says("a number above 0, or None")]
+    max_norm: Annotated[_Positive | None, _says("a number above 0, or None")]
     server_optimizer: Annotated[
         Any,
         AfterValidator(as_optimizer),
@@ -202,7 +202,7 @@ class Arguments(RunnerArguments):
     ]
     keep_checkpoints: _Count
     keep_open: _YesNo
-    poll_interval: Annotated[_Seconds | None, _says("seconds above 0, or None")]
+    poll_interval: Annotated[_Positive | None, _says("seconds above 0, or None")]
 
 
 def checked(kind: type[_Kind], given: Mapping[str, Any], place: str = "") -> _Kind:
