@@ -5,6 +5,7 @@ variable CI is set, and `default` elsewhere.
 
 * `default`: 100 examples a test, drawn anew each time.
 * `brief`: 100 examples, the same in every run: what `.ci/run` takes, which has to be done in time.
+* `few`: 25 of them: with the oldest NumPy there, whose tests are the slower for their coverage.
 * `ci`: 1,000 examples, the same in every run, so that a red build can be repeated.
 * `nightly`: 10,000 examples, drawn anew.
 
@@ -25,6 +26,7 @@ _BASE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 settings.register_profile("default", parent=_BASE, max_examples=100)
 settings.register_profile("brief", parent=_BASE, max_examples=100, derandomize=True)
+settings.register_profile("few", parent=_BASE, max_examples=25, derandomize=True)
 settings.register_profile("ci", parent=_BASE, max_examples=1_000, derandomize=True)
 settings.register_profile("nightly", parent=_BASE, max_examples=10_000)
 

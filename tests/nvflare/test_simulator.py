@@ -30,6 +30,7 @@ from tests.nvflare import training
 pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("simulator")]
 
 FILES = Path(training.__file__).parent
+MIXED = FILES / "mixed.py"
 DIGITS = Path(digits.__file__)
 
 
@@ -57,13 +58,13 @@ def last_model(folder: Path, clients: int, script: str, **arguments: Any) -> Any
     return stored(folder, clients, script, **arguments)[-1].model
 
 
-@pytest.mark.parametrize("transfer", list(fc.TransferType))
 @pytest.mark.parametrize(
-    ("path", "arguments", "clients", "external"),
+    ("path", "arguments", "clients", "external", "transfer"),
     [
-        (DIGITS, "--alpha 0.3", 4, False),
-        pytest.param(FILES / "mixed.py", "", 3, False, marks=pytest.mark.sample),
-        (FILES / "mixed.py", "", 2, True),
+        (DIGITS, "--alpha 0.3", 4, False, fc.TransferType.DIFF),
+        pytest.param(MIXED, "", 3, False, fc.TransferType.FULL, marks=pytest.mark.sample),
+        pytest.param(MIXED, "", 3, False, fc.TransferType.DIFF, marks=pytest.mark.sample),
+        (MIXED, "", 2, True, fc.TransferType.FULL),
     ],
 )
 def test_every_round_ends_in_the_bits_of_the_federation_in_process(
