@@ -211,7 +211,9 @@ def train_one(
                 transfer=transfer,
                 metrics=result.metrics,
             )
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # asyncio's CancelledError, say, or a SystemExit
             _log.info("what %s raised:", context.contributor, exc_info=True)
             place = _place(error)
             problem = one_line(error, _PROBLEM_LENGTH - len(place)) + place

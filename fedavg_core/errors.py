@@ -150,10 +150,11 @@ def one_line(error: BaseException, limit: int = _ERROR_LIMIT) -> str:
         Its type and its text, as printable ASCII of bounded length, with ``...`` where it was cut.
     """
     try:
-        text = str(error)
+        text = str.__str__(str(error))
     except Exception:  # an error whose own text fails
         text = ""
-    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = type_name(error)
+    told = f"{kind}: {text}" if text else kind
     shown = told[: limit + 1].encode("unicode_escape").decode("ascii")
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -60,6 +61,25 @@ def dying(params: dict[str, Any], told: Context) -> TrainResult:
 class Unshowable(Exception):
     def __str__(self) -> str:
         raise RuntimeError
+
+
+class Evasive(Exception):
+    def __str__(self) -> str:
+        class Text(str):
+            __slots__ = ()
+
+            def __len__(self) -> int:
+                raise RuntimeError
+
+        return Text("no")
+
+
+def evasive(params: dict[str, Any], told: Context) -> TrainResult:
+    raise Evasive
+
+
+def cancelled(params: dict[str, Any], told: Context) -> TrainResult:
+    raise asyncio.CancelledError("by itself")
 
 
 def unshowable(params: dict[str, Any], told: Context) -> TrainResult:
@@ -155,7 +175,9 @@ def test_differences_are_taken_from_the_model() -> None:
     [
         (raising, "RuntimeError: no data\\non this site!!!"),
         (unshowable, "Unshowable (test_dispatch.py, line "),
+        (evasive, "Evasive: no (test_dispatch.py, line "),
         (leaving, "SystemExit: 3 (test_dispatch.py, line "),
+        (cancelled, "CancelledError: by itself (test_dispatch.py, line "),
         (returning(None), "TypeError: expected a TrainResult, got NoneType"),
         (returning({"w": 1}), "TypeError: expected a TrainResult, got dict"),
         (5, "TypeError: 'int' object is not callable"),
