@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rich")
 
 import fedavg_core as fc
 from fedavg_core.cli.run_log import read_log, read_settings
-from fedavg_core.cli.watch import _covered, _Training
+from fedavg_core.cli.watch import Watch, _covered, _Training
 from fedavg_core.cli.workers import Workers, work
 from fedavg_core.outcome import Failure
 from tests.test_cli_files import Capture, closed, run
@@ -60,6 +61,16 @@ ODD = """
 def never(params: Any, context: Any) -> fc.TrainResult:
     """Stands for the client, which workers have from the training file."""
     raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "params", [5, {"w": [1.0]}, {"w": np.array([1j])}, {"w": np.array(["a"])}, {"v": np.ones(2)}]
+)
+def test_an_odd_update_has_no_norm_and_brings_no_warning(params: Any) -> None:
+    watch = Watch(lambda *told: None)
+    watch._base = {"w": np.zeros(2)}
+    assert watch._norm(fc.Update("site-1", 0, params, 1)) is None
+    assert watch._norm(fc.Update("site-1", 0, {"w": np.array([3.0, 4.0])}, 1)) == 5.0
 
 
 @pytest.mark.parametrize("transfer", ["full", "diff"])

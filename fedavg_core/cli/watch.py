@@ -10,7 +10,6 @@ import contextlib
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from fedavg_core.cli.run_log import Contribution, RoundRecord
 from fedavg_core.cli.workers import Workers
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.model import Params
+from fedavg_core.model import Params, check_array
 from fedavg_core.norm import norm_of_difference
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
@@ -103,11 +102,10 @@ class Watch(Executor, Observer):
         """The norm of what a client changed; None where its update is too odd to have one."""
         base = {} if update.transfer is TransferType.DIFF else self._base
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                shapes = {key: array.shape for key, array in update.params.items()}
-                alike = all(array.shape == shapes.get(key) for key, array in base.items())
-                return norm_of_difference(update.params, base) if alike else None
+            params = {key: check_array(key, value) for key, value in update.params.items()}
+            shapes = {key: array.shape for key, array in params.items()}
+            alike = all(array.shape == shapes.get(key) for key, array in base.items())
+            return norm_of_difference(params, base) if alike else None
         except Exception:  # nothing is known of the update yet; the round will judge it
             return None
 
@@ -172,7 +170,7 @@ class Watch(Executor, Observer):
                     Contribution(
                         one.contributor,
                         "failed",
-                        seconds=self._seen[one.contributor].seconds,
+                        seconds=self._seconds(one.contributor),
                         detail=one.problem,
                     )
                     for one in outcome.failed
@@ -192,6 +190,11 @@ class Watch(Executor, Observer):
             peak_bytes=peak_bytes(),
             evaluation_problem=self._evaluation_problem,
         )
+
+    def _seconds(self, contributor: str) -> float | None:
+        """How long a client trained; None for one that could not be begun with."""
+        training = self._seen.get(contributor)
+        return None if training is None else training.seconds
 
     def _judged(self, receipt: Receipt) -> Contribution:
         training = self._seen[receipt.contributor]
