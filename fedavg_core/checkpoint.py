@@ -67,7 +67,7 @@ MODEL = "model/"
 _FORMAT = 1
 _ARRAYS = "arrays/"
 _NAME = re.compile(r"round-([0-9]{8,18})(?:-([0-9]{1,18}))?(-best)?\.npz")
-_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(rf"\.{_NAME.pattern}\.[0-9a-f]{{16}}\.tmp")
 _LOCK = ".lock"
 _READ_WRITE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -438,7 +438,7 @@ class CheckpointStore:
         )
 
     def _sweep(self) -> None:
-        """Take away what killed writers left. Only with the lock held are these all left-overs."""
+        """Take away what killed writers of checkpoints left: with the lock held, nobody else's."""
         with contextlib.suppress(OSError):
             for name in os.listdir(self._folder):
                 if _TEMPORARY.fullmatch(name):

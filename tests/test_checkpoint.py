@@ -580,6 +580,13 @@ def start_writer(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def test_a_store_leaves_alone_what_another_writer_is_writing_beside_it(tmp_path: Path) -> None:
+    with replacing(tmp_path / "mean.npz") as file, CheckpointStore(tmp_path) as store:
+        file.write(b"all")
+        store.save(checkpoint(1))
+    assert (tmp_path / "mean.npz").read_bytes() == b"all"
+
+
 class TestAWriterThatIsKilled:
     """SIGKILL at any moment."""
 
