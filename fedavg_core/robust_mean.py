@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params
+from fedavg_core.settings import settings_of
 
 __all__ = ["RobustMean", "State"]
 
@@ -74,8 +75,11 @@ class RobustMean(ABC):
 
         Returns:
             The name of the rule and its options.
+
+        Raises:
+            UsageError: JSON cannot hold an option.
         """
-        return {"name": self.name, **{option: getattr(self, option) for option in self.options}}
+        return settings_of(self.name, {option: getattr(self, option) for option in self.options})
 
     def empty(self: _Self, spec: ModelSpec | None) -> _Self:
         """A new one with the same rule and options, to which nothing was added.

@@ -55,6 +55,7 @@ import numpy.typing as npt
 from fedavg_core.errors import OutOfRange, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
 from fedavg_core.plain import as_float
+from fedavg_core.settings import settings_of
 from fedavg_core.transfer import apply
 
 __all__ = [
@@ -135,8 +136,11 @@ class ServerOptimizer(ABC):
 
         Returns:
             Its name and its fields.
+
+        Raises:
+            UsageError: JSON cannot hold a field.
         """
-        return {"name": type(self).__name__.lower(), **dataclasses.asdict(self)}
+        return settings_of(type(self).__name__.lower(), dataclasses.asdict(self))
 
     def check_state(self, spec: ModelSpec, state: object) -> None:
         """See that a state can be one of this optimizer's, for a model.

@@ -357,12 +357,35 @@ class Halfway(ServerOptimizer):
         return change / 2, {}
 
 
+@dataclass(frozen=True)
+class Scheduled(Halfway):
+    """One with a field that JSON gives back as another kind of object."""
+
+    rates: Any = (1.0, 0.5)
+
+
+def test_a_run_with_options_that_json_changes_is_resumed(tmp_path: Path) -> None:
+    for outcome in federation(Scheduled(), checkpoint=tmp_path):
+        if outcome.round == 1:
+            break
+    resumed = federation(Scheduled(), checkpoint=tmp_path, resume=True)
+    assert [outcome.round for outcome in resumed] == [2, 3, 4]
+    with pytest.raises(fc.UsageError, match="expected a run with server_optimizer"):
+        federation(Scheduled(rates=(1.0, 0.25)), checkpoint=tmp_path, resume=True)
+
+
+def test_options_that_json_cannot_hold_are_the_callers_mistake() -> None:
+    with pytest.raises(fc.UsageError, match="scheduled: expected options that JSON can hold, got"):
+        Scheduled(rates=object()).settings()
+
+
 class TestByName:
     """For the command line and for settings that travel as JSON."""
 
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_settings_make_it_again(self, name: str) -> None:
         optimizer = optimizer_named(name, learning_rate=0.5)
+        assert json.loads(json.dumps(optimizer.settings())) == optimizer.settings()
         assert optimizer.settings()["name"] == name
         assert optimizer_named(**optimizer.settings()) == optimizer
 
