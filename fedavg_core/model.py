@@ -219,6 +219,7 @@ class ModelSpec(Mapping[str, ArraySpec]):
 
         Raises:
             RefusedUpdate: An entry is not an array of numbers (see `check_array`).
+            UsageError: It is no mapping.
         """
         if not isinstance(params, Mapping):
             raise UsageError(
@@ -292,9 +293,11 @@ def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
         For each key how far apart the two are, in the order of ``a``.
 
     Raises:
-        UsageError: The two do not have the same keys, shapes and dtypes.
+        UsageError: The two do not have the same keys, shapes and dtypes, or one is no mapping.
+        RefusedUpdate: An entry is not an array of numbers.
     """
     spec_a, spec_b = ModelSpec.of(a), ModelSpec.of(b)
+    a, b = ({key: np.asarray(value) for key, value in params.items()} for params in (a, b))
     if spec_a.keys() != spec_b.keys():
         odd = sorted(spec_a.keys() ^ spec_b.keys())
         raise UsageError(f"only one of the two models has the keys {quoted(odd)}")
@@ -305,7 +308,7 @@ def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
                 f"key {quoted(key)}: one model has {spec.dtype}{list(spec.shape)}, "
                 f"the other {spec_b[key].dtype}{list(spec_b[key].shape)}"
             )
-        steps_a, steps_b = _steps(a[key]), _steps(b[key])
+        steps_a, steps_b = _steps(a[key], spec.number), _steps(b[key], spec.number)
         apart = np.where(steps_a > steps_b, steps_a - steps_b, steps_b - steps_a)
         largest_ulps = int(apart.max(initial=0))
         others = (_bits(a[key]) != _bits(b[key])).reshape(-1)
@@ -342,6 +345,10 @@ def same_bits(a: Params, b: Params) -> bool:
 
     Returns:
         True if nothing tells them apart (the order of the keys does not count).
+
+    Raises:
+        UsageError: One is no mapping.
+        RefusedUpdate: An entry is not an array of numbers.
     """
     if ModelSpec.of(a) != ModelSpec.of(b):
         return False
@@ -353,7 +360,7 @@ def _bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return native.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
-def _steps(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _steps(array: npt.NDArray[Any], number: NumberFormat) -> npt.NDArray[Any]:
     """The elements as unsigned integers, in order, one apart for neighbouring numbers."""
     bits = _bits(array)
     top = bits.dtype.type(1 << (8 * bits.dtype.itemsize - 1))
@@ -362,6 +369,13 @@ def _steps(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if array.dtype.kind == "i":
         flipped: Array = bits ^ top
         return flipped
-    negative = bits >= top
-    steps: Array = np.where(negative, top - (bits ^ top), bits + top)
+    one = bits.dtype.type(1)
+    zero = top - one  # so that there is room for one more beyond the last
+    steps: Array = np.where(bits >= top, zero - (bits ^ top), bits + zero)
+    not_numbers = np.isnan(array)
+    if not_numbers.any():
+        with np.errstate(all="ignore"):  # some formats have no infinity, and a NaN for it
+            last = np.array([number.largest, np.inf]).astype(array.dtype)
+        last = last[~np.isnan(last)][-1:]
+        steps[not_numbers] = _steps(last, number)[0] + one
     return steps

@@ -125,6 +125,12 @@ def test_models_with_the_same_bits_are_the_same() -> None:
         (np.int8(-128), np.int8(127), 255),
         (np.int64(-(2**63)), np.int64(2**63 - 1), 2**64 - 1),
         (ml_dtypes.bfloat16(1), ml_dtypes.bfloat16(1.0078125), 1),
+        (np.float32("inf"), np.float32("nan"), 1),
+        (np.float16(65504), -np.float16("nan"), 2),
+        (ml_dtypes.bfloat16("inf"), ml_dtypes.bfloat16("nan"), 1),
+        (ml_dtypes.float8_e4m3fn(448), ml_dtypes.float8_e4m3fn("nan"), 1),
+        (ml_dtypes.float8_e4m3fnuz(0), ml_dtypes.float8_e4m3fnuz("nan"), 128),
+        (ml_dtypes.float8_e5m2(57344), ml_dtypes.float8_e5m2("nan"), 2),
     ],
 )
 def test_the_distance_is_in_steps_between_neighbours(a: Any, b: Any, ulps: int) -> None:
@@ -166,6 +172,12 @@ def test_the_largest_difference_leaves_nan_out(
         assert type(result.largest_difference) is type(difference)
     scalars = fc.compare({"x": one[0]}, {"x": one[0]})["x"]
     assert (scalars.differing, scalars.largest_difference) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_arrays_of_a_subclass_are_compared_as_plain_ones() -> None:
+    result = fc.compare({"x": np.matrix([[1.0, 2.0]])}, {"x": np.array([[1.0, 4.0]])})["x"]
+    assert (result.differing, result.largest_difference) == (1, 2.0)
 
 
 def test_an_empty_array_differs_nowhere() -> None:
