@@ -117,6 +117,8 @@ class Limits:
                 re.compile(self.exclude)
                 if not isinstance(self.exclude, str):
                     raise TypeError("it is no string")
+                if not self.exclude:
+                    raise TypeError("it is empty, and would exclude every parameter")
             except (re.error, TypeError) as error:
                 raise UsageError(
                     f"exclude: expected a regular expression, got {quoted(self.exclude)} ({error})"

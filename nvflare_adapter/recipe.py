@@ -175,7 +175,8 @@ class NumpyFedAvgRecipe(Recipe):
 
     def _prepare_server(self, job: FedJob, arguments: Arguments, transfer: fc.TransferType) -> None:
         start = self._prepare_start(job, arguments, transfer)
-        limits = {"exclude": arguments.exclude_vars, "max_norm": arguments.max_norm}
+        # For NVFlare an empty expression excludes nothing, as none does.
+        limits = {"exclude": arguments.exclude_vars or None, "max_norm": arguments.max_norm}
         if arguments.aggregator is None:
             aggregator: Aggregator = FedAvgAggregator(
                 transfer.value,

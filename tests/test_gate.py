@@ -354,6 +354,7 @@ class TestLimits:
                 "max_norm: expected a finite number above 0, got Fr",
             ),
             ({"roster": 5}, "roster: expected a collection of contributors' names, got 5"),
+            ({"exclude": ""}, "exclude: expected a regular expression, got '' .* every parameter"),
             ({"exclude": b"w"}, "exclude: expected a regular expression, got b'w'"),
             ({"exclude": 5}, "exclude: expected a regular expression, got 5"),
             ({"allow_missing": "no"}, "allow_missing: expected True or False, got 'no'"),
