@@ -100,8 +100,8 @@ def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
     except (Exception, SystemExit) as error:
         raise fc.UsageError(f"evaluate, of the training file, failed: {one_line(error)}") from error
     try:
-        return {name: float(value) for name, value in found.items()}
-    except (AttributeError, TypeError, ValueError):
+        return {str(name): float(value) for name, value in dict(found).items()}
+    except (OverflowError, TypeError, ValueError):
         expected = "expected a mapping from names to numbers"
         raise fc.UsageError(
             f"evaluate, of the training file: {expected}, got {quoted(found)}"

@@ -137,7 +137,12 @@ class CheckpointPersistor(ModelPersistor):
         if self.numpy_file:
             run = Path(fl_ctx.get_workspace().get_run_dir(fl_ctx.get_job_id())) / self.folder
             run.mkdir(parents=True, exist_ok=True)
-            np.save(run / self.numpy_file, global_model.model_of(model)[SINGLE_ARRAY_KEY])
+            array = global_model.model_of(model).get(SINGLE_ARRAY_KEY)
+            if array is None:
+                self.log_info(fl_ctx, f"no {self.numpy_file}: no array {SINGLE_ARRAY_KEY}")
+                return
+            with replacing(run / self.numpy_file) as file:
+                np.save(file, array)
 
     def save_open(self, received: fc.Checkpoint, fl_ctx: FLContext) -> None:
         """Store what an open round has received.

@@ -282,6 +282,12 @@ def written(folder: Path, ending: str, source: str = "faulty.py") -> list[str]:
     [
         ("return model[0]", "evaluate, of the training file, failed: KeyError: 0"),
         (
+            "return {'a': 10**400}",
+            "evaluate, of the training file: expected a mapping from names to numbers, got {'a': 1"
+            + "0" * 70
+            + "...",
+        ),
+        (
             "return 0.5",
             "evaluate, of the training file: expected a mapping from names to numbers, got 0.5",
         ),

@@ -146,5 +146,8 @@ def test_a_single_array_is_stored_as_nvflares_own_persistor_does_too(server: Ser
     persistor = CheckpointPersistor(numpy_file="server.npy")
     held = global_model.learnable({"numpy_key": np.arange(3)})
     persistor.save_model(held, server.context())
-    kept = np.load(server.folder / "simulate_job" / "models" / "server.npy")
-    assert kept.tolist() == [0, 1, 2]
+    path = server.folder / "simulate_job" / "models" / "server.npy"
+    assert np.load(path).tolist() == [0, 1, 2]
+    for other in ({}, {"w": np.ones(3)}):  # clients may bring the first model
+        persistor.save_model(global_model.learnable(other), server.context())
+        assert np.load(path).tolist() == [0, 1, 2]
