@@ -224,8 +224,9 @@ class WeightedMean:
 
         Raises:
             RefusedUpdate: This cannot have been added; the state is unchanged.
-            UsageError: The sums are not exact, or do not contain this update; the state is
-                unchanged.
+            UsageError: The sums are not exact, or their weights tell that they do not contain this
+                update, or its values do so where no other has brought a parameter; the state is
+                unchanged. Another update that was not added is not noticed.
         """
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
@@ -239,6 +240,15 @@ class WeightedMean:
                     f"the {shown} that was added"
                 )
         emptied = [key for key in params if self._books.weights[key] == exact]
+        left = self._books.total - exact
+        others = {
+            key: held - (exact if key in params else 0) for key, held in self._books.weights.items()
+        }
+        if any(held > left for held in others.values()) or (self._books.count == 1 and left):
+            raise UsageError(
+                "cannot remove what was not added: "
+                f"{self._books.count - 1} updates do not come to the weights that would be left"
+            )
 
         def check() -> None:
             for key in emptied:
@@ -346,7 +356,7 @@ class WeightedMean:
         for key in sorted(self.keys):
             spec = self._books.spec[key]
             head = [key, list(spec.shape), spec.dtype.name, weight_text(self._books.weights[key])]
-            sha.update(repr(head).encode("utf-8", "surrogatepass"))
+            sha.update(ascii(head).encode("ascii"))
             for k, digits in sums.parts(key):
                 sha.update(f"[{k}]".encode())
                 sha.update(digits.tobytes())
@@ -409,7 +419,7 @@ class WeightedMean:
                     f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
                 )
             result = cls(spec, accumulator=meta["accumulator"])
-            known, weights = dict(result._books.spec), {}
+            known, weights, stored = dict(result._books.spec), {}, {}
             for number, entry in enumerate(meta["keys"]):
                 key = entry["name"]
                 if not isinstance(key, str) or key in weights:
@@ -419,12 +429,13 @@ class WeightedMean:
                 array = _stored_spec(entry, parts, weight)
                 if known.setdefault(key, array) != array:
                     raise UsageError(f"key {quoted(key)}: the state has it as {_shown(array)}")
-                if spec is None:
-                    result._sums.grow({key: array})
-                elif key not in spec:
+                if spec is not None and key not in spec:
                     raise UsageError(f"key {quoted(key)}: the spec does not name it")
+                weights[key], stored[key] = weight, parts
+            if spec is None:
+                result._sums.grow(known)
+            for key, parts in stored.items():
                 result._sums.restore(key, parts)
-                weights[key] = weight
             count, total = meta["count"], weight_from_text(meta["total_weight"])
             if not is_whole(count) or count < 0 or total < 0:
                 raise ValueError("a count or a weight that cannot be")

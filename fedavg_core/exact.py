@@ -208,7 +208,7 @@ class ExactSum:
         other.tuck()
         if self.origin is None:
             self.origin = other.origin
-        where = None if at is None else np.arange(self.size)[at]
+        where = None if at is None else np.arange(*at.indices(self.size))
 
         def deposit() -> None:
             for k in other.used():

@@ -60,6 +60,7 @@ class Sums(ABC, Generic[Total]):
         self._capacity = block
         self._threads = threads
         self._blocks: list[tuple[Block, Total]] = []
+        self._places: dict[str, list[tuple[Segment, Total]]] = {}
         self._buffers: list[Buffers] = []
         self._memory = Memory()
 
@@ -142,11 +143,15 @@ class Sums(ABC, Generic[Total]):
         threads = self._threads_for(cut)
         if threads > len(self._buffers) or largest > self._buffers[0].size:
             self._buffers = [Buffers(largest) for _ in range(threads)]
+        for block, total in blocks:
+            for segment in block.segments:
+                self._places.setdefault(segment.key, []).append((segment, total))
         self._blocks += blocks
 
     def shrink(self, spec: Collection[str]) -> None:
         """Give back the room that was made since `grow` was last asked for one of these."""
         self._blocks[:] = [part for part in self._blocks if part[0].segments[0].key in spec]
+        self._places = {key: places for key, places in self._places.items() if key in spec}
 
     @property
     def are_whole(self) -> bool:
@@ -262,12 +267,9 @@ class Sums(ABC, Generic[Total]):
         size = sum(block.size for block in blocks)
         return max(1, min(self._threads, size // _THREAD_SHARE, len(blocks)))
 
-    def _segments(self, key: str) -> Iterator[tuple[Segment, Total]]:
+    def _segments(self, key: str) -> Sequence[tuple[Segment, Total]]:
         """Where one array is, from its first element on."""
-        for block, total in self._blocks:
-            for segment in block.segments:
-                if segment.key == key:
-                    yield segment, total
+        return self._places.get(key, ())
 
     def _counterparts(
         self, other: Sums[Total], keys: Collection[str]

@@ -649,6 +649,30 @@ def test_what_was_not_added_cannot_be_removed() -> None:
     assert mean.digest() == before
 
 
+@pytest.mark.parametrize(
+    ("added", "removed"),
+    [
+        ([({"w": 1.0}, 2), ({"w": 3.0}, 3)], [({"w": 9.0}, 4), ({"w": 9.0}, 0.5)]),
+        ([({"w": 1.0}, 5)], [({"w": 1.0}, 3)]),
+        ([({"w": 1.0, "b": 2.0}, 2)], [({"w": 1.0}, 2)]),
+        ([({"w": 1.0, "b": 2.0}, 2), ({"w": 1.0}, 2)], [({"w": 1.0}, 3)]),
+    ],
+)
+def test_what_leaves_more_weight_than_updates_cannot_be_removed(
+    added: list[Any], removed: list[Any]
+) -> None:
+    mean = fc.WeightedMean()
+    *some, (last, weight) = [({k: np.ones(1) * v for k, v in p.items()}, w) for p, w in removed]
+    for params, by in added:
+        mean.add({key: np.ones(1) * value for key, value in params.items()}, by)
+    for params, by in some:
+        mean.remove(params, by)
+    before = mean.digest(), mean.count, mean.total_weight
+    with pytest.raises(fc.UsageError, match="cannot remove what was not added: "):
+        mean.remove(last, weight)
+    assert (mean.digest(), mean.count, mean.total_weight) == before
+
+
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 @pytest.mark.parametrize("size", [2, 3 << 18])
 def test_sums_at_the_end_of_the_range_are_right_or_out_of_range_without_a_warning(
