@@ -92,7 +92,8 @@ class WeightedMean:
             None: as many as there are processors, up to 4.
 
     Raises:
-        UsageError: There is no such accumulator, or the block is empty.
+        UsageError: There is no such accumulator, the spec is none, or the block or the threads are
+            no whole number of at least 1.
     """
 
     def __init__(
@@ -108,13 +109,13 @@ class WeightedMean:
                 "expected accumulator 'exact', 'float64' or 'float32' (or, in a round, a robust "
                 f"mean, such as TrimmedMean()), got {quoted(accumulator)}"
             )
-        if not isinstance(block, int) or block < 1:
+        if not is_whole(block) or block < 1:
             raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
         if spec is not None and not isinstance(spec, ModelSpec):
             raise UsageError(
                 f"expected a ModelSpec (ModelSpec.of(model) makes one), got {a_type(spec)}"
             )
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
+        if threads is not None and (not is_whole(threads) or threads < 1):
             raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")
         self._accumulator: Accumulator = accumulator
         self._fixed = spec is not None

@@ -12,6 +12,7 @@ with the opposite weight, exactly. Ordinary arithmetic is in `plain_sums`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -235,12 +236,15 @@ class Sums(ABC, Generic[Total]):
             threading.Thread(target=run, args=(buffers, busy), daemon=True)
             for buffers in self._buffers[1:threads]
         ]
+        started = []
         try:
-            for other in others:
-                other.start()
+            with contextlib.suppress(RuntimeError):  # there are no more threads to be had
+                for other in others:
+                    other.start()
+                    started.append(other)
             if self._blocks:
                 run(self._buffers[0], [])
-            for other in others:
+            for other in started:
                 other.join()
         except BaseException as error:  # pragma: no cover  (an interruption)
             failed.append((len(self._blocks), error))
