@@ -128,7 +128,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those that it is in, where they are not there.
+    """Make a folder, and those that it is in, where they are not there; they outlast a power cut.
 
     Args:
         path: The folder.
@@ -137,7 +137,10 @@ def make_folder(path: Path) -> None:
         CheckpointError: It could not be made.
     """
     try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            _flush_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(
             path, f"the folder could not be made ({error.strerror or error})"

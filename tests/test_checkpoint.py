@@ -580,6 +580,16 @@ def start_writer(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def test_new_folders_are_entered_where_they_are_in_before_anything_is_stored_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("fedavg_core.checkpoint._flush_folder", flushed.append)
+    folder = tmp_path / "runs" / "first"
+    CheckpointStore(folder).save(checkpoint(1))
+    assert flushed == [tmp_path / "runs", tmp_path, folder]
+
+
 def test_a_store_leaves_alone_what_another_writer_is_writing_beside_it(tmp_path: Path) -> None:
     with replacing(tmp_path / "mean.npz") as file, CheckpointStore(tmp_path) as store:
         file.write(b"all")
