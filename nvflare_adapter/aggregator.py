@@ -185,7 +185,8 @@ class FedAvgAggregator(ModelAggregator):
         Raises:
             FedAvgError: It is not in the mean; the message says why.
         """
-        number = None if self._round is None else self._round.number
+        open_round = self._round  # which may be set aside meanwhile
+        number = None if open_round is None else open_round.number
         problem = self._take(convert.message_from_fl_model(model, number), self.fl_ctx)
         if problem is not None:
             raise fc.FedAvgError(problem)
@@ -201,6 +202,7 @@ class FedAvgAggregator(ModelAggregator):
                     if answer.round == self._round.number:
                         self._failed[answer.contributor] = answer
                         return f"{answer.contributor} failed: {answer.problem}"
+                    # The round is to judge it: it refuses an answer for another round unread.
                     answer = fc.Update(answer.contributor, answer.round, params={}, weight=1)
                 if self._known and answer.contributor in self._known:
                     self._known.remove(answer.contributor)  # once, it is what came before

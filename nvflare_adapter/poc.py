@@ -2,8 +2,8 @@
 
 It is provisioned as any deployment is, with certificates of its own, in a temporary folder, and its
 server listens on a port of its own. So several can run at the same time. All its processes, and
-those which they start, have a mark in their environment, by which they are ended, whatever has
-happened to whoever started them.
+those which they start, have a mark in their environment, by which they are ended, whichever of
+them is left.
 """
 
 from __future__ import annotations

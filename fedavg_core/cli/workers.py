@@ -74,12 +74,13 @@ class Workers:
     ) -> _Answer:
         """Train a client in a process: see `train_one`. The client is that of the training file."""
         try:
+            request = pickle.dumps((model, context, transfer, retries), -1)
             with self._lock:
                 if self._closed:
                     return _failure(context, "the run has ended")
                 worker = self._idle.pop() if self._idle else _Worker(self._path, quiet=self._quiet)
                 self._busy.add(worker)
-            data = worker.ask(pickle.dumps((model, context, transfer, retries), -1))
+            data = worker.ask(request)
             with self._lock:
                 self._busy.discard(worker)
                 if data is not None:
