@@ -37,6 +37,7 @@ from fedavg_core.errors import (
 from fedavg_core.federation import Best, Federation
 from fedavg_core.gate import Limits
 from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compare, same_bits
+from fedavg_core.model_file import load_model
 from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.outcome import Failure, Outcome, Receipt
@@ -114,6 +115,7 @@ __all__ = [
     "contributor_seed",
     "diff",
     "load_checkpoint",
+    "load_model",
     "optimizer_named",
     "robust_mean",
     "same_bits",

@@ -241,7 +241,8 @@ def described(meta: Mapping[str, Any], names: Iterable[str]) -> Checkpoint:
     Raises:
         Damaged: It is no checkpoint.
     """
-    version = meta.get("checkpoint")
+    require("checkpoint" in meta, "no checkpoint, but a model alone, which load_model reads")
+    version = meta["checkpoint"]
     require(
         version == _FORMAT,
         f"no checkpoint of format {_FORMAT}, the one that this version reads, but "

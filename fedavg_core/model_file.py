@@ -27,6 +27,7 @@ Nothing a file declares is believed, and whatever is wrong with it is a `Checkpo
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 import struct
@@ -44,13 +45,13 @@ import numpy.typing as npt
 from fedavg_core.archive import Damaged, check_archive, require
 from fedavg_core.checkpoint import MODEL, Checkpoint, described
 from fedavg_core.codec import Entry, damage_told, list_npz
-from fedavg_core.errors import CheckpointError, quoted
+from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import check_array
 from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
 from fedavg_core.safetensors import list_safetensors
 from fedavg_core.stored_array import DeflatedMember, Member, OpenBytes, StoredArray, Unpacked
 
-__all__ = ["Allowance", "ModelFile"]
+__all__ = ["HEADER", "Allowance", "ModelFile", "load_model"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -58,6 +59,9 @@ _SUFFIXES = {".npz", ".npy", ".safetensors"}
 _UNBOUNDED = 1 << 62
 _LOCAL_HEADER = struct.Struct("<26x2H")
 _NPY_NAME = "arr_0"
+_PLACES = 1 << 26
+HEADER = 1 << 23
+"""The longest safetensors header that is read where nothing else is said, in bytes."""
 _PLACE_BYTES = 32
 _DIRECTORY_BYTES = 512
 
@@ -111,7 +115,9 @@ class Allowance:
         header: The longest safetensors header to read, in bytes.
     """
 
-    def __init__(self, scratch: Path, *, inflaters: int, places: int, header: int) -> None:
+    def __init__(
+        self, scratch: Path, *, inflaters: int, places: int = _PLACES, header: int = HEADER
+    ) -> None:
         self.inflaters = inflaters
         self.header = header
         self._places = places
@@ -316,6 +322,34 @@ class ModelFile:
         with self._allowance.scratch_file() as (out, path):
             member.unpack(file, out)
         return Unpacked(path, array.layout)
+
+
+def load_model(path: str | os.PathLike[str]) -> dict[str, Array]:
+    """Read a model whole, from an npz, npy or safetensors file, or out of a checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its arrays under their names, in the order of the file: new memory, in native byte order.
+        The one array of an npy file is called ``arr_0``.
+
+    Raises:
+        CheckpointError: It is not there, is no file of these kinds, or is damaged.
+        UsageError: It holds something else than arrays of real numbers.
+    """
+    result = {}
+    with Allowance(Path(tempfile.gettempdir()), inflaters=1) as allowance:
+        try:
+            file = ModelFile(Path(path), allowance)
+        except RefusedUpdate as refusal:
+            raise UsageError(f"{path}: {refusal}") from None
+        for key, array in file.arrays().items():
+            shape, dtype = array.layout.shape, array.layout.dtype
+            size = math.prod(shape)
+            values = file.read({key: (0, size)})[key] if size else np.empty(0, dtype)
+            result[key] = values.reshape(shape)
+    return result
 
 
 def _list_npz(file: IO[bytes], sealed: bool) -> dict[str, StoredArray]:

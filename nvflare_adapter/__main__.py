@@ -16,6 +16,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import fedavg_core as fc
@@ -206,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(read, training, initial, done)
     except JobFailed as failure:
         tail = "\n".join(f"  {line}" for line in failure.tail())
-        return _say(f"{failure.reason}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1)
+        return _say(
+            f"{failure.reason}{_kept(read)}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1
+        )
     except fc.UsageError as error:
         return _say(str(error), 2)
     except (fc.FedAvgError, OSError) as error:
@@ -231,11 +234,24 @@ def _stopped(read: argparse.Namespace, done: int) -> str:
     if fc.CheckpointStore(models).paths():
         done, start = fc.CheckpointStore(models).load().round, read.output
         kept = f": fedavg_core.CheckpointStore({str(models)!r}).load().model"
-    told = f"stopped after {done} of {read.rounds} rounds{kept}"
+    return f"stopped after {done} of {read.rounds} rounds{kept}{_going_on(read, done, start)}"
+
+
+def _kept(read: argparse.Namespace) -> str:
+    """How to go on with what a job that failed has left, if it has left anything."""
+    try:
+        done = fc.CheckpointStore(models_folder(read.output, read.backend)).load().round
+    except fc.CheckpointError:
+        return ""
+    return _going_on(read, done, read.output)
+
+
+def _going_on(read: argparse.Namespace, done: int, start: Path | None) -> str:
+    """How to go on with the rounds that are done, where there are some."""
     if read.backend == "in-process" or start is None or done >= read.rounds:
-        return told
+        return ""
     other = " and another --output" if read.own_output else ""
-    return f"{told}; the same command goes on with them, with --start-from {typed(start)}{other}"
+    return f"; the same command goes on with them, with --start-from {typed(start)}{other}"
 
 
 def _say(problem: str, code: int) -> int:

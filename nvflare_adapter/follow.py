@@ -134,14 +134,19 @@ def _attempt(
             if time.monotonic() - last_news > _SILENCE_SECONDS:
                 lost = _LOST.findall(_read(log, start))
                 if lost:
-                    raise ClientLost(f"NVFlare's simulator lost a client: {lost[0]}", log)
+                    cause = f"NVFlare's simulator lost a client: {lost[0].rstrip(': ')}"
+                    raise ClientLost(_failed(done, rounds, cause), log)
                 last_news = time.monotonic()
             time.sleep(_POLL_SECONDS)
     finally:
         _stop(child)
     if done < rounds or child.returncode != 0:
         cause = cause_of_failure(log, start) or f"it ended with exit code {child.returncode}"
-        raise JobFailed(f"the job failed after {done} of {rounds} rounds: {cause}", log)
+        raise JobFailed(_failed(done, rounds, cause), log)
+
+
+def _failed(done: int, rounds: int, cause: str) -> str:
+    return f"the job failed after {done} of {rounds} rounds: {cause}"
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

@@ -135,7 +135,7 @@ class TestASingleFile:
     @pytest.mark.parametrize(
         ("name", "meta", "problem"),
         [
-            ("model/w", {}, "no checkpoint of format 1, .* but None"),
+            ("model/w", {}, "no checkpoint, but a model alone, which load_model"),
             ("model/w", {"checkpoint": 2}, "no checkpoint of format 1, .* but 2"),
             ("model/w", {"checkpoint": 1}, "not those of a checkpoint"),
             ("w", {"checkpoint": 1}, "not those of a checkpoint"),

@@ -16,9 +16,9 @@ import pytest
 import fedavg_core.stored_array as stored_array_module
 from fedavg_core.checkpoint import Checkpoint, save_checkpoint
 from fedavg_core.codec import write_npz
-from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate
+from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.model import dtype_named, same_bits
-from fedavg_core.model_file import Allowance, ModelFile
+from fedavg_core.model_file import Allowance, ModelFile, load_model
 from tests.model_files import KINDS, Model, safetensors_bytes, tensor, write_model
 
 MODEL: Model = {
@@ -98,6 +98,27 @@ def test_a_small_allowance_changes_nothing(
             both = np.concatenate([before[file], after[file]])
             assert both.tobytes() == MODEL["a"].tobytes()
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_loaded_whole(tmp_path: Path, kind: str) -> None:
+    loaded = load_model(str(write_model(tmp_path / "m", kind, native(MODEL))))
+    assert same_bits(loaded, native(MODEL))
+    assert all(array.flags.writeable for array in loaded.values())
+
+
+def test_a_checkpoint_an_array_alone_and_what_is_no_model_are_loaded_as_such(
+    tmp_path: Path,
+) -> None:
+    save_checkpoint(tmp_path / "c.npz", Checkpoint({"w": np.ones(2)}, 3, arrays={"m": np.ones(1)}))
+    assert same_bits(load_model(tmp_path / "c.npz"), {"w": np.ones(2)})
+    np.save(tmp_path / "w.npy", np.arange(3))
+    assert same_bits(load_model(tmp_path / "w.npy"), {"arr_0": np.arange(3)})
+    np.savez(tmp_path / "b.npz", w=np.array([True]))
+    with pytest.raises(UsageError, match=r"b.npz: DTYPE \(key 'w'\): expected an array of real"):
+        load_model(tmp_path / "b.npz")
+    with pytest.raises(CheckpointError, match="could not be read"):
+        load_model(tmp_path / "none.npz")
 
 
 @pytest.mark.parametrize("kind", ["npz", "deflated"])

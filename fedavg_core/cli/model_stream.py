@@ -7,34 +7,30 @@ other, each from its first element to its last, which is how every kind of file 
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.cli.console import Progress
 from fedavg_core.codec import NpzWriter
 from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec
-from fedavg_core.model_file import Allowance, ModelFile
+from fedavg_core.model_file import HEADER, Allowance, ModelFile
 from fedavg_core.safetensors import SafetensorsWriter, aligned
 
-__all__ = ["check_suffix", "load_model", "opened", "pieces", "spec_of", "write_order", "writer"]
+__all__ = ["check_suffix", "opened", "pieces", "spec_of", "write_order", "writer"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
 _PIECE = 1 << 18
-_PLACES = 1 << 26
-_HEADER = 1 << 23
 
 
 @contextlib.contextmanager
 def opened(
-    *paths: Path, scratch: Path | None = None, header: int = _HEADER
+    *paths: Path, scratch: Path | None = None, header: int = HEADER
 ) -> Iterator[list[ModelFile]]:
     """Look at model files that are read together.
 
@@ -51,7 +47,7 @@ def opened(
         UsageError: One holds something else than arrays of real numbers.
     """
     folder = Path(tempfile.gettempdir()) if scratch is None else scratch
-    with Allowance(folder, inflaters=len(paths), places=_PLACES, header=header) as allowance:
+    with Allowance(folder, inflaters=len(paths), header=header) as allowance:
         yield [_open(path, allowance) for path in paths]
 
 
@@ -76,28 +72,6 @@ def spec_of(file: ModelFile) -> ModelSpec:
     return ModelSpec(
         {key: ArraySpec(layout.shape, layout.dtype) for key, layout in layouts.items()}
     )
-
-
-def load_model(path: Path) -> dict[str, Array]:
-    """Read a model whole.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its arrays, as new memory.
-
-    Raises:
-        CheckpointError: It is not there, or is damaged.
-        UsageError: It holds something else than arrays of real numbers.
-    """
-    with opened(path) as (file,):
-        result = {}
-        for key, spec in spec_of(file).items():
-            size = math.prod(spec.shape)
-            values = file.read({key: (0, size)})[key] if size else np.empty(0, spec.dtype)
-            result[key] = values.reshape(spec.shape)
-        return result
 
 
 def pieces(

@@ -10,8 +10,8 @@ from fedavg_core.audit import Audit
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
-from fedavg_core.cli.model_stream import load_model
 from fedavg_core.errors import CheckpointError, UsageError
+from fedavg_core.model_file import load_model
 from fedavg_core.replay import verify
 from fedavg_core.server_optimizer import optimizer_named
 from fedavg_core.update import TransferType
