@@ -129,7 +129,9 @@ class Audit:
             meta = json.loads(text, object_pairs_hook=_without_duplicates)
             if not isinstance(meta, dict) or "audit" not in meta:
                 raise ValueError("it does not say that it is one")
-            if type(meta["audit"]) is not int or meta["audit"] != _FORMAT:
+            if type(meta["audit"]) is not int:
+                raise ValueError("it does not say of which format it is")
+            if meta["audit"] != _FORMAT:
                 raise ValueError(f"expected format {_FORMAT}, got {quoted(meta['audit'])}")
             if meta.keys() != _FIELDS:
                 odd = sorted(meta.keys() ^ _FIELDS)

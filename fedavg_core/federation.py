@@ -169,10 +169,15 @@ class Federation:
             ("checkpoint_every", checkpoint_every, 1),
         ):
             check_whole(name, value, least)
-        if not isinstance(clients, Mapping) or not clients or not all(map(is_name, clients)):
+        if not isinstance(clients, Mapping) or not clients:
             raise UsageError(
-                "clients: expected a mapping of at least one printable name to a client, "
+                "clients: expected a mapping of at least one name to a client, "
                 f"got {quoted(clients)}"
+            )
+        odd = [name for name in clients if not is_name(name)]
+        if odd:
+            raise UsageError(
+                f"clients: expected names of 1 to 256 printable characters, got {quoted(odd[0])}"
             )
         idle = [name for name, client in clients.items() if not callable(client)]
         if idle:

@@ -113,7 +113,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--deadline",
         type=whole(1),
         metavar="SECONDS",
-        help="on NVFlare: how long a round waits for its clients (default: for ever)",
+        help="on NVFlare: how long a round waits for its clients; some seconds of it NVFlare takes "
+        "for itself (default: for ever)",
     )
     add("--seed", type=whole(0), default=0, help="draws all that is random (default: 0)")
     add(

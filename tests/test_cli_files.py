@@ -684,7 +684,7 @@ def test_without_rich_one_line_says_what_to_install(
     module = sys.modules["fedavg_core.cli.main"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert fails(capsys, "inspect", "a") == (
-        "this needs the package rich: pip install 'fedavg-core[cli]'"
+        "expected rich to be installed: get the extra 'cli' (in a clone: pip install -e '.[cli]')"
     )
 
 

@@ -907,7 +907,10 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"mode": "best"}, "mode: expected 'max' or 'min', got 'best'"),
         ({"clients": {}}, "clients: expected a mapping of at least one"),
         ({"clients": [train]}, "clients: expected a mapping"),
-        ({"clients": {"a\n": train}}, "clients: expected a mapping of at least one printable"),
+        (
+            {"clients": {"a\n": train}},
+            "clients: expected names of 1 to 256 printable characters, got",
+        ),
         ({"model": [1.0]}, "model: expected a model as a mapping from names to arrays, got list"),
         ({"model": {}}, "model: expected at least one parameter, got none"),
         (

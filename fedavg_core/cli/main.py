@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_missing()
     read = _parser().parse_args(arguments)
     if find_spec("rich") is None:
-        return _failed("this needs the package rich: pip install 'fedavg-core[cli]'")
+        extra = "get the extra 'cli' (in a clone: pip install -e '.[cli]')"
+        return _failed(f"expected rich to be installed: {extra}")
     with contextlib.suppress(AttributeError):  # standard output may be no text of a file
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
