@@ -13,6 +13,8 @@ as the floor.
 * `suite`: the benchmarks, in one table
 * `goals`: what the engine is held to, in one table
 * `tables`, `plots`, `machine`: how it is shown
+* `nvflare_job`, `out_of_core`: jobs on NVFlare, and files larger than memory; run by themselves
+* `experiments`: what federated learning gives, and not how fast
 
 To have every peer at hand: ``pip install -e ".[nvflare,bench]" flwr``.
 """

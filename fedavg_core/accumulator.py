@@ -282,9 +282,7 @@ class WeightedMean:
             if known is None and self._fixed:
                 raise UsageError(f"key {quoted(key)}: the spec does not name it")
             if known is not None and known != spec:
-                raise UsageError(
-                    f"key {quoted(key)}: expected {_shown(known)} to merge, got {_shown(spec)}"
-                )
+                raise UsageError(f"key {quoted(key)}: expected {known} to merge, got {spec}")
         if other is self:
             other = copy.deepcopy(self)
         weights = dict(self._books.weights)
@@ -429,7 +427,7 @@ class WeightedMean:
                 weight = weight_from_text(entry["weight"])
                 array = _stored_spec(entry, parts, weight)
                 if known.setdefault(key, array) != array:
-                    raise UsageError(f"key {quoted(key)}: the state has it as {_shown(array)}")
+                    raise UsageError(f"key {quoted(key)}: the state has it as {array}")
                 if spec is not None and key not in spec:
                     raise UsageError(f"key {quoted(key)}: the spec does not name it")
                 weights[key], stored[key] = weight, parts
@@ -570,7 +568,3 @@ def _stored_spec(entry: Mapping[str, Any], parts: Mapping[str, Array], weight: W
         if str(int(name)) != name or not least <= STEP * int(name) < reach:
             raise ValueError(f"digits {quoted(name)}, which no sum with these weights has")
     return ArraySpec(like.shape, dtype)
-
-
-def _shown(spec: ArraySpec) -> str:
-    return f"{spec.dtype}{list(spec.shape)}"

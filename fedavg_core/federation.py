@@ -450,7 +450,7 @@ def _folder(path: object) -> str | os.PathLike[str]:
 
 def _shown(spec: ModelSpec, key: str) -> str:
     """What a model has under a name."""
-    return f"{spec[key].dtype}{list(spec[key].shape)}" if key in spec else "none"
+    return str(spec.get(key, "none"))
 
 
 def _unlike(name: str, kept: object, value: object) -> str:

@@ -191,6 +191,10 @@ class ArraySpec:
             raise UsageError(f"expected a dtype of real numbers, got {quoted(str(self.dtype))}")
         return number
 
+    def __str__(self) -> str:
+        """As messages show it, such as ``float32[3, 2]``."""
+        return f"{self.dtype}{list(self.shape)}"
+
 
 class ModelSpec(Mapping[str, ArraySpec]):
     """What a model looks like: for each parameter a shape and a dtype, and no values.
@@ -205,7 +209,9 @@ class ModelSpec(Mapping[str, ArraySpec]):
     __slots__ = ("_arrays",)
 
     def __init__(self, arrays: Mapping[str, ArraySpec]) -> None:
-        self._arrays = {key: array for key, array in arrays.items() if array.number}
+        self._arrays = dict(arrays)
+        for array in self._arrays.values():
+            _ = array.number  # raises where there is none
 
     @classmethod
     def of(cls, params: Params) -> ModelSpec:
@@ -243,7 +249,7 @@ class ModelSpec(Mapping[str, ArraySpec]):
         return len(self._arrays)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{k}: {s.dtype}{list(s.shape)}" for k, s in self._arrays.items())
+        inside = ", ".join(f"{key}: {array}" for key, array in self._arrays.items())
         return f"ModelSpec({inside})"
 
 
@@ -304,10 +310,7 @@ def compare(a: Params, b: Params) -> dict[str, KeyDifference]:
     result = {}
     for key, spec in spec_a.items():
         if spec != spec_b[key]:
-            raise UsageError(
-                f"key {quoted(key)}: one model has {spec.dtype}{list(spec.shape)}, "
-                f"the other {spec_b[key].dtype}{list(spec_b[key].shape)}"
-            )
+            raise UsageError(f"key {quoted(key)}: one model has {spec}, the other {spec_b[key]}")
         steps_a, steps_b = _steps(a[key], spec.number), _steps(b[key], spec.number)
         apart = np.where(steps_a > steps_b, steps_a - steps_b, steps_b - steps_a)
         largest_ulps = int(apart.max(initial=0))

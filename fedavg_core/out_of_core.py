@@ -3,10 +3,11 @@
 No accumulator of the size of a model is kept, in memory or on disk. The model is worked through in
 passes. A pass takes as many blocks of elements as there is memory for exact sums of them, visits
 each file in turn, reads those elements of it and adds them, and then divides, rounds, and writes
-that part of the result. So the elements of each file are read once, in long runs; one file is open
-at a time, however many there are; and memory depends on neither their size nor their number. Since
-the sums are exact, how the passes are cut leaves no trace in the result: it has the bits of
-`weighted_mean` over the same models in memory.
+that part of the result. So the elements of each file are read once, in long runs (and before that
+where a file has a checksum of its own, which is compared first); one file is open at a time,
+however many there are; and memory depends on neither their size nor their number. Since the sums
+are exact, how the passes are cut leaves no trace in the result: it has the bits of `weighted_mean`
+over the same models in memory.
 
 How much memory an exact sum takes depends on the values: a limb for each 24 bits between the
 largest and the smallest. A pass is cut for the most that the dtypes and the weights could ask for

@@ -83,10 +83,7 @@ def diff_spec(local: Mapping[str, ArraySpec], base: Mapping[str, ArraySpec]) -> 
         if key not in base:
             raise UsageError(f"key {quoted(key)}: the base does not have it")
         if spec != base[key]:
-            raise UsageError(
-                f"key {quoted(key)}: expected {base[key].dtype}{list(base[key].shape)} "
-                f"as in the base, got {spec.dtype}{list(spec.shape)}"
-            )
+            raise UsageError(f"key {quoted(key)}: expected {base[key]} as in the base, got {spec}")
         whole = spec.number.kind == "integer"
         result[key] = ArraySpec(spec.shape, np.dtype(np.int64) if whole else spec.dtype)
     return ModelSpec(result)

@@ -218,7 +218,7 @@ def _compare(read: argparse.Namespace) -> int:
         odd = {
             key: f"only in {'A' if key in a else 'B'}"
             if (key in a) != (key in b)
-            else f"{_looks(a[key])} in A, {_looks(b[key])} in B"
+            else f"{a[key]} in A, {b[key]} in B"
             for key in [*a, *(key for key in b if key not in a)]
             if a.get(key) != b.get(key)
         }
@@ -283,7 +283,3 @@ def _compare(read: argparse.Namespace) -> int:
         else f"{differing:,} of {len(odd) + len(found):,} arrays differ"
     )
     return 0 if same else 1
-
-
-def _looks(spec: ArraySpec) -> str:
-    return f"{spec.dtype}{list(spec.shape)}"
