@@ -13,6 +13,8 @@ with the opposite weight, exactly. Ordinary arithmetic is in `plain_sums`.
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -136,6 +138,10 @@ class Sums(ABC, Generic[Total]):
 
     def grow(self, spec: Mapping[str, ArraySpec]) -> None:
         """Make room for further arrays, whose sums are zero."""
+        size = sum(math.prod(array.shape) for array in spec.values())
+        if size > sys.maxsize // 8:
+            raise MemoryError(f"sums of {size} elements")
+        np.empty(size, np.float32)  # if there is no memory for it, not even for its blocks
         # Gathered blocks take longest; at the end the other threads would wait for them.
         cut = sorted(pack(spec, self._capacity), key=lambda block: len(block.segments) == 1)
         blocks = list(zip(cut, self._make([block.size for block in cut]), strict=True))
@@ -403,7 +409,7 @@ class ExactSums(Sums[ExactSum]):
         block, total, segments = part
         where = None
         if len(segments) < len(block.segments):
-            where = np.concatenate([np.arange(block.size)[segment.place] for segment in segments])
+            where = np.concatenate([np.arange(s.place.start, s.place.stop) for s in segments])
             total = total.take(where)
         if base is not None:
             total = total.take(slice(None))

@@ -1044,6 +1044,34 @@ def test_a_base_that_does_not_fit_is_named(kind: Accumulator, base: Any, text: s
     assert fc.same_bits(mean.state()[1], before)
 
 
+def test_small_arrays_of_two_weights_take_no_more_memory_than_of_one() -> None:
+    names = [f"w{number}" for number in range(1000)]
+    mean, single = fc.WeightedMean(), fc.WeightedMean()
+    for one in (mean, single):
+        one.add({name: np.ones(100, np.float32) for name in names}, 1)
+    mean.add({name: np.full(100, 3, np.float32) for name in names[1:]}, 3)
+    peaks = []
+    for one in (single, mean):
+        tracemalloc.start()
+        found = one.mean()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (found["w0"] == 1).all()
+    assert all((found[name] == 2.5).all() for name in names[1:])
+    assert peaks[1] < 20 * 4 * 100 * len(names)
+
+
+@kinds
+def test_sums_that_no_memory_holds_are_refused_at_once(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    mean.add(model(1), 1)
+    before = mean.mean()
+    for size in (2**59, 2**62):
+        with pytest.raises(MemoryError):
+            mean.add({"x": np.broadcast_to(np.uint8(1), (size,))}, 1)
+    assert fc.same_bits(mean.mean(), before)
+
+
 def test_bad_settings_are_named() -> None:
     bad: Any = "float16"
     with pytest.raises(fc.UsageError, match="got 'float16'"):
