@@ -59,6 +59,7 @@ from fedavg_core.npy import (
     MOST_DIMENSIONS,
     decoded,
     encoded,
+    fits,
     header_of,
     read_exactly,
     read_layout,
@@ -159,6 +160,8 @@ class NpzWriter:
                     f"key {quoted(name)}: expected an array of at most {MOST_DIMENSIONS} "
                     f"dimensions, got {len(array.shape)}"
                 )
+            if not fits(array.shape):
+                raise UsageError(f"key {quoted(name)}: no file can hold the shape {array.shape}")
             plain = len(name) <= 200 and _PLAIN_NAME.fullmatch(name) and not _NUMBERED.match(name)
             member = f"{name if plain else f'array-{number}'}.npy"
             entries.append({"name": name, "member": member, "dtype": _dtype_name(array.dtype)})

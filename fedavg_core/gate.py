@@ -35,9 +35,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.archive import MOST_MEMBERS
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_name
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
+from fedavg_core.npy import fits
 from fedavg_core.plain import plain_number, plain_text
 from fedavg_core.update import TransferType, Update
 from fedavg_core.weight import is_whole
@@ -46,6 +48,7 @@ __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
 _NAME_LENGTH = 256
 _MOST_METRICS = 1_000
+_MOST_PARAMETERS = MOST_MEMBERS // 3 - 1  # so that a checkpoint holds an optimizer's state as well
 _LARGEST_WEIGHT = float(np.finfo(np.float64).max)
 
 
@@ -317,7 +320,17 @@ class Gate:
                 raise RefusedUpdate(
                     Reason.SHAPE, key=name, expected=_shape(self.spec[name]), got=_shape(array)
                 )
+            if not (self._has_model or fits(array.shape)):
+                raise RefusedUpdate(
+                    Reason.SHAPE, key=name, expected="a shape that files hold", got=_shape(array)
+                )
             taken[name] = array
+        if len(taken) > _MOST_PARAMETERS and not self._has_model:
+            raise RefusedUpdate(
+                Reason.UNEXPECTED_KEYS,
+                expected=f"a first model of at most {_MOST_PARAMETERS} parameters",
+                got=f"{len(taken)}",
+            )
         if not self._limits.allow_missing:
             wanted = tuple(self.spec) if self._has_model else sorted(keys or ())
             missing = [key for key in wanted if key not in taken]
@@ -401,7 +414,9 @@ def _items(mapping: object) -> list[tuple[object, object]] | None:
     try:
         if isinstance(mapping, Mapping):
             return [(key, value) for key, value in mapping.items()]
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # whatever a foreign mapping raises
         pass
     return None
 

@@ -101,7 +101,7 @@ def number_format(dtype: np.dtype[Any]) -> NumberFormat | None:
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         return NumberFormat("integer", int(info.max).bit_length(), 0, int(info.max))
-    if dtype.type.__module__ == "ml_dtypes":
+    if dtype.type.__module__ == "ml_dtypes" and not issubclass(dtype.type, np.void):
         return _EXTENSION_FLOATS.get(dtype.name)
     return _FLOATS.get(dtype.name) if dtype.kind == "f" else None
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_shape",
     "decoded",
     "encoded",
+    "fits",
     "header_of",
     "read_exactly",
     "read_layout",
@@ -122,8 +123,22 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
     return layout
 
 
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether an array of any dtype can have a shape.
+
+    Args:
+        shape: The shape.
+
+    Returns:
+        False if it has too many lengths, or those but zero come to more than any memory: an array
+        without elements may lie about all lengths but one.
+    """
+    size = math.prod(length for length in shape if length) * _WIDEST
+    return len(shape) <= MOST_DIMENSIONS and size <= sys.maxsize
+
+
 def check_shape(shape: tuple[int, ...], shown: str) -> None:
-    """See that an array can have a shape; of no elements, one may lie about all other lengths.
+    """See that an array can have a shape.
 
     Args:
         shape: The shape.
@@ -132,8 +147,7 @@ def check_shape(shape: tuple[int, ...], shown: str) -> None:
     Raises:
         Damaged: None can.
     """
-    most = math.prod(length for length in shape if length) * _WIDEST
-    require(most <= sys.maxsize, f"{shown}: no array can have the shape {shape}")
+    require(fits(shape), f"{shown}: no array can have the shape {shape}")
 
 
 def decoded(values: npt.NDArray[Any], layout: Layout, shown: str) -> npt.NDArray[Any]:

@@ -748,6 +748,10 @@ class TestWhatTheReaderWouldRefuse:
         monkeypatch.setattr(codec_module, "_DEFAULT_LIMIT", total)
         assert written() == data
 
+    def test_a_shape_that_no_reader_takes(self) -> None:
+        with pytest.raises(UsageError, match=r"key 'w': no file can hold the shape \(4611"):
+            write_npz(io.BytesIO(), {"w": np.empty((2**62, 0), np.uint8)})
+
     def test_too_many_dimensions(self) -> None:
         spec = {"w": ArraySpec((1,) * 33, np.dtype(np.float32))}
         file = io.BytesIO()

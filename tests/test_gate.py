@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedavg_core.checkpoint import Checkpoint, save_checkpoint
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
-from fedavg_core.gate import Gate, Limits, is_name, shown_name
+from fedavg_core.gate import _MOST_PARAMETERS, Gate, Limits, is_name, shown_name
 from fedavg_core.norm import norm_above
 from fedavg_core.round import Round, _Begun
 from fedavg_core.update import TransferType, Update
@@ -235,6 +237,25 @@ class TestWithoutAModel:
             Gate({}, 0, Limits()).judge(good(round=0, params={key: np.ones(1)}))
         assert refusal.value.reason is Reason.BAD_NAME
         assert str(refusal.value).isprintable()
+
+    @pytest.mark.parametrize("shape", [(1,) * 33, (2**62, 0)])
+    def test_a_parameter_needs_a_shape_that_files_hold(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(
+            RefusedUpdate, match="a shape that files hold, got the shape"
+        ) as refusal:
+            Gate({}, 0, Limits()).judge(good(round=0, params={"w": np.empty(shape, np.uint8)}))
+        assert refusal.value.reason is Reason.SHAPE
+
+    def test_there_may_be_no_more_parameters_than_a_checkpoint_holds_with_their_states(
+        self, tmp_path: Path
+    ) -> None:
+        params = {str(number): np.ones(0) for number in range(_MOST_PARAMETERS)}
+        assert Gate({}, 0, Limits()).judge(good(round=0, params=params))
+        states = {f"{key}.{state}": np.ones(0) for key in params for state in "mv"}
+        save_checkpoint(tmp_path / "all.npz", Checkpoint(params, 1, arrays=states))
+        with pytest.raises(RefusedUpdate, match=r"at most 21844 parameters, got 21845") as refusal:
+            Gate({}, 0, Limits()).judge(good(round=0, params={**params, "x": np.ones(0)}))
+        assert refusal.value.reason is Reason.UNEXPECTED_KEYS
 
     def test_excluded_parameters_are_left_out(self) -> None:
         contribution = Gate({}, 0, Limits(exclude="w")).judge(good(round=0))

@@ -56,6 +56,9 @@ def test_other_dtypes_have_no_format(dtype: str) -> None:
 
 def test_an_unsigned_scale_is_no_number_to_average() -> None:
     assert number_format(np.dtype(ml_dtypes.float8_e8m0fnu)) is None
+    named = type("bfloat", (np.void,), {"__module__": "ml_dtypes"})
+    assert np.dtype((named, 2)).name == "bfloat16"
+    assert number_format(np.dtype((named, 2))) is None
 
 
 @pytest.mark.parametrize("name", ["float128", "bool", "object", "../x", "float8_e8m0fnu"])
