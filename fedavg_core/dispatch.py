@@ -211,7 +211,7 @@ def train_one(
                 transfer=transfer,
                 metrics=result.metrics,
             )
-        except (KeyboardInterrupt, GeneratorExit):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # asyncio's CancelledError, say, or a SystemExit
             _log.info("what %s raised:", context.contributor, exc_info=True)
@@ -222,7 +222,8 @@ def train_one(
 
 def _place(error: BaseException) -> str:
     """The line that an error came from: the innermost one in the file that the client is in."""
-    frames = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is that of `train_one`
+    trace = BaseException.__dict__["__traceback__"].__get__(error)  # not as a subclass has it
+    frames = list(traceback.walk_tb(trace))[1:]  # the first is that of `train_one`
     if not frames:
         return ""
     own = frames[0][0].f_code.co_filename

@@ -107,7 +107,9 @@ def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
     else:
         try:
             shown = str.__str__(ascii(value))
-        except Exception:  # a foreign object's __repr__ may do anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a foreign object's __repr__ may do anything
             shown = f"<{type_name(value)}>"
         if not shown.isprintable():  # an array's repr has several lines
             shown = ascii(shown)[1:-1]
@@ -151,7 +153,9 @@ def one_line(error: BaseException, limit: int = _ERROR_LIMIT) -> str:
     """
     try:
         text = str.__str__(str(error))
-    except Exception:  # an error whose own text fails
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # an error whose own text fails
         text = ""
     kind = type_name(error)
     told = f"{kind}: {text}" if text else kind

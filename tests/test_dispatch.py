@@ -78,6 +78,40 @@ def evasive(params: dict[str, Any], told: Context) -> TrainResult:
     raise Evasive
 
 
+class Leaving(Exception):
+    """One whose text ends the program."""
+
+    def __str__(self) -> str:
+        sys.exit(3)
+
+
+class Untraceable(Exception):
+    @property
+    def __traceback__(self) -> Any:
+        raise RuntimeError
+
+    @__traceback__.setter
+    def __traceback__(self, trace: Any) -> None:
+        pass
+
+
+class Nameless(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError
+
+
+class Unnamed(Exception, metaclass=Nameless):
+    pass
+
+
+def raised(error: type[BaseException]) -> Client:
+    def client(params: dict[str, Any], told: Context) -> TrainResult:
+        raise error
+
+    return client
+
+
 def cancelled(params: dict[str, Any], told: Context) -> TrainResult:
     raise asyncio.CancelledError("by itself")
 
@@ -177,6 +211,10 @@ def test_differences_are_taken_from_the_model() -> None:
         (unshowable, "Unshowable (test_dispatch.py, line "),
         (evasive, "Evasive: no (test_dispatch.py, line "),
         (leaving, "SystemExit: 3 (test_dispatch.py, line "),
+        (raised(Leaving), "Leaving (test_dispatch.py, line "),
+        (raised(Untraceable), "Untraceable (test_dispatch.py, line "),
+        (raised(Unnamed), "Unnamed (test_dispatch.py, line "),
+        (raised(GeneratorExit), "GeneratorExit (test_dispatch.py, line "),
         (cancelled, "CancelledError: by itself (test_dispatch.py, line "),
         (returning(None), "TypeError: expected a TrainResult, got NoneType"),
         (returning({"w": 1}), "TypeError: expected a TrainResult, got dict"),
