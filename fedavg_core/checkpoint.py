@@ -408,11 +408,11 @@ class CheckpointStore:
             self._lock = lock
             _entered.add(self)
             self._sweep()
+            return self
         except BaseException:
             self._lock = None
             _close(lock)
             raise
-        return self
 
     def __exit__(
         self,

@@ -26,6 +26,7 @@ import fedavg_core as fc
 from fedavg_core.cli import look, main, make, model_stream
 from fedavg_core.cli.arguments import byte_count
 from fedavg_core.cli.console import name_shown, open_console, printable
+from fedavg_core.cli.main import _told
 from fedavg_core.codec import read_npz
 from tests.conftest import THOROUGH
 from tests.model_files import Model, safetensors_bytes, tensor, write_model
@@ -834,3 +835,10 @@ def test_the_version_is_that_of_the_installed_package(
     assert ended.value.code == 0
     shown = "1.2 of fedavg-core" if installed else "(not installed)"
     assert capsys.readouterr().out == f"fedavg-core {shown}\n"
+
+
+def test_a_second_interruption_on_the_way_out_leaves_the_first_ones_words() -> None:
+    first, second = KeyboardInterrupt("2 of 4 rounds are done"), KeyboardInterrupt()
+    second.__context__ = first
+    assert _told(first) == _told(second) == "2 of 4 rounds are done"
+    assert _told(KeyboardInterrupt()) == "interrupted"

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         if arguments is None:  # pragma: no cover  (in a process of its own)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        say(str(interruption) or "interrupted")
+        say(_told(interruption))
         if arguments is None:  # pragma: no cover  (likewise)
             # A second one ends the process, if it does not end by itself.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -64,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{Path(place.filename).name}, line {place.lineno}"
         return _failed(f"a fault in this program: {one_line(error)} ({where})")
     return code
+
+
+def _told(interruption: BaseException | None) -> str:
+    """What the interruption says; if a second came on its way here, what the first one says."""
+    while isinstance(interruption, KeyboardInterrupt):
+        if str(interruption):
+            return str(interruption)
+        interruption = interruption.__context__
+    return "interrupted"
 
 
 def _parser() -> Parser:
