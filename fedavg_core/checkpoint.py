@@ -278,7 +278,8 @@ class CheckpointStore:
     """A folder of the checkpoints of one run.
 
     Entering it as a context manager keeps every other writer out until it is left. Outside of that,
-    each save does so for its own duration.
+    each save does so for its own duration. One store is for one thread at a time; others may have
+    their own, of the same folder.
 
     Args:
         folder: Where they are; made by the first who writes there.
