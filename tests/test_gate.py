@@ -238,13 +238,16 @@ class TestWithoutAModel:
         assert refusal.value.reason is Reason.BAD_NAME
         assert str(refusal.value).isprintable()
 
-    @pytest.mark.parametrize("shape", [(1,) * 33, (2**62, 0)])
-    def test_a_parameter_needs_a_shape_that_files_hold(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(
-            RefusedUpdate, match="a shape that files hold, got the shape"
-        ) as refusal:
-            Gate({}, 0, Limits()).judge(good(round=0, params={"w": np.empty(shape, np.uint8)}))
-        assert refusal.value.reason is Reason.SHAPE
+    def test_a_parameter_needs_a_shape_that_files_hold(self) -> None:
+        odd = [np.empty((2**62, 0), np.uint8)]
+        if (
+            np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+        ):  # before it, no array is of 33 dimensions
+            odd.append(np.empty((1,) * 33, np.uint8))
+        for array in odd:
+            with pytest.raises(RefusedUpdate, match="that files hold, got the shape") as refusal:
+                Gate({}, 0, Limits()).judge(good(round=0, params={"w": array}))
+            assert refusal.value.reason is Reason.SHAPE
 
     def test_there_may_be_no_more_parameters_than_a_checkpoint_holds_with_their_states(
         self, tmp_path: Path
