@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,18 @@ def test_families_are_apart() -> None:
     assert all(issubclass(family, fc.FedAvgError) for family in families)
     assert f"{fc.Reason.NORM}" == str(fc.Reason.NORM) == "NORM"
     assert str(fc.TransferType.DIFF) == "DIFF"
+
+
+class Pressed(Exception):
+    """What happens to be looked at while Ctrl-C is pressed."""
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("look", [quoted, one_line])
+def test_an_interruption_is_not_taken_for_a_fault_of_what_is_looked_at(look: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        look(Pressed())

@@ -215,6 +215,18 @@ def test_a_metric_that_is_no_finite_number_is_left_out_and_named(
     assert contribution.skipped_metrics == skipped
 
 
+@pytest.mark.parametrize(("error", "seen"), [(SystemExit, RefusedUpdate), (KeyboardInterrupt,) * 2])
+def test_whatever_a_mapping_raises_is_no_mapping_but_for_an_interruption(
+    error: type[BaseException], seen: type[BaseException]
+) -> None:
+    class Raising(dict[str, Any]):
+        def items(self) -> Any:
+            raise error
+
+    with pytest.raises(seen):
+        judge(good(params=Raising()))
+
+
 def test_a_thousand_metrics_are_read() -> None:
     metrics = {str(number): number for number in range(1_000)}
     assert judge(good(metrics=metrics)).metrics == metrics
