@@ -121,7 +121,7 @@ class WeightedMean:
         self._fixed = spec is not None
         self._books = _Books({} if spec is None else dict(spec), {}, 0, 0)
         self._broken = False
-        threads = threads or min(4, _processors())
+        block, threads = int(block), int(threads or min(4, _processors()))
         self._sums: Sums[Any] = (
             ExactSums(block, threads)
             if accumulator == "exact"
@@ -242,10 +242,9 @@ class WeightedMean:
                 )
         emptied = [key for key in params if self._books.weights[key] == exact]
         left = self._books.total - exact
-        others = {
-            key: held - (exact if key in params else 0) for key, held in self._books.weights.items()
-        }
-        if any(held > left for held in others.values()) or (self._books.count == 1 and left):
+        weights = self._books.weights.items()
+        most = max((held - exact if key in params else held for key, held in weights), default=0)
+        if most > left or (self._books.count == 1 and left):
             raise UsageError(
                 "cannot remove what was not added: "
                 f"{self._books.count - 1} updates do not come to the weights that would be left"

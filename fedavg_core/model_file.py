@@ -55,13 +55,14 @@ __all__ = ["HEADER", "Allowance", "ModelFile", "load_model"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
+HEADER = 1 << 23
+"""The longest safetensors header that is read where nothing else is said, in bytes."""
+
 _SUFFIXES = {".npz", ".npy", ".safetensors"}
 _UNBOUNDED = 1 << 62
 _LOCAL_HEADER = struct.Struct("<26x2H")
 _NPY_NAME = "arr_0"
 _PLACES = 1 << 26
-HEADER = 1 << 23
-"""The longest safetensors header that is read where nothing else is said, in bytes."""
 _PLACE_BYTES = 32
 _DIRECTORY_BYTES = 512
 

@@ -1082,6 +1082,10 @@ def test_bad_settings_are_named() -> None:
         fc.WeightedMean(threads=0)
     with pytest.raises(fc.UsageError, match="at least 1 thread, got True"):
         fc.WeightedMean(threads=True)
+    narrow: Any = np.uint8(200)
+    small = fc.WeightedMean(block=narrow, threads=narrow)
+    small.add({"w": np.ones(1000)}, 3)
+    assert fc.same_bits(small.mean(), {"w": np.ones(1000)})
     with pytest.raises(fc.UsageError, match=r"expected a ModelSpec .*, got a dict"):
         fc.WeightedMean({"w": np.ones(2)})  # type: ignore[arg-type]
 

@@ -252,12 +252,10 @@ class TestWithoutAModel:
         assert str(refusal.value).isprintable()
 
     def test_a_parameter_needs_a_shape_that_files_hold(self) -> None:
-        odd = [np.empty((2**62, 0), np.uint8)]
-        if (
-            np.lib.NumpyVersion(np.__version__) >= "2.0.0"
-        ):  # before it, no array is of 33 dimensions
-            odd.append(np.empty((1,) * 33, np.uint8))
-        for array in odd:
+        shapes: list[tuple[int, ...]] = [(2**62, 0)]
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # else no array has so many dimensions
+            shapes.append((1,) * 33)
+        for array in (np.empty(shape, np.uint8) for shape in shapes):
             with pytest.raises(RefusedUpdate, match="that files hold, got the shape") as refusal:
                 Gate({}, 0, Limits()).judge(good(round=0, params={"w": array}))
             assert refusal.value.reason is Reason.SHAPE
