@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import hashlib
 import itertools
 import json
 import signal
@@ -635,6 +636,16 @@ def test_removing_an_update_leaves_what_would_be_without_it() -> None:
     mean.remove(model(1), 600)
     mean.remove(model(3), 1 << 60)
     assert mean.digest() == fc.WeightedMean().digest()
+
+
+def test_a_digest_does_not_follow_the_interpreters_tables_of_characters() -> None:
+    mean = fc.WeightedMean()
+    mean.add({"\u00e9\U0001fae8": np.ones(1)}, 2)  # in a literal, one of them depends on Python
+    sha = hashlib.sha256(b"fedavg_core sums, format 1")
+    sha.update(rb"['\xe9\U0001fae8', [1], 'float64', '2/1']")
+    for key, digits in mean._sums.parts("\u00e9\U0001fae8"):
+        sha.update(f"[{key}]".encode() + digits.tobytes())
+    assert mean.digest() == sha.hexdigest()
 
 
 def test_what_was_not_added_cannot_be_removed() -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,23 @@ def never(params: Any, context: Any) -> fc.TrainResult:
 @pytest.mark.parametrize(
     "params", [5, {"w": [1.0]}, {"w": np.array([1j])}, {"w": np.array(["a"])}, {"v": np.ones(2)}]
 )
-def test_an_odd_update_has_no_norm_and_brings_no_warning(params: Any) -> None:
+def test_an_odd_update_has_no_norm(params: Any) -> None:
     watch = Watch(lambda *told: None)
     watch._base = {"w": np.zeros(2)}
     assert watch._norm(fc.Update("site-1", 0, params, 1)) is None
     assert watch._norm(fc.Update("site-1", 0, {"w": np.array([3.0, 4.0])}, 1)) == 5.0
+
+
+def test_a_norm_leaves_alone_the_filters_of_warnings_that_all_threads_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "fedavg_core.cli.watch.norm_of_difference",
+        lambda params, base: seen.append(warnings.filters),
+    )
+    Watch(lambda *told: None)._norm(fc.Update("site-1", 0, {"w": np.ones(2)}, 1))
+    assert seen[0] is warnings.filters  # and no copy that is put in its place meanwhile
 
 
 @pytest.mark.parametrize("transfer", ["full", "diff"])
