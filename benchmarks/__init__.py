@@ -16,5 +16,5 @@ as the floor.
 * `nvflare_job`, `out_of_core`: jobs on NVFlare, and files larger than memory; run by themselves
 * `experiments`: what federated learning gives, and not how fast
 
-To have every peer at hand: ``pip install -e ".[nvflare,bench]" flwr``.
+To have every peer at hand: ``pip install -e ".[nvflare,flower,bench]"``.
 """

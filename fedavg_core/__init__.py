@@ -18,7 +18,8 @@
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.audit import Audit
-from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, save_checkpoint
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.client import (
     Client,
     Context,

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -37,25 +37,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import base_spec, check_base, check_update, pairs
+from fedavg_core.books import Books
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
-from fedavg_core.exact import STEP
+from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import (
-    ArraySpec,
     ModelSpec,
     Params,
     copy_params,
-    dtype_named,
 )
 from fedavg_core.plain_sums import PlainSums
-from fedavg_core.sums import ExactSums, Sums
+from fedavg_core.sums import Sums
 from fedavg_core.weight import (
     Weight,
     exact_weight,
-    extent_of,
-    is_whole,
-    weight_from_text,
     weight_text,
 )
+from fedavg_core.whole import whole
 
 __all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
@@ -65,16 +62,6 @@ State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
 _BLOCK = 1 << 19
 _STATE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class _Books:
-    """What is known beside the sums: replaced as a whole, in one step, when they have changed."""
-
-    spec: dict[str, ArraySpec]
-    weights: dict[str, Weight]
-    count: int
-    total: Weight
 
 
 class WeightedMean:
@@ -109,19 +96,16 @@ class WeightedMean:
                 "expected accumulator 'exact', 'float64' or 'float32' (or, in a round, a robust "
                 f"mean, such as TrimmedMean()), got {quoted(accumulator)}"
             )
-        if not is_whole(block) or block < 1:
-            raise UsageError(f"expected a block of at least 1 element, got {quoted(block)}")
+        block = whole("block", block, 1)
         if spec is not None and not isinstance(spec, ModelSpec):
             raise UsageError(
                 f"expected a ModelSpec (ModelSpec.of(model) makes one), got {a_type(spec)}"
             )
-        if threads is not None and (not is_whole(threads) or threads < 1):
-            raise UsageError(f"expected at least 1 thread, got {quoted(threads)}")
+        threads = min(4, _processors()) if threads is None else whole("threads", threads, 1)
         self._accumulator: Accumulator = accumulator
         self._fixed = spec is not None
-        self._books = _Books({} if spec is None else dict(spec), {}, 0, 0)
+        self._books = Books(dict(spec or {}), {})
         self._broken = False
-        block, threads = int(block), int(threads or min(4, _processors()))
         self._sums: Sums[Any] = (
             ExactSums(block, threads)
             if accumulator == "exact"
@@ -153,7 +137,7 @@ class WeightedMean:
     @property
     def keys(self) -> tuple[str, ...]:
         """The parameters that some update has brought."""
-        return tuple(key for key in self._books.spec if self._books.weights.get(key))
+        return self._books.keys
 
     def weight_of(self, key: str) -> Fraction:
         """The exact sum of the weights of those updates that brought a parameter.
@@ -232,23 +216,7 @@ class WeightedMean:
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
         params = check_update(params, self._books.spec, self._fixed)
-        for key in params:
-            held = self._books.weights.get(key, 0)
-            if held < exact or self._books.count == 0:
-                shown = f"{float(held):g}" if held < 1 << 53 else quoted(int(held))
-                raise UsageError(
-                    f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
-                    f"the {shown} that was added"
-                )
-        emptied = [key for key in params if self._books.weights[key] == exact]
-        left = self._books.total - exact
-        weights = self._books.weights.items()
-        most = max((held - exact if key in params else held for key, held in weights), default=0)
-        if most > left or (self._books.count == 1 and left):
-            raise UsageError(
-                "cannot remove what was not added: "
-                f"{self._books.count - 1} updates do not come to the weights that would be left"
-            )
+        emptied = self._books.check_removal(params, exact)
 
         def check() -> None:
             for key in emptied:
@@ -275,27 +243,14 @@ class WeightedMean:
                 f"got one of kind {other._accumulator!r}"
             )
         other._check_whole()
-        brought = {key: other._books.spec[key] for key in other.keys}
-        for key, spec in brought.items():
-            known = self._books.spec.get(key)
-            if known is None and self._fixed:
-                raise UsageError(f"key {quoted(key)}: the spec does not name it")
-            if known is not None and known != spec:
-                raise UsageError(f"key {quoted(key)}: expected {known} to merge, got {spec}")
+        books = self._books.merged_with(other._books, self._fixed)
         if other is self:
             other = copy.deepcopy(self)
-        weights = dict(self._books.weights)
-        for key in brought:
-            weights[key] = weights.get(key, 0) + other._books.weights[key]
+        keys = other.keys
         self._change(
-            _Books(
-                {**self._books.spec, **brought},
-                weights,
-                self._books.count + other._books.count,
-                self._books.total + other._books.total,
-            ),
-            partial(self._sums.merge, other._sums, brought),
-            partial(self._sums.recover_merge, other._sums, brought),
+            books,
+            partial(self._sums.merge, other._sums, keys),
+            partial(self._sums.recover_merge, other._sums, keys),
         )
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
@@ -335,7 +290,7 @@ class WeightedMean:
         self._broken = True
         self._sums.shrink(self._books.spec)  # what a change that was interrupted has left
         self._sums.reset()
-        self._books = _Books(self._books.spec, {}, 0, 0)
+        self._books = Books(self._books.spec, {})
         self._broken = False
 
     def digest(self) -> str:
@@ -368,30 +323,16 @@ class WeightedMean:
             memory. For exact sums equal values give equal states.
         """
         self._check_whole()
-        keys = []
-        arrays: dict[str, Array] = {}
-        for number, key in enumerate(self.keys):
-            spec = self._books.spec[key]
-            stored = []
-            for k, part in self._sums.parts(key):
-                arrays[f"{number}.{k}"] = part
-                stored.append(k)
-            keys.append(
-                {
-                    "name": key,
-                    "shape": list(spec.shape),
-                    "dtype": spec.dtype.name,
-                    "weight": weight_text(self._books.weights[key]),
-                    "arrays": stored,
-                }
-            )
         meta = {
             "format": _STATE_FORMAT,
             "accumulator": self._accumulator,
-            "count": self._books.count,
-            "total_weight": weight_text(self._books.total),
-            "keys": keys,
+            **self._books.to_json(),
         }
+        arrays: dict[str, Array] = {}
+        for number, entry in enumerate(meta["keys"]):
+            parts = dict(self._sums.parts(entry["name"]))
+            entry["arrays"] = list(parts)
+            arrays.update({f"{number}.{k}": part for k, part in parts.items()})
         return meta, arrays
 
     @classmethod
@@ -417,27 +358,21 @@ class WeightedMean:
                     f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
                 )
             result = cls(spec, accumulator=meta["accumulator"])
-            known, weights, stored = dict(result._books.spec), {}, {}
+            books = Books.from_json(meta)
+            books = Books(dict(result._books.spec), {}).merged_with(books, result._fixed)
+            stored = {}
             for number, entry in enumerate(meta["keys"]):
                 key = entry["name"]
-                if not isinstance(key, str) or key in weights:
-                    raise UsageError(f"expected a new name of a parameter, got {quoted(key)}")
                 parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
-                weight = weight_from_text(entry["weight"])
-                array = _stored_spec(entry, parts, weight)
-                if known.setdefault(key, array) != array:
-                    raise UsageError(f"key {quoted(key)}: the state has it as {array}")
-                if spec is not None and key not in spec:
-                    raise UsageError(f"key {quoted(key)}: the spec does not name it")
-                weights[key], stored[key] = weight, parts
+                size = math.prod(books.spec[key].shape)
+                if not parts or any(part.size != size for part in parts.values()):
+                    raise ValueError(f"sums that are not of an array of shape {entry['shape']}")
+                stored[key] = parts
             if spec is None:
-                result._sums.grow(known)
+                result._sums.grow(books.spec)
             for key, parts in stored.items():
-                result._sums.restore(key, parts)
-            count, total = meta["count"], weight_from_text(meta["total_weight"])
-            if not is_whole(count) or count < 0 or total < 0:
-                raise ValueError("a count or a weight that cannot be")
-            result._books = _Books(known, weights, count, total)
+                result._sums.restore(key, parts, books.weights[key])
+            result._books = books
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -458,24 +393,16 @@ class WeightedMean:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Add checked terms, or take them away; unless it raises, a check of the sums ends it."""
-        spec, weights = dict(self._books.spec), dict(self._books.weights)
-        count, total = self._books.count, self._books.total
-        for params, weight in terms:
-            spec.update(ModelSpec.of({k: v for k, v in params.items() if k not in spec}))
-            for key in params:
-                weights[key] = weights.get(key, 0) + sign * weight
-            count += sign
-            total += sign * weight
         signed = [(params, sign * weight) for params, weight in terms]
 
         def do() -> None:
             self._sums.add(signed)
             check()
 
-        self._change(_Books(spec, weights, count, total), do, partial(self._sums.recover, signed))
+        self._change(self._books.after(terms, sign), do, partial(self._sums.recover, signed))
 
     def _change(
-        self, books: _Books, do: Callable[[], None], recover: Callable[[list[int]], bool]
+        self, books: Books, do: Callable[[], None], recover: Callable[[list[int]], bool]
     ) -> None:
         """Change the sums and the books together, or neither, whatever error comes between."""
         self._check_whole()
@@ -552,18 +479,3 @@ def _processors() -> int:
     """How many processors this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _stored_spec(entry: Mapping[str, Any], parts: Mapping[str, Array], weight: Weight) -> ArraySpec:
-    """What the parameter of a state looks like, if sums like these can be of it."""
-    if weight <= 0:
-        raise ValueError("a count or a weight that cannot be")
-    dtype = dtype_named(entry["dtype"])
-    like = np.broadcast_to(np.zeros((), dtype), tuple(entry["shape"]))
-    if any(part.size != like.size for part in parts.values()) or not parts:
-        raise ValueError(f"sums that are not of an array of shape {like.shape}")
-    least, reach = extent_of(weight)
-    for name in parts.keys() - {"sign", "sum"}:
-        if str(int(name)) != name or not least <= STEP * int(name) < reach:
-            raise ValueError(f"digits {quoted(name)}, which no sum with these weights has")
-    return ArraySpec(like.shape, dtype)

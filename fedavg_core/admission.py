@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.element import not_finite
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
-from fedavg_core.sums import not_finite
 
 __all__ = ["base_spec", "check_base", "check_finite", "check_model", "check_update", "pairs"]
 

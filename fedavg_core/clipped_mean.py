@@ -17,7 +17,7 @@ from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean, State
-from fedavg_core.weight import is_whole
+from fedavg_core.whole import is_whole
 
 __all__ = ["ClippedMean"]
 

@@ -28,8 +28,9 @@ from fedavg_core.outcome import Failure
 from fedavg_core.plain import as_float
 from fedavg_core.transfer import change
 from fedavg_core.update import TransferType, Update
+from fedavg_core.whole import whole
 
-__all__ = ["Dispatch", "check_whole"]
+__all__ = ["Dispatch"]
 
 _PROBLEM_LENGTH = 200
 _HERE = Path(__file__).parent
@@ -37,23 +38,6 @@ _HERE = Path(__file__).parent
 _log = logging.getLogger(__name__)
 
 _Answer: TypeAlias = "Update | Failure"
-
-
-def check_whole(name: str, value: object, least: int | None = None) -> None:
-    """See that an argument is a whole number.
-
-    Args:
-        name: The argument's.
-        value: What was given.
-        least: The smallest that has a meaning; None for any.
-
-    Raises:
-        UsageError: It is not, or is smaller.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{name}: expected a whole number, got {quoted(value)}")
-    if least is not None and value < least:
-        raise UsageError(f"{name}: expected at least {least}, got {quoted(value)}")
 
 
 class Dispatch:
@@ -78,8 +62,8 @@ class Dispatch:
         deadline: float | None = None,
         first_come: bool = False,
     ) -> None:
-        check_whole("in_flight", in_flight, 1)
-        check_whole("retries", retries, 0)
+        self._in_flight = whole("in_flight", in_flight, 1)
+        self._retries = whole("retries", retries, 0)
         if executor is not None and not callable(getattr(executor, "submit", None)):
             raise UsageError(
                 "executor: expected one of concurrent.futures, such as ThreadPoolExecutor(4), or "
@@ -96,8 +80,6 @@ class Dispatch:
             raise UsageError("first_come: expected an executor as well; in line all come in order")
         self._executor = executor
         self._first_come = first_come
-        self._in_flight = in_flight
-        self._retries = retries
         self._deadline = deadline
 
     def answers(

@@ -41,7 +41,8 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.admission import check_model
-from fedavg_core.checkpoint import Checkpoint, CheckpointStore
+from fedavg_core.checkpoint import Checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.client import (
     Client,
     Context,
@@ -49,12 +50,12 @@ from fedavg_core.client import (
     contributor_order,
     contributor_seed,
 )
-from fedavg_core.dispatch import Dispatch, check_whole
+from fedavg_core.dispatch import Dispatch
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
-from fedavg_core.outcome import Outcome
+from fedavg_core.outcome import Outcome, evaluation_of
 from fedavg_core.progress import Best, Progress
 from fedavg_core.robust import kind_of
 from fedavg_core.robust_mean import RobustMean
@@ -62,6 +63,7 @@ from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
+from fedavg_core.whole import whole
 
 __all__ = [
     "Best",
@@ -162,13 +164,11 @@ class Federation:
         keep: int = 3,
         resume: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("rounds", rounds, 1),
-            ("seed", seed, None),
-            ("evaluate_every", evaluate_every, 1),
-            ("checkpoint_every", checkpoint_every, 1),
-        ):
-            check_whole(name, value, least)
+        self._rounds = whole("rounds", rounds, 1)
+        self._seed = seed = whole("seed", seed)
+        self._min_updates = whole("min_updates", min_updates, 1)
+        self._evaluate_every = whole("evaluate_every", evaluate_every, 1)
+        self._checkpoint_every = whole("checkpoint_every", checkpoint_every, 1)
         if not isinstance(clients, Mapping) or not clients:
             raise UsageError(
                 "clients: expected a mapping of at least one name to a client, "
@@ -198,13 +198,9 @@ class Federation:
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
         self._selection = Selection(self._order, participation, over_selection, seed)
-        self._rounds = rounds
         self._transfer = transfer
-        self._seed = seed
-        self._min_updates = min_updates
         self._dispatch = Dispatch(executor, in_flight, retries, deadline, first_come)
         self._evaluate = evaluate
-        self._evaluate_every = evaluate_every
         self._progress = Progress(monitor, mode, patience, stop_when)
         self._limits = limits
         self._accumulator = accumulator
@@ -213,7 +209,6 @@ class Federation:
         self._optimizer_state: Params = {}
         self._mean: WeightedMean | None = None
         self._observers = told
-        self._checkpoint_every = checkpoint_every
         # A round that is never used checks the model and the settings once, before anything runs.
         Round(
             model,
@@ -376,13 +371,7 @@ class Federation:
         views = {key: array.view() for key, array in outcome.model.items()}
         for view in views.values():
             view.flags.writeable = False
-        given: object = self._evaluate(views)
-        try:
-            return {str(name): float(value) for name, value in dict(given).items()}  # type: ignore[call-overload]
-        except (OverflowError, TypeError, ValueError):
-            raise UsageError(
-                f"evaluate: expected a mapping from names to numbers, got {quoted(given)}"
-            ) from None
+        return evaluation_of(self._evaluate(views))
 
     def _settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""

@@ -42,7 +42,7 @@ from fedavg_core.norm import norm_above
 from fedavg_core.npy import fits
 from fedavg_core.plain import plain_number, plain_text
 from fedavg_core.update import TransferType, Update
-from fedavg_core.weight import is_whole
+from fedavg_core.whole import is_whole
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 

@@ -28,12 +28,12 @@ import numpy.typing as npt
 from fedavg_core.admission import check_base, check_finite, check_update, pairs
 from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
 from fedavg_core.digest import digest, fingerprints
+from fedavg_core.element import base_not_finite, out_of_range
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
 from fedavg_core.robust_mean import RobustMean, State
 from fedavg_core.rounding import quotient
-from fedavg_core.sums import base_not_finite, out_of_range
 from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
 
 __all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_the_sorted"]

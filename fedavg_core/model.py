@@ -37,6 +37,7 @@ __all__ = [
     "compare",
     "copy_params",
     "dtype_named",
+    "is_extension",
     "number_format",
     "same_bits",
 ]
@@ -101,9 +102,21 @@ def number_format(dtype: np.dtype[Any]) -> NumberFormat | None:
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         return NumberFormat("integer", int(info.max).bit_length(), 0, int(info.max))
-    if dtype.type.__module__ == "ml_dtypes" and not issubclass(dtype.type, np.void):
+    if is_extension(dtype):
         return _EXTENSION_FLOATS.get(dtype.name)
     return _FLOATS.get(dtype.name) if dtype.kind == "f" else None
+
+
+def is_extension(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is one of the package `ml_dtypes`, which need not be imported to tell.
+
+    Args:
+        dtype: Any NumPy dtype.
+
+    Returns:
+        True for bfloat16, say; False for raw bytes, whatever they call themselves.
+    """
+    return dtype.type.__module__ == "ml_dtypes" and not issubclass(dtype.type, np.void)
 
 
 def dtype_named(name: str) -> np.dtype[Any]:

@@ -258,26 +258,37 @@ class ModelFile:
     def _list(self) -> dict[str, StoredArray]:
         """Find the arrays; the container as a whole is checked the first time only."""
         with self._opened() as file:
-            size = os.fstat(file.fileno()).st_size
-            kind = self.path.suffix.lower()
-            if kind not in _SUFFIXES:
-                start = file.read(len(MAGIC))
-                kind = ".npz" if start[:2] == b"PK" else ".safetensors"
-                kind = ".npy" if start == MAGIC else kind
-                file.seek(0)
-            if kind == ".npz":
-                if self._sealed is None:
-                    self._sealed = check_archive(file, _UNBOUNDED)
-                arrays = _list_npz(file, self._sealed)
-            elif kind == ".npy":
-                layout = read_layout(file, size, None, "the file")
-                arrays = {_NPY_NAME: StoredArray(layout, 0, size)}
-            else:
-                layouts = list_safetensors(file, size, self._allowance.header)
-                arrays = {key: StoredArray(layout, 0, size) for key, layout in layouts.items()}
-            for key, array in arrays.items():
-                check_array(key, np.empty(0, array.layout.dtype))
-            return arrays
+            suffix = self.path.suffix.lower()
+            if suffix in _SUFFIXES:
+                return self._list_as(suffix, file)
+            start = file.read(len(MAGIC))
+            kind = ".npz" if start[:2] == b"PK" else ".safetensors"
+            kind = ".npy" if start == MAGIC else kind
+            file.seek(0)
+            try:
+                return self._list_as(kind, file)
+            except Damaged as problem:
+                if not suffix:
+                    raise
+                expected = "expected npz, npy or safetensors"
+                raise Damaged(f"suffix {suffix}: {expected} ({problem})") from None
+
+    def _list_as(self, kind: str, file: IO[bytes]) -> dict[str, StoredArray]:
+        """Find the arrays of a file of that suffix."""
+        size = os.fstat(file.fileno()).st_size
+        if kind == ".npz":
+            if self._sealed is None:
+                self._sealed = check_archive(file, _UNBOUNDED)
+            arrays = _list_npz(file, self._sealed)
+        elif kind == ".npy":
+            layout = read_layout(file, size, None, "the file")
+            arrays = {_NPY_NAME: StoredArray(layout, 0, size)}
+        else:
+            layouts = list_safetensors(file, size, self._allowance.header)
+            arrays = {key: StoredArray(layout, 0, size) for key, layout in layouts.items()}
+        for key, array in arrays.items():
+            check_array(key, np.empty(0, array.layout.dtype))
+        return arrays
 
     def _run(self, file: IO[bytes], key: str, array: StoredArray, start: int, size: int) -> Array:
         """Read a run of one array."""

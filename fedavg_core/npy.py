@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.archive import Damaged, require
-from fedavg_core.model import ArraySpec
+from fedavg_core.model import ArraySpec, is_extension
 
 __all__ = [
     "MAGIC",
@@ -108,7 +108,7 @@ def read_layout(stream: IO[bytes], size: int, dtype: np.dtype[Any] | None, shown
         raise Damaged(f"{shown}: expected a header that describes an array of numbers")
     order, code, fortran, dims = (group.decode("ascii") for group in match.groups())
     stored = _stored_dtype(code, dtype, shown)
-    meant = dtype if dtype is not None and _is_extension(dtype) else stored.newbyteorder("=")
+    meant = dtype if dtype is not None and is_extension(dtype) else stored.newbyteorder("=")
     if order == ">":
         stored = stored.newbyteorder(">")
     shape = tuple(int(dim) for dim in re.findall("[0-9]+", dims))
@@ -166,7 +166,7 @@ def decoded(values: npt.NDArray[Any], layout: Layout, shown: str) -> npt.NDArray
     """
     if not values.dtype.isnative:
         values = values.byteswap(inplace=True).view(values.dtype.newbyteorder("="))
-    if _is_extension(layout.dtype):
+    if is_extension(layout.dtype):
         values = values.view(layout.dtype)
     require(
         values.dtype.kind != "b" or not (values.view(np.uint8) > 1).any(),
@@ -185,7 +185,7 @@ def encoded(values: npt.NDArray[Any]) -> memoryview:
         Its bytes; in the array's own memory where they lie there so.
     """
     flat = np.ascontiguousarray(values).reshape(-1)
-    if _is_extension(flat.dtype):
+    if is_extension(flat.dtype):
         flat = flat.view(f"u{flat.dtype.itemsize}")
     return flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
 
@@ -200,7 +200,7 @@ def header_of(array: ArraySpec) -> bytes:
         All that comes before the first element.
     """
     dtype = array.dtype
-    descr = f"|V{dtype.itemsize}" if _is_extension(dtype) else dtype.newbyteorder("<").str
+    descr = f"|V{dtype.itemsize}" if is_extension(dtype) else dtype.newbyteorder("<").str
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {array.shape}, }}"
     length = -(10 + len(header) + 1) % 64 + len(header) + 1
     text = header.ljust(length - 1).encode("ascii") + b"\n"
@@ -226,13 +226,9 @@ def read_exactly(stream: IO[bytes], length: int) -> bytes:
     return data
 
 
-def _is_extension(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind != "b" and dtype.type.__module__ == "ml_dtypes"
-
-
 def _stored_dtype(code: str, dtype: np.dtype[Any] | None, shown: str) -> np.dtype[Any]:
     """The dtype that an array's bytes are read as, given what header and index say."""
-    if dtype is not None and _is_extension(dtype):
+    if dtype is not None and is_extension(dtype):
         require(code == f"V{dtype.itemsize}", f"{shown}: {code} cannot hold {dtype}")
         return np.dtype(f"<u{dtype.itemsize}")
     require(code in _PLAIN_CODES, f"{shown}: expected an array of numbers, got dtype {code!r}")

@@ -39,17 +39,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.atomic_file import replacing
 from fedavg_core.blocks import Buffers
-from fedavg_core.checkpoint import replacing
-from fedavg_core.codec import NpzWriter
+from fedavg_core.element import out_of_range, shown_place
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
+from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
-from fedavg_core.safetensors import SafetensorsWriter, aligned
 from fedavg_core.stored_array import INFLATER_BYTES
-from fedavg_core.sums import out_of_range, shown_place
 from fedavg_core.weight import Weight, exact_weight
+from fedavg_core.whole import whole
 
 __all__ = ["aggregate_files"]
 
@@ -75,11 +75,13 @@ class _Parameter:
     Attributes:
         spec: Its shape, and the dtype of the result.
         weight: The sum of the weights of the files that have it.
+        files: How many files have it, the base not counted.
         dtypes: The dtypes that it has in files, the base among them.
     """
 
     spec: ArraySpec
     weight: Weight = 0
+    files: int = 0
     dtypes: set[np.dtype[Any]] = field(default_factory=set)
 
 
@@ -89,6 +91,7 @@ def aggregate_files(
     output: PathLike,
     *,
     base: PathLike | None = None,
+    allow_missing: bool = True,
     replace: bool = True,
     memory_limit: int = 256 * 2**20,
     scratch: PathLike | None = None,
@@ -109,6 +112,7 @@ def aggregate_files(
         base: The file of a model that the others are differences from. The result is then the base
             plus their mean, rounded once, with the base's parameters and dtypes; those that no file
             has are copied. Without it a parameter has the dtype of the first file that has it.
+        allow_missing: Whether a file may lack a parameter that another one has.
         replace: Whether the output may replace a file, which may be one of the inputs. If not, a
             file that is there at the end stays as it is, and there is an error.
         memory_limit: The most bytes of memory to take, beyond those that the process has already.
@@ -123,8 +127,9 @@ def aggregate_files(
         UsageError: There are no files, or not as many weights; the output's suffix is another, or
             its format has no such dtype; the memory limit is too small for the names and shapes;
             the base is not finite.
-        RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`. The
-            contributor is the name of the file (its whole path where two have the same name).
+        RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`, or
+            lacks a parameter that it may not lack (MISSING_KEYS). The contributor is the name of
+            the file (its whole path where two have the same name).
         CheckpointError: A file is damaged, not there, or has changed, or the output could not be
             written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
@@ -138,10 +143,8 @@ def aggregate_files(
             f"expected files, and one weight for each, got {len(inputs)} files and "
             f"{len(weights)} weights"
         )
-    if target.suffix.lower() not in (".npz", ".safetensors"):
-        raise UsageError(f"expected an output with suffix .npz or .safetensors, got {target}")
-    if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
-        raise UsageError(f"memory_limit: expected a number of bytes, got {quoted(memory_limit)}")
+    check_suffix(target)
+    memory_limit = whole("memory_limit", memory_limit)
     allowance = Allowance(
         target.parent if scratch is None else Path(scratch),
         inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,
@@ -151,6 +154,8 @@ def aggregate_files(
     with allowance:
         start = None if base is None else Path(base)
         aggregation = _Aggregation(inputs, weights, start, allowance)
+        if not allow_missing:
+            aggregation.check_none_missing()
         return aggregation.write(target, replace, memory_limit, progress)
 
 
@@ -218,17 +223,30 @@ class _Aggregation:
                     got=f"{layout.shape}",
                 )
             parameter.weight += weight
+            parameter.files += 1
             parameter.dtypes.add(layout.dtype)
             self._bytes += layout.nbytes
+
+    def check_none_missing(self) -> None:
+        """Refuse a file that lacks what another one has."""
+        count = len(self._files)
+        for key, parameter in self._parameters.items():
+            if 0 < parameter.files < count:
+                lacking = (name for name, file, _ in self._files if key not in file.arrays())
+                raise RefusedUpdate(
+                    Reason.MISSING_KEYS,
+                    contributor=next(lacking),
+                    key=key,
+                    expected=f"a parameter that is in {parameter.files} of {count} files",
+                    got="none",
+                )
 
     def write(
         self, target: Path, replace: bool, memory_limit: int, progress: _Progress | None
     ) -> ModelSpec:
         """Work through the model, and write the result."""
-        spec = ModelSpec({key: parameter.spec for key, parameter in self._parameters.items()})
-        safetensors = target.suffix.lower() == ".safetensors"
-        if safetensors:
-            spec = ModelSpec({key: spec[key] for key in aligned(spec)})
+        found = {key: parameter.spec for key, parameter in self._parameters.items()}
+        spec = write_order(target, ModelSpec(found))
         kinds = {key: self._kind(self._parameters[key]) for key in spec}
         per_element = max((kind.block_bytes for kind in kinds.values()), default=1)
         free = memory_limit - _PARAMETER_BYTES * len(spec) - _FILE_BYTES * len(self._files)
@@ -240,12 +258,10 @@ class _Aggregation:
             )
         capacity = min(_LARGEST_BLOCK, free // _BLOCK_SHARE // per_element)
         buffers = Buffers(capacity)
-        with replacing(target, old=replace) as file:
-            writer = SafetensorsWriter(file, spec) if safetensors else NpzWriter(file, spec)
-            with writer:
-                for part in cut(spec, kinds, capacity, free // _PASS_SHARE):
-                    for values in self._results(part, buffers, progress):
-                        writer.write(values)
+        with replacing(target, old=replace) as file, writer(target, file, spec) as out:
+            for part in cut(spec, kinds, capacity, free // _PASS_SHARE):
+                for values in self._results(part, buffers, progress):
+                    out.write(values)
         return spec
 
     def _kind(self, parameter: _Parameter) -> Kind:

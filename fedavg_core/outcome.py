@@ -14,9 +14,10 @@ from typing import Any
 import numpy.typing as npt
 
 from fedavg_core.audit import Audit
+from fedavg_core.errors import UsageError, quoted
 from fedavg_core.receipt import Receipt
 
-__all__ = ["Failure", "Outcome", "Receipt", "mean_metrics", "total_weight"]
+__all__ = ["Failure", "Outcome", "Receipt", "evaluation_of", "mean_metrics", "total_weight"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ class Outcome:
     not_needed: tuple[str, ...] = ()
     audit: Audit | None = field(default=None, repr=False)
     optimizer_state: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
+
+
+def evaluation_of(found: object) -> dict[str, float]:
+    """What an evaluation of a model has found.
+
+    Args:
+        found: What the function gave that evaluates.
+
+    Returns:
+        Names and numbers.
+
+    Raises:
+        UsageError: It is no mapping from the one to the other.
+    """
+    try:
+        return {str(name): float(value) for name, value in dict(found).items()}  # type: ignore[call-overload]
+    except (OverflowError, TypeError, ValueError):
+        raise UsageError(
+            f"evaluate: expected a mapping from names to numbers, got {quoted(found)}"
+        ) from None
 
 
 def mean_metrics(accepted: Iterable[Receipt]) -> dict[str, float]:

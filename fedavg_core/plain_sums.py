@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.blocks import Block, Buffers, Segment, flat, is_at_hand, load
+from fedavg_core.element import base_not_finite, not_finite
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, quoted
 from fedavg_core.model import ArraySpec, Params
-from fedavg_core.sums import Sums, Term, base_not_finite, not_finite
+from fedavg_core.sums import Sums, Term
 from fedavg_core.weight import Weight
 
 __all__ = ["PlainSums"]
@@ -208,7 +209,7 @@ class PlainSums(Sums[PlainSum]):
         pieces = [total.value[segment.place] for segment, total in self._segments(key)]
         return [("sum", np.concatenate([np.empty(0, self._dtype), *pieces]))]
 
-    def restore(self, key: str, parts: Mapping[str, Array]) -> None:
+    def restore(self, key: str, parts: Mapping[str, Array], weight: Weight) -> None:
         """See `Sums.restore`."""
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):

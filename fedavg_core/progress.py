@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from fedavg_core.checkpoint import Checkpoint, CheckpointStore
-from fedavg_core.dispatch import check_whole
+from fedavg_core.checkpoint import Checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import Outcome
+from fedavg_core.whole import whole
 
 __all__ = ["Best", "Progress"]
 
@@ -67,7 +68,7 @@ class Progress:
         stop_when: Callable[[Outcome], bool] | None,
     ) -> None:
         if patience is not None:
-            check_whole("patience", patience, 1)
+            patience = whole("patience", patience, 1)
             if monitor is None:
                 raise UsageError("patience: expected the name of the metric to monitor as well")
         if monitor is not None and not isinstance(monitor, str):

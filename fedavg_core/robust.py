@@ -44,7 +44,8 @@ from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean
-from fedavg_core.weight import Weight, is_whole
+from fedavg_core.weight import Weight
+from fedavg_core.whole import whole
 
 __all__ = [
     "ROBUST_MEANS",
@@ -133,9 +134,7 @@ class Krum(WholeVector):
     keep = 1
 
     def __init__(self, faulty: int = 1, spec: ModelSpec | None = None) -> None:
-        if not is_whole(faulty) or faulty < 0:
-            raise UsageError(f"faulty: expected a whole number from 0 on, got {quoted(faulty)}")
-        self.faulty = int(faulty)
+        self.faulty = whole("faulty", faulty, 0)
         super().__init__(spec)
 
     @property
@@ -180,9 +179,7 @@ class MultiKrum(Krum):
     options = ("faulty", "keep")
 
     def __init__(self, faulty: int = 1, keep: int = 2, spec: ModelSpec | None = None) -> None:
-        if not is_whole(keep) or keep < 1:
-            raise UsageError(f"keep: expected a whole number from 1 on, got {quoted(keep)}")
-        self.keep = int(keep)
+        self.keep = whole("keep", keep, 1)
         super().__init__(faulty, spec)
 
 
@@ -210,16 +207,12 @@ class GeometricMedian(WholeVector):
     def __init__(
         self, iterations: int = 10, smoothing: float = 1e-6, spec: ModelSpec | None = None
     ) -> None:
-        if not is_whole(iterations) or iterations < 1:
-            raise UsageError(
-                f"iterations: expected a whole number from 1 on, got {quoted(iterations)}"
-            )
+        self.iterations = whole("iterations", iterations, 1)
         self.smoothing = as_float(smoothing)
         if not 0 < self.smoothing <= 1:
             raise UsageError(
                 f"smoothing: expected a number above 0 and up to 1, got {quoted(smoothing)}"
             )
-        self.iterations = int(iterations)
         super().__init__(spec)
 
     def weights(self) -> list[Weight]:

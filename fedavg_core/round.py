@@ -62,6 +62,7 @@ from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
+from fedavg_core.whole import whole
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
 
@@ -134,12 +135,8 @@ class Round:
         server_optimizer: ServerOptimizer | None = None,
         optimizer_state: Params | None = None,
     ) -> None:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise UsageError(f"number: expected an integer of at least 0, got {quoted(number)}")
-        if isinstance(min_updates, bool) or not isinstance(min_updates, int) or min_updates < 1:
-            raise UsageError(
-                f"min_updates: expected an integer of at least 1, got {quoted(min_updates)}"
-            )
+        self._number = whole("number", number, 0)
+        self._min_updates = whole("min_updates", min_updates, 1)
         if transfer is not None and not isinstance(transfer, TransferType):
             raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
         if not isinstance(limits, Limits):
@@ -147,7 +144,7 @@ class Round:
         if not isinstance(audit, bool):
             raise UsageError(f"audit: expected True or False, got {quoted(audit)}")
         self._model: Params = {} if model is None else model
-        self._gate = Gate(self._model, number, limits)
+        self._gate = Gate(self._model, self._number, limits)
         self._optimizer = server_optimizer
         self._optimizer_state: Params = {} if optimizer_state is None else optimizer_state
         if server_optimizer is not None:
@@ -163,8 +160,6 @@ class Round:
             )
         if transfer is TransferType.DIFF and not self._model:
             raise UsageError("transfer: differences need a model that they are taken from")
-        self._number = number
-        self._min_updates = min_updates
         self._transfer = transfer
         self._limits = limits
         self._audit = audit
@@ -180,7 +175,7 @@ class Round:
         else:
             self._mean = accumulator_for(accumulator, self._gate.spec if self._model else None)
         if isinstance(self._mean, RobustMean):
-            self._min_updates = max(min_updates, self._mean.least)
+            self._min_updates = max(self._min_updates, self._mean.least)
             if self._mean.needs_differences and transfer is not TransferType.DIFF:
                 raise UsageError(
                     f"accumulator: a {self._mean.name} is of differences; expected transfer DIFF, "

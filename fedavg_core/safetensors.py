@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from fedavg_core.archive import Damaged, require
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
-from fedavg_core.model import ArraySpec, dtype_named
+from fedavg_core.model import ArraySpec, dtype_named, is_extension
 from fedavg_core.npy import Layout, check_shape, encoded, read_exactly
 
 __all__ = ["SafetensorsWriter", "aligned", "list_safetensors"]
@@ -159,7 +159,7 @@ def _layout(
         f"give it {end - begin}",
     )
     check_shape(shape, f"tensor {quoted(name)}")
-    plain = dtype if dtype.type.__module__ != "ml_dtypes" else np.dtype(f"u{dtype.itemsize}")
+    plain = np.dtype(f"u{dtype.itemsize}") if is_extension(dtype) else dtype
     return Layout(shape, plain.newbyteorder("<"), dtype, start=start + begin)
 
 

@@ -8,30 +8,19 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import isfinite
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import numpy as np
 
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
+from fedavg_core.whole import is_whole
 
-__all__ = ["Weight", "exact_weight", "extent_of", "is_whole", "weight_from_text", "weight_text"]
+__all__ = ["Weight", "exact_weight", "extent_of", "weight_from_text", "weight_text"]
 
 Weight: TypeAlias = "int | Fraction"
 
 _REACH = 1024  # every value is less than 2**_REACH
 _DEPTH = 1 << 14  # far more than the product of some float64 has below the point
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether something is a whole number, which truth values and spans of time are not.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        True for an int or an integer of NumPy.
-    """
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
 
 
 def exact_weight(weight: object) -> Weight:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nvflare_adapter.client import TrainingFile, read_training_file, serve
+from nvflare_adapter.client import read_training_file, serve
 from nvflare_adapter.extras import not_installed
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ __all__ = [
     "FedAvgController",
     "FedAvgShareableGenerator",
     "NumpyFedAvgRecipe",
-    "TrainingFile",
     "read_training_file",
     "serve",
 ]

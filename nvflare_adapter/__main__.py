@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import fedavg_core as fc
-from fedavg_core.admission import check_model
 from fedavg_core.cli.console import open_console, typed
-from fedavg_core.errors import one_line, quoted
+from fedavg_core.cli.training_file import TrainingFile
+from fedavg_core.errors import one_line
 from fedavg_core.model import copy_params
-from nvflare_adapter.client import TrainingFile, read_training_file
+from fedavg_core.outcome import evaluation_of
+from nvflare_adapter.client import read_training_file
 from nvflare_adapter.command_line import BACKENDS, read_arguments
 from nvflare_adapter.follow import JobFailed, cause_of_failure
 from nvflare_adapter.job import Job, models_folder, models_within
@@ -96,17 +97,7 @@ def _line(cells: Sequence[str]) -> str:
 def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
     if training.evaluate is None or not model:
         return {}
-    try:
-        found = training.evaluate(copy_params(model))
-    except (Exception, SystemExit) as error:
-        raise fc.UsageError(f"evaluate, of the training file, failed: {one_line(error)}") from error
-    try:
-        return {str(name): float(value) for name, value in dict(found).items()}
-    except (OverflowError, TypeError, ValueError):
-        expected = "expected a mapping from names to numbers"
-        raise fc.UsageError(
-            f"evaluate, of the training file: {expected}, got {quoted(found)}"
-        ) from None
+    return evaluation_of(training.call("evaluate", copy_params(model)))
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
@@ -184,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     read = read_arguments(arguments)
     try:
         training = read_training_file(read.path, read.train_args.split())
-        initial = {} if training.initial_model is None else training.initial_model(read.seed)
-        if training.initial_model is not None:
-            check_model(initial, f"{read.path.name}: initial_model")
+        initial = dict(training.first_model(read.seed) or {})
         if read.start_from is not None:
             read.start_from = models_within(read.start_from)
         start = read.start_from

@@ -90,8 +90,8 @@ _Model = Annotated[
     AfterValidator(as_model),
     _says("an array, a list of numbers, a dict of arrays, or None"),
 ]
-_Count = Annotated[StrictInt, Field(ge=1), _says("an integer of at least 1")]
-_CountOrZero = Annotated[StrictInt, Field(ge=0), _says("an integer of at least 0")]
+_Count = Annotated[StrictInt, Field(ge=1), _says("a whole number of at least 1")]
+_CountOrZero = Annotated[StrictInt, Field(ge=0), _says("a whole number of at least 0")]
 _Text = Annotated[StrictStr, _says("a string")]
 _YesNo = Annotated[StrictBool, _says("True or False")]
 _Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
@@ -171,7 +171,7 @@ class Arguments(RunnerArguments):
         _must(lambda text: direction(text)[0]),
         _says("'<metric> <op> <number>', or None"),
     ]
-    patience: Annotated[_Count | None, _says("an integer of at least 1, or None")]
+    patience: Annotated[_Count | None, _says("a whole number of at least 1, or None")]
     best_model_filename: _FileName
     save_filename: _FileName
     exclude_vars: Annotated[

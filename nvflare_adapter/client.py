@@ -17,36 +17,19 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy.typing as npt
+from typing import TypeAlias
 
 import fedavg_core as fc
+from fedavg_core.cli.training_file import TrainingFile
 from fedavg_core.dispatch import train_one
 from fedavg_core.outcome import Failure
 
-__all__ = ["TrainingFile", "read_training_file", "serve"]
+__all__ = ["read_training_file", "serve"]
 
 Evaluate: TypeAlias = Callable[[fc.Params], dict[str, float]]
 _log = logging.getLogger(__name__)
 _handed_over: ContextVar[list[fc.Client] | None] = ContextVar("handed_over", default=None)
-
-
-@dataclass(frozen=True)
-class TrainingFile:
-    """What a training file has to offer.
-
-    Attributes:
-        train: What it hands to `serve`.
-        initial_model: Makes the model of round 0 from a seed; None if clients start from their own.
-        evaluate: Measures a model; None if the file has no such function.
-    """
-
-    train: fc.Client
-    initial_model: Callable[[int], dict[str, npt.NDArray[Any]]] | None
-    evaluate: Evaluate | None
 
 
 def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFile:
@@ -80,7 +63,7 @@ def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFil
         raise fc.UsageError(
             f"{path}: expected the file to end by calling nvflare_adapter.serve(train), it did not"
         )
-    return TrainingFile(taken[-1], names.get("initial_model"), names.get("evaluate"))
+    return TrainingFile(path.name, taken[-1], names.get("initial_model"), names.get("evaluate"))
 
 
 def serve(train: fc.Client, evaluate: Evaluate | None = None) -> None:

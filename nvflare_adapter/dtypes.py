@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.errors import quoted
+from fedavg_core.model import is_extension
 
 __all__ = ["finite", "pack", "plain", "unpack"]
 
@@ -32,7 +33,7 @@ def pack(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     dtypes = {
         key: value.dtype.name
         for key, value in params.items()
-        if isinstance(value, np.ndarray) and value.dtype.type.__module__ == "ml_dtypes"
+        if isinstance(value, np.ndarray) and is_extension(value.dtype)
     }
     sent = {
         key: value.view(f"V{value.dtype.itemsize}") if key in dtypes else value

@@ -22,7 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
-from fedavg_core.checkpoint import make_folder, replacing
+from fedavg_core.atomic_file import make_folder, replacing
 from nvflare_adapter import global_model
 from nvflare_adapter.report import round_checkpoint
 from nvflare_adapter.start import OPEN_FILE, SINGLE_ARRAY_KEY, read_start

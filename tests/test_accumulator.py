@@ -28,9 +28,9 @@ import pytest
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.exact import ExactSum
+from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ArraySpec
 from fedavg_core.plain_sums import PlainSum
-from fedavg_core.sums import ExactSums
 from fedavg_core.weight import exact_weight
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
@@ -763,8 +763,8 @@ def test_an_accumulator_can_be_merged_with_itself() -> None:
             fc.WeightedMean(accumulator="float64"),
             "of kind 'exact' to merge, got one of kind 'float64'",
         ),
-        ({"w": np.ones(3)}, r"key 'w': expected float64\[2\] to merge, got float64\[3\]"),
-        ({"w": np.ones(2, np.float32)}, r"expected float64\[2\] to merge, got float32\[2\]"),
+        ({"w": np.ones(3)}, r"key 'w': expected float64\[2\], got float64\[3\]"),
+        ({"w": np.ones(2, np.float32)}, r"expected float64\[2\], got float32\[2\]"),
     ],
 )
 def test_what_does_not_fit_is_not_merged(other: Any, text: str) -> None:
@@ -970,7 +970,7 @@ def test_a_state_must_fit_the_spec_that_is_asked_for() -> None:
     mean = fc.WeightedMean()
     mean.add({"w": np.ones(2, np.float32)}, 1)
     spec = fc.ModelSpec({"w": ArraySpec((2,), np.dtype(np.float64))})
-    with pytest.raises(fc.UsageError, match=r"key 'w': the state has it as float32\[2\]"):
+    with pytest.raises(fc.UsageError, match=r"key 'w': expected float64\[2\], got float32\[2\]"):
         fc.WeightedMean.from_state(*mean.state(), spec)
     fits = fc.ModelSpec.of({"w": np.ones(2, np.float32), "v": np.ones(1)})
     assert fc.WeightedMean.from_state(*mean.state(), fits).digest() == mean.digest()
@@ -1087,11 +1087,11 @@ def test_bad_settings_are_named() -> None:
     bad: Any = "float16"
     with pytest.raises(fc.UsageError, match="got 'float16'"):
         fc.WeightedMean(accumulator=bad)
-    with pytest.raises(fc.UsageError, match="a block of at least 1 element, got 0"):
+    with pytest.raises(fc.UsageError, match=r"block: .* of at least 1, got 0"):
         fc.WeightedMean(block=0)
-    with pytest.raises(fc.UsageError, match="at least 1 thread, got 0"):
+    with pytest.raises(fc.UsageError, match=r"threads: .* of at least 1, got 0"):
         fc.WeightedMean(threads=0)
-    with pytest.raises(fc.UsageError, match="at least 1 thread, got True"):
+    with pytest.raises(fc.UsageError, match=r"threads: .* of at least 1, got True"):
         fc.WeightedMean(threads=True)
     narrow: Any = np.uint8(200)
     small = fc.WeightedMean(block=narrow, threads=narrow)
@@ -1121,7 +1121,7 @@ def test_a_weight_is_taken_at_its_exact_value(weight: Any, exact: Fraction) -> N
 OPERATIONS = {
     "add": "fedavg_core.exact.ExactSum.add",
     "merge": "fedavg_core.exact.ExactSum.add_sum",
-    "mean": "fedavg_core.sums.quotient",
+    "mean": "fedavg_core.exact_sums.quotient",
 }
 
 

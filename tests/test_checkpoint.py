@@ -21,14 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import fedavg_core.checkpoint as checkpoint_module
-from fedavg_core.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    load_checkpoint,
-    replacing,
-    save_checkpoint,
-)
+from fedavg_core import atomic_file, checkpoint_store
+from fedavg_core.atomic_file import replacing
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.codec import write_npz
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import same_bits
@@ -344,8 +340,9 @@ class Faults:
 
     def __enter__(self) -> Faults:
         self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(checkpoint_module, "os", self)
-        self._patch.setattr(checkpoint_module, "open", self.open_file, raising=False)
+        self._patch.setattr(atomic_file, "os", self)
+        self._patch.setattr(checkpoint_store, "os", self)
+        self._patch.setattr(atomic_file, "open", self.open_file, raising=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -584,7 +581,7 @@ def test_new_folders_are_entered_where_they_are_in_before_anything_is_stored_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[Path] = []
-    monkeypatch.setattr("fedavg_core.checkpoint._flush_folder", flushed.append)
+    monkeypatch.setattr("fedavg_core.atomic_file._flush_folder", flushed.append)
     folder = tmp_path / "runs" / "first"
     CheckpointStore(folder).save(checkpoint(1))
     assert flushed == [tmp_path / "runs", tmp_path, folder]
@@ -842,7 +839,7 @@ class TestTheStore:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint_module, "open", refuse, raising=False)
+            patch.setattr(atomic_file, "open", refuse, raising=False)
             with pytest.raises(CheckpointError, match="Read-only file system"):
                 store.save(checkpoint(2))
         assert number_in(store.load()) == 1
@@ -867,7 +864,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_keeps_no_other_one(tmp_path: Path
 
 FORKING = """
 import os, sys
-from fedavg_core.checkpoint import CheckpointStore
+from fedavg_core.checkpoint_store import CheckpointStore
 begun, ended = os.pipe(), os.pipe()
 with CheckpointStore(sys.argv[1]):
     child = os.fork()

@@ -127,7 +127,8 @@ def test_files_that_lack_a_parameter_are_averaged_only_if_that_is_asked_for(
     out = tmp_path / "o.npz"
     for files in ([one, two], [two, one], [one, two, "--base", base]):
         assert fails(capsys, "aggregate", *files, "-o", out) == (
-            f"'w' is in 1 of 2 files, and not in {two}; "
+            f"MISSING_KEYS (contributor {two.name!r}, key 'w'): expected a parameter that is in "
+            "1 of 2 files, got none; "
             "--partial averages each array over the files that have it"
         )
         assert not out.exists()

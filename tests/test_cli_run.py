@@ -322,7 +322,12 @@ def test_a_run_that_goes_on_and_learns_nothing_more_keeps_what_it_had(
     assert run(capsys, *shared, "--rounds", 1)[0] == 0
     before = final(folder)
     training.write_text(training.read_text().replace("rng = np", "1 / 0; rng = np"))
-    assert run(capsys, *shared, "--rounds", 2)[0] == 0
+    code, _, err = run(capsys, *shared, "--rounds", 2)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "fedavg: the model is written, but no round since round 0 changed it: round 1: "
+        "0 accepted where at least 1 is needed; the model keeps its values"
+    )
     assert fc.same_bits(final(folder), before)
     assert read_log(folder)[1].problem is not None
 

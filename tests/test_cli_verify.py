@@ -100,7 +100,7 @@ def test_differences_need_their_base(
     assert run(capsys, "verify", audit, *files, "--base", base)[0] == 0
     assert fails(capsys, "verify", audit, *files) == (
         "--base is needed: expected the model before round 3, for its updates are differences from "
-        "it, got none (fedavg run --keep-updates keeps it as round-00000003)"
+        "it, got none (fedavg run --keep-updates keeps it as round-00000003.npz)"
     )
     code, out, _ = run(capsys, "verify", audit, *files, "--base", files[0])
     assert code == 1

@@ -370,10 +370,10 @@ class TestTheDeadline:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_flight": 0}, "in_flight: expected at least 1, got 0"),
-        ({"in_flight": 1.5}, r"in_flight: expected a whole number, got 1\.5"),
-        ({"retries": -1}, "retries: expected at least 0, got -1"),
-        ({"retries": True}, "retries: expected a whole number, got True"),
+        ({"in_flight": 0}, "in_flight: expected a whole number of at least 1, got 0"),
+        ({"in_flight": 1.5}, r"in_flight: expected a whole number of at least 1, got 1\.5"),
+        ({"retries": -1}, "retries: expected a whole number of at least 0, got -1"),
+        ({"retries": True}, "retries: expected a whole number of at least 0, got True"),
         ({"deadline": 1.0}, "deadline: expected an executor as well"),
         ({"first_come": True}, "first_come: expected an executor as well; in line all come in"),
         ({"first_come": 1}, "first_come: expected True or False, got 1"),

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import pytest
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
-from fedavg_core.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.client import Client, Context, TrainResult, contributor_seed, draw_contributors
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.federation import Federation
@@ -897,13 +898,13 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rounds": 0}, "rounds: expected at least 1, got 0"),
-        ({"rounds": 2.0}, r"rounds: expected a whole number, got 2\.0"),
+        ({"rounds": 0}, "rounds: expected a whole number of at least 1, got 0"),
+        ({"rounds": 2.0}, r"rounds: expected a whole number of at least 1, got 2\.0"),
         ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
-        ({"evaluate_every": 0}, "evaluate_every: expected at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1"),
+        ({"evaluate_every": 0}, "evaluate_every: expected a whole number of at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected a whole number of at least 1"),
         ({"patience": 2}, "patience: expected the name of the metric to monitor"),
-        ({"patience": 0, "monitor": "x"}, "patience: expected at least 1"),
+        ({"patience": 0, "monitor": "x"}, "patience: expected a whole number of at least 1"),
         ({"mode": "best"}, "mode: expected 'max' or 'min', got 'best'"),
         ({"clients": {}}, "clients: expected a mapping of at least one"),
         ({"clients": [train]}, "clients: expected a mapping"),
@@ -932,13 +933,13 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"evaluate": 3}, "evaluate: expected a function or None, got 3"),
         ({"monitor": 3}, "monitor: expected the name of a metric, got 3"),
         ({"stop_when": "never"}, "stop_when: expected a function or None, got 'never'"),
-        ({"min_updates": 0}, "min_updates: expected an integer of at least 1"),
+        ({"min_updates": 0}, "min_updates: expected a whole number of at least 1"),
         (
             {"min_updates": 99},
             "min_updates: expected at most the [0-9]+ clients of a round, got 99",
         ),
         ({"accumulator": "half"}, "expected accumulator 'exact'"),
-        ({"retries": -1}, "retries: expected at least 0"),
+        ({"retries": -1}, "retries: expected a whole number of at least 0"),
         ({"deadline": 1.0}, "deadline: expected an executor as well"),
     ],
 )

@@ -670,7 +670,7 @@ class TestMerging:
         one, two, three = mean.empty(None), mean.empty(None), mean.empty(None)
         one.add({"a": np.ones(2)}, 1)
         two.add({"a": np.ones(2, np.float32)}, 1)
-        with pytest.raises(fc.UsageError, match=r"key 'a': expected .* to merge, got"):
+        with pytest.raises(fc.UsageError, match=r"key 'a': expected .*, got"):
             one.merge(two)
         three.add({"b": np.ones(2)}, 1)
         fixed = mean.empty(fc.ModelSpec.of({"a": np.ones(2)}))
@@ -716,10 +716,13 @@ class TestByName:
             (lambda: TrimmedMean(-0.1), "trim: expected a number from 0 to below 0.5"),
             (lambda: TrimmedMean(math.nan), "trim: expected a number from 0"),
             (lambda: TrimmedMean(False), "trim: expected a number from 0 to below 0.5, got False"),
-            (lambda: Krum(-1), "faulty: expected a whole number from 0 on, got -1"),
-            (lambda: Krum(1.5), "faulty: expected a whole number from 0 on"),  # type: ignore[arg-type]
-            (lambda: MultiKrum(keep=0), "keep: expected a whole number from 1 on, got 0"),
-            (lambda: GeometricMedian(0), "iterations: expected a whole number from 1 on, got 0"),
+            (lambda: Krum(-1), "faulty: expected a whole number of at least 0, got -1"),
+            (lambda: Krum(1.5), "faulty: expected a whole number of at least 0"),  # type: ignore[arg-type]
+            (lambda: MultiKrum(keep=0), "keep: expected a whole number of at least 1, got 0"),
+            (
+                lambda: GeometricMedian(0),
+                "iterations: expected a whole number of at least 1, got",
+            ),
             (lambda: GeometricMedian(smoothing=0), "smoothing: expected a number above 0 and up"),
             (lambda: GeometricMedian(smoothing=2), "smoothing: expected a number above 0 and up"),
             (lambda: ClippedMean(0), "limit: expected a finite number above 0, got 0"),

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 import fedavg_core.round as round_module
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.errors import Reason, UsageError
+from fedavg_core.exact_sums import ExactSums
 from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params, same_bits
 from fedavg_core.outcome import Outcome, Receipt
 from fedavg_core.robust import ClippedMean, CoordinateMedian, GeometricMedian, MultiKrum
 from fedavg_core.round import Round, RoundState
-from fedavg_core.sums import ExactSums
 from fedavg_core.transfer import diff
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import ROUND, good, model
@@ -436,12 +436,12 @@ class TestAnAccumulatorOfTheCaller:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"number": "0"}, "number: expected an integer of at least 0, got '0'"),
-        ({"number": True}, "number: expected an integer of at least 0, got True"),
-        ({"number": -1}, "number: expected an integer of at least 0, got -1"),
-        ({"min_updates": 0}, "min_updates: expected an integer of at least 1, got 0"),
-        ({"min_updates": 1.0}, r"min_updates: expected an integer of at least 1, got 1\.0"),
-        ({"min_updates": True}, "min_updates: expected an integer of at least 1, got True"),
+        ({"number": "0"}, "number: expected a whole number of at least 0, got '0'"),
+        ({"number": True}, "number: expected a whole number of at least 0, got True"),
+        ({"number": -1}, "number: expected a whole number of at least 0, got -1"),
+        ({"min_updates": 0}, "min_updates: expected a whole number of at least 1, got 0"),
+        ({"min_updates": 1.0}, r"min_updates: expected a whole number of at least 1, got 1\.0"),
+        ({"min_updates": True}, "min_updates: expected a whole number of at least 1, got True"),
         ({"transfer": "FULL"}, "transfer: expected a TransferType or None, got 'FULL'"),
         ({"limits": {}}, "limits: expected a Limits, got {}"),
         ({"accumulator": "double"}, "expected accumulator 'exact', .* got 'double'"),

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedavg_core.accumulator import WeightedMean, weighted_mean
-from fedavg_core.checkpoint import Checkpoint, CheckpointStore
+from fedavg_core.checkpoint import Checkpoint
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.errors import CheckpointError, Reason
 from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, same_bits

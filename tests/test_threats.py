@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pytest
 
 import fedavg_core as fc
-import fedavg_core.checkpoint as checkpoint_module
+from fedavg_core import atomic_file
 from fedavg_core.errors import CheckpointError, Reason
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import BAD_UPDATES, ROUND, Bad, FailingMapping, good, model, spoilt
@@ -209,7 +209,7 @@ def cannot_write(code: int, operation: str) -> Case:
         run = federation(folder, 2, resume=True)
         with pytest.MonkeyPatch.context() as patch:
             if operation == "open":
-                patch.setattr(checkpoint_module, "open", failing, raising=False)
+                patch.setattr(atomic_file, "open", failing, raising=False)
             else:
                 patch.setattr(os, operation, failing)
             with pytest.raises(CheckpointError) as error:

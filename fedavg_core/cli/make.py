@@ -3,41 +3,33 @@
 None of them holds a model in memory. The output is written beside its final name and put in place
 when it is whole, so that an error or an interruption leaves what was there. Without ``--force`` a
 file that another program has put there meanwhile is left as it is as well (see
-`checkpoint.replacing`).
+`atomic_file.replacing`).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.checkpoint import replacing
+from fedavg_core.atomic_file import replacing
 from fedavg_core.cli.arguments import MODEL_HELP, Subparsers, byte_count, check_new, weights
 from fedavg_core.cli.console import byte_progress, print_line
-from fedavg_core.cli.model_stream import (
-    check_suffix,
-    opened,
-    pieces,
-    spec_of,
-    write_order,
-    writer,
-)
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.cli.model_stream import opened, pieces, spec_of
+from fedavg_core.element import shown_place
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ModelSpec
+from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.transfer import diff, diff_spec
 
 __all__ = ["add_commands"]
 
 _LIMIT = "256MiB"
-_HEADER_SHARE = 32  # as `aggregate_files` has it
 
 
 def add_commands(commands: Subparsers) -> None:
@@ -139,37 +131,26 @@ def _aggregate(read: argparse.Namespace) -> int:
         raise UsageError(f"--weights: expected {count}, one for each file, got {len(given)}")
     check_suffix(read.output)
     check_new(read.output, read.force)
-    if not read.partial:
-        _check_whole(read.files, read.output.parent, read.memory_limit)
-    with byte_progress("averaging") as progress:
-        spec = aggregate_files(
-            read.files,
-            given,
-            read.output,
-            base=read.base,
-            replace=read.force,
-            memory_limit=read.memory_limit,
-            progress=progress,
-        )
+    try:
+        with byte_progress("averaging") as progress:
+            spec = aggregate_files(
+                read.files,
+                given,
+                read.output,
+                base=read.base,
+                allow_missing=read.partial,
+                replace=read.force,
+                memory_limit=read.memory_limit,
+                progress=progress,
+            )
+    except RefusedUpdate as refusal:
+        if refusal.reason is not Reason.MISSING_KEYS or refusal.key is None:
+            raise
+        raise UsageError(
+            f"{refusal}; --partial averages each array over the files that have it"
+        ) from None
     _written(read.output, spec, f"the mean of {files}")
     return 0
-
-
-def _check_whole(paths: Sequence[Path], scratch: Path, memory_limit: int) -> None:
-    """See that each file has the arrays of all others: of what shapes, whoever averages judges."""
-
-    def keys(path: Path) -> ModelSpec:
-        with opened(path, scratch=scratch, header=memory_limit // _HEADER_SHARE) as (file,):
-            return spec_of(file)
-
-    having = Counter(key for path in paths for key in keys(path))
-    for key, found in having.items():
-        if found < len(paths):
-            lacking = next(path for path in paths if key not in keys(path))
-            raise UsageError(
-                f"{quoted(key)} is in {found} of {len(paths)} files, and not in {lacking}; "
-                "--partial averages each array over the files that have it"
-            )
 
 
 def _apply(read: argparse.Namespace) -> int:
@@ -218,10 +199,9 @@ def _check_finite(
     finite = np.isfinite(values)
     if not finite.all():
         index = int(np.argmin(finite))
-        place = [int(number) for number in np.unravel_index(before + index, shape)]
         raise UsageError(
             f"{path}: key {quoted(key)}: expected finite numbers, "
-            f"got {float(values[index])} at {place}"
+            f"got {float(values[index])} at {shown_place(shape, before + index)}"
         )
 
 

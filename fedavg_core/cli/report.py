@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedavg_core.checkpoint import replacing
+from fedavg_core.atomic_file import replacing
 from fedavg_core.cli.arguments import Subparsers, check_new
 from fedavg_core.cli.console import print_line
 from fedavg_core.cli.page import page

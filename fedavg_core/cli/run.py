@@ -11,34 +11,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from fedavg_core.checkpoint import CheckpointStore, make_folder, replacing
+from fedavg_core.atomic_file import make_folder, replacing
+from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import (
     name_shown,
-    open_console,
     outlasting_readers,
-    print_json,
     print_line,
-    printable,
     say,
     typed,
 )
+from fedavg_core.cli.run_display import Lines, Table
+from fedavg_core.cli.run_folder import (
+    FIRST_MODEL,
+    MODEL,
+    audit_file,
+    command_to_verify,
+    folder_of,
+    rounds_stored,
+    updates_folder,
+)
 from fedavg_core.cli.run_log import (
-    LOG,
-    SETTINGS,
-    Contribution,
     RoundRecord,
     append_round,
-    read_log,
     start_log,
     write_settings,
 )
@@ -52,7 +53,7 @@ from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
 from fedavg_core.cli.workers import Workers
 from fedavg_core.codec import write_npz
-from fedavg_core.errors import FedAvgError, UsageError, quoted
+from fedavg_core.errors import FedAvgError
 from fedavg_core.federation import Federation
 from fedavg_core.model import Params
 from fedavg_core.observer import Observer
@@ -61,14 +62,8 @@ from fedavg_core.update import TransferType, Update
 
 __all__ = ["add_commands"]
 
-MODEL = "model.npz"
-FIRST_MODEL = "first-model.npz"
 _KEPT = 3  # checkpoints
-_MOST_MEASURED = 4
-_MOST_NOTES = 10
 _AHEAD = 2  # so many clients for each worker, so that none waits for an earlier one's answer
-_WIDTH = 8
-_INDENT = " " * 7
 
 
 def add_commands(commands: Subparsers) -> None:
@@ -128,32 +123,32 @@ def add_commands(commands: Subparsers) -> None:
 
 def _run(read: argparse.Namespace) -> int:
     with outlasting_readers():  # a run is worth more than what is shown of it
-        return _run_in(read, _folder(read))
+        return _run_in(read, folder_of(read))
 
 
 def _run_in(read: argparse.Namespace, folder: Path) -> int:
     settle(read, folder)
-    with _Lines() if read.json else _Table(read) as display:
-        model, done, problem = _play(read, folder, display)
+    with Lines() if read.json else Table(read) as display:
+        model, done, trouble = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
         write_npz(file, model)
     if not read.json:
         print_line(f"model: {folder / MODEL}")
         print_line(f"to see how it went: fedavg report {typed(folder)} -o report.html")
         if read.keep_updates:
-            print_line(f"to check the last round: {_check(folder, done - 1)}")
-    if problem is not None:
-        raise FedAvgError(f"the model is written, but no round could be evaluated: {problem}")
+            print_line(f"to check the last round: {command_to_verify(folder, done - 1)}")
+    if trouble is not None:
+        raise FedAvgError(f"the model is written, but {trouble}")
     return 0
 
 
 def _play(
-    read: argparse.Namespace, folder: Path, display: _Lines | _Table
+    read: argparse.Namespace, folder: Path, display: Lines | Table
 ) -> tuple[Params, int, str | None]:
     """Play the rounds that are left.
 
     Returns:
-        The model, of how many rounds it is, and why none of these could be evaluated.
+        The model, of how many rounds it is, and what to say of it beside.
     """
     training = read_training_file(read.train)
     with contextlib.ExitStack() as stack:
@@ -193,62 +188,22 @@ def _play(
                 display.round(recorder.records[shown])
                 shown += 1
         except KeyboardInterrupt:
-            done = _rounds_stored(folder)
+            done = rounds_stored(folder)
             for record in recorder.records[shown : done - before]:
                 display.round(record)
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
                 f"on with them, with --checkpoint {typed(folder)} --resume"
             ) from None
-    if before == 0 and all(one.problem for one in recorder.records):
-        raise FedAvgError(f"no round changed the model: {recorder.records[-1].problem}")
-    problems = [one.evaluation_problem for one in recorder.records]
-    problem = problems[-1] if problems and all(problems) else None
-    return federation.model, federation.round, problem
-
-
-def _rounds_stored(folder: Path) -> int:
-    """Of how many rounds the newest checkpoint is."""
-    paths = CheckpointStore(folder).paths()
-    return int(paths[-1].stem.split("-")[1]) if paths else 0
-
-
-def _folder(read: argparse.Namespace) -> Path:
-    """The run's folder, which may be there only if a run is to be resumed, or empty."""
-    folder: Path | None = read.checkpoint
-    if folder is None:
-        if read.resume:
-            raise UsageError("--resume: expected --checkpoint DIR as well")
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
-        return Path("fedavg-runs") / f"{stamp}-{read.train.stem}"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--checkpoint: expected a folder, got {folder}")
-    if not read.resume and folder.exists() and any(folder.iterdir()):
-        raise UsageError(
-            f"--checkpoint: expected a new or empty folder, or --resume as well, got {folder}"
-        )
-    if read.resume:
-        _see_that_it_is_a_run(folder)
-    return folder
-
-
-def _see_that_it_is_a_run(folder: Path) -> None:
-    """Refuse a folder without checkpoints that has something else in it, or did have them."""
-    if not folder.exists() or CheckpointStore(folder).paths():
-        return
-    if not (folder / SETTINGS).exists():
-        if any(not one.name.startswith(".") for one in folder.iterdir()):
-            raise UsageError(
-                f"--resume: expected the folder of a run, or a new or empty one, got {folder}, "
-                f"which has neither checkpoints nor a {SETTINGS}"
-            )
-    elif (folder / LOG).exists():
-        done = len(read_log(folder)) - 1  # the last may have been interrupted
-        if done > 0:
-            raise UsageError(
-                f"--resume: expected a checkpoint of the {done} rounds that {folder / LOG} tells "
-                f"of, got none in {folder}"
-            )
+    records = recorder.records
+    trouble = None
+    if records and all(one.problem for one in records):
+        if before == 0:
+            raise FedAvgError(f"no round changed the model: {records[-1].problem}")
+        trouble = f"no round since round {before - 1} changed it: {records[-1].problem}"
+    elif records and all(one.evaluation_problem for one in records):
+        trouble = f"no round could be evaluated: {records[-1].evaluation_problem}"
+    return federation.model, federation.round, trouble
 
 
 def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
@@ -267,14 +222,6 @@ def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
             f"the rounds that are done were played with {name_shown(before)}; those that are left "
             f"are played with {read.train}"
         )
-
-
-def _check(folder: Path, round: int) -> str:
-    """The command that averages the updates of a round again."""
-    base = folder / (f"round-{round:08d}.npz" if round else FIRST_MODEL)
-    parts = [f"fedavg verify {typed(folder / f'audit-{round:08d}.json')}"]
-    parts.append(f"{typed(folder / f'updates-{round:08d}')}/*.npz")
-    return " ".join([*parts, *([f"--base {typed(base)}"] if base.exists() else [])])
 
 
 class _Recorder(Observer):
@@ -300,7 +247,7 @@ class _Recorder(Observer):
             start_log(self._folder, round)
             self._begun = True
         if self._read.keep_updates:
-            self._updates = self._folder / f"updates-{round:08d}"
+            self._updates = updates_folder(self._folder, round)
             # Of the same round, if a run was interrupted in it.
             shutil.rmtree(self._updates, ignore_errors=True)
             make_folder(self._updates)
@@ -320,125 +267,7 @@ class _Recorder(Observer):
         record = self._watch.record(outcome)
         append_round(self._folder, record)
         if outcome.audit is not None:
-            with replacing(self._folder / f"audit-{outcome.round:08d}.json") as file:
+            with replacing(audit_file(self._folder, outcome.round)) as file:
                 file.write(outcome.audit.to_text().encode())
         self.records.append(record)
         return False
-
-
-class _Lines(contextlib.ExitStack):
-    """A JSON object for each round; what a training file prints goes to standard error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._out = sys.stdout
-        self.enter_context(contextlib.redirect_stdout(sys.stderr))
-
-    def progress(self, round: int, done: int, selected: int) -> None:
-        """Nothing is shown while clients train."""
-
-    def round(self, record: RoundRecord) -> None:
-        """Print a round."""
-        print_json(record.to_json(), self._out)
-
-
-class _Table(contextlib.ExitStack):
-    """A line for each round; on a terminal also a bar while its clients train."""
-
-    def __init__(self, read: argparse.Namespace) -> None:
-        from rich import progress
-
-        super().__init__()
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            console=open_console(),
-            transient=True,
-        )
-        self._bar.disable = not self._bar.console.is_terminal
-        self._task = self._bar.add_task("", total=None)
-        self._last = read.rounds - 1
-        self._measured: dict[str, tuple[str, str]] = {}
-        self._columns: dict[str, Callable[[RoundRecord], str]] = {}
-        self.enter_context(self._bar)
-
-    def progress(self, round: int, done: int, selected: int) -> None:
-        """Move the bar."""
-        self._bar.update(
-            self._task,
-            description=f"round {round} (0 to {self._last})",
-            completed=done,
-            total=selected,
-        )
-
-    def round(self, record: RoundRecord) -> None:
-        """Print a round."""
-        self._measured.update(_measured(record))
-        columns = _columns(self._measured)
-        if columns.keys() != self._columns.keys():
-            self._columns = columns
-            self._bar.console.print(self._line(list(self._columns)), style="bold")
-        self._bar.console.print(self._line([cell(record) for cell in self._columns.values()]))
-        for note in _notes(record):
-            self._bar.console.print(f"{_INDENT}{printable(note)}", style="yellow")
-
-    def _line(self, cells: Sequence[str]) -> str:
-        return "  ".join(
-            cell.rjust(max(_WIDTH, len(title)))
-            for title, cell in zip(self._columns, cells, strict=True)
-        )
-
-
-def _measured(record: RoundRecord) -> dict[str, tuple[str, str]]:
-    """What a round has metrics of: title, and where it is."""
-    measured = {f"train {name}": ("metrics", name) for name in record.metrics}
-    measured.update({f"test {name}": ("evaluation", name) for name in record.evaluation})
-    return measured
-
-
-def _columns(measured: Mapping[str, tuple[str, str]]) -> dict[str, Callable[[RoundRecord], str]]:
-    """What to show of each round: title, and how to get it."""
-    return {
-        "round": lambda one: str(one.round),
-        "accepted": lambda one: f"{one.count('accepted')} of {len(one.contributions)}",
-        "weight": lambda one: f"{one.total_weight or 0:,.6g}",
-        **{
-            name_shown(title): partial(_cell, field, name)
-            for title, (field, name) in islice(measured.items(), _MOST_MEASURED)
-        },
-        "seconds": lambda one: f"{sum(one.seconds.values()):.2f}",
-    }
-
-
-def _cell(field: str, name: str, record: RoundRecord) -> str:
-    value = getattr(record, field).get(name)
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _notes(record: RoundRecord) -> Iterator[str]:
-    """What there is to say of a round beside its line of the table."""
-    told = [
-        f"{one.contributor} {one.status}: {_why(one, record.round)}"
-        for one in record.contributions
-        if one.status != "accepted"
-    ]
-    yield from told[:_MOST_NOTES]
-    if len(told) > _MOST_NOTES:
-        yield f"and {len(told) - _MOST_NOTES} more"
-    if record.skipped_metrics:
-        yield f"metrics left out, no finite numbers: {', '.join(record.skipped_metrics)}"
-    if record.problem is not None:
-        yield record.problem
-    if record.evaluation_problem is not None:
-        yield record.evaluation_problem
-
-
-def _why(one: Contribution, round: int) -> str:
-    """Why a client's update was not averaged, without what its line of the table says already."""
-    head = f"{one.reason} (contributor {quoted(one.contributor)}, round {round}"
-    key, told, words = one.detail.removeprefix(head).partition("): ")
-    if one.status == "failed" or not told or not one.detail.startswith(head):
-        return one.detail
-    return f"{words} ({one.reason}{key})"

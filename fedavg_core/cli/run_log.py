@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedavg_core.checkpoint import replacing
+from fedavg_core.atomic_file import replacing
 from fedavg_core.errors import CheckpointError, quoted
 
 __all__ = [

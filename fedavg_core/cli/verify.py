@@ -10,6 +10,7 @@ from fedavg_core.audit import Audit
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
+from fedavg_core.cli.run_folder import base_name
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model_file import load_model
 from fedavg_core.replay import verify
@@ -103,10 +104,9 @@ def _check_without_base(audit: Audit) -> None:
         why = "the server optimizer steps from it"
     else:
         return
-    kept = f"round-{audit.round:08d}" if audit.round else "first-model.npz"
     raise UsageError(
         f"--base is needed: expected the model before round {audit.round}, for {why}, got none "
-        f"(fedavg run --keep-updates keeps it as {kept})"
+        f"(fedavg run --keep-updates keeps it as {base_name(audit.round)})"
     )
 
 

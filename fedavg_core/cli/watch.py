@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from fedavg_core.cli.run_log import Contribution, RoundRecord
 from fedavg_core.cli.workers import Workers
-from fedavg_core.errors import UsageError, quoted
+from fedavg_core.errors import UsageError
 from fedavg_core.model import Params, check_array
 from fedavg_core.norm import norm_of_difference
 from fedavg_core.observer import Observer
-from fedavg_core.outcome import Failure, Outcome, Receipt
+from fedavg_core.outcome import Failure, Outcome, Receipt, evaluation_of
 from fedavg_core.update import TransferType, Update
 
 if sys.platform == "win32":  # pragma: no cover
@@ -135,16 +135,10 @@ class Watch(Executor, Observer):
 
         def timed(params: dict[str, npt.NDArray[Any]]) -> Mapping[str, float]:
             started = time.perf_counter()
-            found: Any = None
             try:
-                found = evaluate(params)
-                return {str(name): float(value) for name, value in dict(found).items()}
+                return evaluation_of(evaluate(params))
             except UsageError as error:
                 self._evaluation_problem = str(error)
-            except (OverflowError, TypeError, ValueError):
-                self._evaluation_problem = (
-                    f"evaluate: expected a mapping from names to numbers, got {quoted(found)}"
-                )
             finally:
                 self._evaluating = time.perf_counter() - started
             return {}

@@ -280,21 +280,18 @@ def written(folder: Path, ending: str, source: str = "faulty.py") -> list[str]:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return model[0]", "evaluate, of the training file, failed: KeyError: 0"),
+        ("return model[0]", "evaluate, of train.py, failed: KeyError: 0 (train.py, line 50)"),
         (
             "return {'a': 10**400}",
-            "evaluate, of the training file: expected a mapping from names to numbers, got {'a': 1"
-            + "0" * 70
-            + "...",
+            "evaluate: expected a mapping from names to numbers, got {'a': 1" + "0" * 70 + "...",
         ),
         (
             "return 0.5",
-            "evaluate, of the training file: expected a mapping from names to numbers, got 0.5",
+            "evaluate: expected a mapping from names to numbers, got 0.5",
         ),
         (
             "return {'accuracy': 'good'}",
-            "evaluate, of the training file: "
-            "expected a mapping from names to numbers, got {'accuracy': 'good'}",
+            "evaluate: expected a mapping from names to numbers, got {'accuracy': 'good'}",
         ),
     ],
 )

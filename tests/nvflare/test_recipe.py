@@ -97,10 +97,10 @@ WRONG = [
         {"name": "a/b"},
         "name: expected a job name of letters, digits, '_', '-' and '.', got 'a/b'",
     ),
-    ({"min_clients": 0}, "min_clients: expected an integer of at least 1, got 0"),
-    ({"min_clients": True}, "min_clients: expected an integer of at least 1, got True"),
-    ({"min_clients": "2"}, "min_clients: expected an integer of at least 1, got '2'"),
-    ({"num_rounds": -1}, "num_rounds: expected an integer of at least 1, got -1"),
+    ({"min_clients": 0}, "min_clients: expected a whole number of at least 1, got 0"),
+    ({"min_clients": True}, "min_clients: expected a whole number of at least 1, got True"),
+    ({"min_clients": "2"}, "min_clients: expected a whole number of at least 1, got '2'"),
+    ({"num_rounds": -1}, "num_rounds: expected a whole number of at least 1, got -1"),
     (
         {"train_script": "no/such.py"},
         "train_script: expected the path of a Python file that exists, got 'no/such.py'",
@@ -136,8 +136,8 @@ WRONG = [
         {"params_transfer_type": "HALF"},
         "params_transfer_type: expected TransferType.FULL or TransferType.DIFF, got 'HALF'",
     ),
-    ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
-    ({"min_updates": 0}, "min_updates: expected an integer of at least 1, got 0"),
+    ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+    ({"min_updates": 0}, "min_updates: expected a whole number of at least 1, got 0"),
     (
         {"accumulator": "float16"},
         "accumulator: expected 'exact', 'float64' or 'float32', got 'float16'",
@@ -181,7 +181,7 @@ WRONG = [
         {"stop_cond": "loss ~ 3"},
         "stop_cond: expected '<metric> <op> <number>', or None, got 'loss ~ 3'",
     ),
-    ({"patience": 0}, "patience: expected an integer of at least 1, or None, got 0"),
+    ({"patience": 0}, "patience: expected a whole number of at least 1, or None, got 0"),
     (
         {"patience": 2, "key_metric": ""},
         "patience: expected a stop_cond or a key_metric to go by, got neither",
@@ -211,7 +211,7 @@ WRONG = [
     ),
     (
         {"client_memory_gc_rounds": -1},
-        "client_memory_gc_rounds: expected an integer of at least 0, got -1",
+        "client_memory_gc_rounds: expected a whole number of at least 0, got -1",
     ),
     ({"cuda_empty_cache": "no"}, "cuda_empty_cache: expected True or False, got 'no'"),
     ({"max_norm": 0}, "max_norm: expected a number above 0, or None, got 0"),
@@ -238,7 +238,7 @@ WRONG = [
         "got 'no/such'",
     ),
     ({"keep_open": 1}, "keep_open: expected True or False, got 1"),
-    ({"keep_checkpoints": 0}, "keep_checkpoints: expected an integer of at least 1, got 0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints: expected a whole number of at least 1, got 0"),
     ({"poll_interval": 0}, "poll_interval: expected seconds above 0, or None, got 0"),
     (
         {"initial_model": 3},

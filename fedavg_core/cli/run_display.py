@@ -1,0 +1,139 @@
+"""What ``fedavg run`` shows of a run while it goes on: a table with a bar, or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+
+from fedavg_core.cli.console import name_shown, open_console, print_json, printable
+from fedavg_core.cli.run_log import Contribution, RoundRecord
+from fedavg_core.errors import quoted
+
+__all__ = ["Lines", "Table"]
+
+_MOST_MEASURED = 4
+_MOST_NOTES = 10
+_WIDTH = 8
+_INDENT = " " * 7
+
+
+class Lines(contextlib.ExitStack):
+    """A JSON object for each round; what a training file prints goes to standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out = sys.stdout
+        self.enter_context(contextlib.redirect_stdout(sys.stderr))
+
+    def progress(self, round: int, done: int, selected: int) -> None:
+        """Nothing is shown while clients train."""
+
+    def round(self, record: RoundRecord) -> None:
+        """Print a round."""
+        print_json(record.to_json(), self._out)
+
+
+class Table(contextlib.ExitStack):
+    """A line for each round; on a terminal also a bar while its clients train."""
+
+    def __init__(self, read: argparse.Namespace) -> None:
+        from rich import progress
+
+        super().__init__()
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            console=open_console(),
+            transient=True,
+        )
+        self._bar.disable = not self._bar.console.is_terminal
+        self._task = self._bar.add_task("", total=None)
+        self._last = read.rounds - 1
+        self._measured: dict[str, tuple[str, str]] = {}
+        self._columns: dict[str, Callable[[RoundRecord], str]] = {}
+        self.enter_context(self._bar)
+
+    def progress(self, round: int, done: int, selected: int) -> None:
+        """Move the bar."""
+        self._bar.update(
+            self._task,
+            description=f"round {round} (0 to {self._last})",
+            completed=done,
+            total=selected,
+        )
+
+    def round(self, record: RoundRecord) -> None:
+        """Print a round."""
+        self._measured.update(_measured(record))
+        columns = _columns(self._measured)
+        if columns.keys() != self._columns.keys():
+            self._columns = columns
+            self._bar.console.print(self._line(list(self._columns)), style="bold")
+        self._bar.console.print(self._line([cell(record) for cell in self._columns.values()]))
+        for note in _notes(record):
+            self._bar.console.print(f"{_INDENT}{printable(note)}", style="yellow")
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(max(_WIDTH, len(title)))
+            for title, cell in zip(self._columns, cells, strict=True)
+        )
+
+
+def _measured(record: RoundRecord) -> dict[str, tuple[str, str]]:
+    """What a round has metrics of: title, and where it is."""
+    measured = {f"train {name}": ("metrics", name) for name in record.metrics}
+    measured.update({f"test {name}": ("evaluation", name) for name in record.evaluation})
+    return measured
+
+
+def _columns(measured: Mapping[str, tuple[str, str]]) -> dict[str, Callable[[RoundRecord], str]]:
+    """What to show of each round: title, and how to get it."""
+    return {
+        "round": lambda one: str(one.round),
+        "accepted": lambda one: f"{one.count('accepted')} of {len(one.contributions)}",
+        "weight": lambda one: f"{one.total_weight or 0:,.6g}",
+        **{
+            name_shown(title): partial(_cell, field, name)
+            for title, (field, name) in islice(measured.items(), _MOST_MEASURED)
+        },
+        "seconds": lambda one: f"{sum(one.seconds.values()):.2f}",
+    }
+
+
+def _cell(field: str, name: str, record: RoundRecord) -> str:
+    value = getattr(record, field).get(name)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _notes(record: RoundRecord) -> Iterator[str]:
+    """What there is to say of a round beside its line of the table."""
+    told = [
+        f"{one.contributor} {one.status}: {_why(one, record.round)}"
+        for one in record.contributions
+        if one.status != "accepted"
+    ]
+    yield from told[:_MOST_NOTES]
+    if len(told) > _MOST_NOTES:
+        yield f"and {len(told) - _MOST_NOTES} more"
+    if record.skipped_metrics:
+        yield f"metrics left out, no finite numbers: {', '.join(record.skipped_metrics)}"
+    if record.problem is not None:
+        yield record.problem
+    if record.evaluation_problem is not None:
+        yield record.evaluation_problem
+
+
+def _why(one: Contribution, round: int) -> str:
+    """Why a client's update was not averaged, without what its line of the table says already."""
+    head = f"{one.reason} (contributor {quoted(one.contributor)}, round {round}"
+    key, told, words = one.detail.removeprefix(head).partition("): ")
+    if one.status == "failed" or not told or not one.detail.startswith(head):
+        return one.detail
+    return f"{words} ({one.reason}{key})"

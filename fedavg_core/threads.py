@@ -1,0 +1,93 @@
+"""Work for several threads, which an error or an interruption ends without leaving one behind.
+
+Threads are worth their start where the work is NumPy's on large arrays: it gives up the
+interpreter's lock. They are made for one call of `share_out` each and end with it, so nothing waits
+between calls, and a process that is forked then has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+__all__ = ["share_out"]
+
+Tools = TypeVar("Tools")
+
+
+def share_out(
+    count: int,
+    work: Callable[[int, Tools], None],
+    tools: Sequence[Tools],
+    backwards: bool = False,
+) -> None:
+    """Do numbered pieces of work on several threads, the calling one among them.
+
+    When this returns or raises, no thread is at work any more. NumPy's warnings are off in all.
+
+    Args:
+        count: How many pieces there are.
+        work: Does one, given its number and the tools of the thread that it is on.
+        tools: For each thread what it alone may use; at least for one if there is any work. Should
+            the system give fewer threads, those that there are do all.
+        backwards: Whether to begin with the last.
+
+    Raises:
+        BaseException: What a piece has raised. Of several the first, whatever the threads: numbers
+            are handed out in order, and each that was handed out is tried. But an interruption
+            comes before an error.
+    """
+    numbers = iter(range(count)[:: -1 if backwards else 1])
+    failed: list[tuple[int, BaseException]] = []
+    busy: list[None] = []
+
+    def run(own: Tools, busy: list[None]) -> None:
+        busy.append(None)  # before it looks whether something failed: see below
+        number: int | None = None
+        try:
+            with np.errstate(all="ignore"):  # each thread has its own
+                while not failed:
+                    number = next(numbers, None)
+                    if number is None:
+                        return
+                    work(number, own)
+        except BaseException as error:
+            failed.append((count if number is None else number, error))
+        finally:
+            busy.pop()
+
+    others = [threading.Thread(target=run, args=(own, busy), daemon=True) for own in tools[1:]]
+    started = []
+    try:
+        with contextlib.suppress(RuntimeError):  # there are no more threads to be had
+            for other in others:
+                other.start()
+                started.append(other)
+        if count:
+            run(tools[0], [])
+        for other in started:
+            other.join()
+    except BaseException as error:  # pragma: no cover  (an interruption)
+        failed.append((count, error))
+    # A thread whose start or join was interrupted may say that it is not alive, and be at work.
+    # It is busy by now, or will see that something failed before it does anything.
+    waiting = True
+    while waiting:
+        try:
+            while busy:  # pragma: no cover  (after an interruption)
+                time.sleep(0.001)
+            waiting = False
+        except BaseException as error:  # pragma: no cover  (an interruption)
+            failed.append((count, error))
+    try:
+        if failed:
+            # An interruption comes first: a refusal is an answer, and would hide it.
+            raise min(failed, key=lambda one: (isinstance(one[1], Exception), one[0]))[1]
+    finally:
+        list(numbers)  # a thread that begins this late finds nothing to do
+        failed.clear()  # an error that refers to itself would keep the update in memory
