@@ -142,8 +142,7 @@ class PlainSums(Sums[PlainSum]):
 
         self._each_block(work)
         self._checked = True
-        # Backwards: what was looked at last may be in the cache.
-        self._each_block(self._rest_of(terms), backwards=True)
+        self._each_block(self._rest_of(terms))
 
     def _rest_of(self, terms: Sequence[Term]) -> Callable[[int, Buffers], None]:
         """The second pass: what it has to do, or has left to do, for a block."""
@@ -256,8 +255,10 @@ class PlainSums(Sums[PlainSum]):
         for segment in segments:
             place = slice(offset, offset + segment.size)
             spare = buffers.scratch.product.view(self._dtype)[: segment.size]
-            mean = out[place] if out.dtype == self._dtype else spare
-            np.divide(total.value[segment.place], self._dtype.type(float(weight)), out=mean)
+            at_once = out.dtype == self._dtype or (number.kind == "float" and base is None)
+            mean = out[place] if at_once else spare
+            held, divisor = total.value[segment.place], self._dtype.type(float(weight))
+            np.divide(held, divisor, out=mean, dtype=self._dtype, casting="unsafe")
             if base is not None:
                 start = flat(base[segment.key], segment.start, segment.size)
                 if _first_not_finite(start, buffers) >= 0:
@@ -286,7 +287,11 @@ def _check_part(part: Array, dtype: np.dtype[Any], size: int) -> None:
 
 def _first_not_finite(values: Array, buffers: Buffers) -> int:
     """The position of the first NaN or infinity, or -1."""
-    if values.dtype == np.float32 and math.isfinite(values.dot(values)):
-        return -1  # a sum of squares can only be finite if they all are
+    if values.dtype in (np.float32, np.float64):
+        # A sum of products can only be finite if all factors are. Two places of the array are read
+        # at a time, as memory gives more of two streams than of one.
+        half = (values.size + 1) >> 1
+        if math.isfinite(values[:half].dot(values[values.size - half :])):
+            return -1
     fine = np.isfinite(values, out=buffers.scratch.spare.view(np.bool_)[: values.size])
     return -1 if fine.all() else int(np.argmin(fine))

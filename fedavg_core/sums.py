@@ -128,8 +128,10 @@ class Sums(ABC, Generic[Total]):
         if size > sys.maxsize // 8:
             raise MemoryError(f"sums of {size} elements")
         np.empty(size, np.float32)  # if there is no memory for it, not even for its blocks
-        # Gathered blocks take longest; at the end the other threads would wait for them.
-        cut = sorted(pack(spec, self._capacity), key=lambda block: len(block.segments) == 1)
+        # What takes longest comes first: at the end the other threads would wait for it.
+        cut = sorted(
+            pack(spec, self._capacity), key=lambda block: (len(block.segments) == 1, -block.size)
+        )
         blocks = list(zip(cut, self._make([block.size for block in cut]), strict=True))
         cut += [block for block, _ in self._blocks]
         largest = max((block.size for block in cut), default=0)
@@ -139,6 +141,8 @@ class Sums(ABC, Generic[Total]):
         for block, total in blocks:
             for segment in block.segments:
                 self._places.setdefault(segment.key, []).append((segment, total))
+        for key in spec:
+            self._places.get(key, []).sort(key=lambda place: place[0].start)
         self._blocks += blocks
 
     def shrink(self, spec: Collection[str]) -> None:
@@ -196,10 +200,10 @@ class Sums(ABC, Generic[Total]):
         self._each_block(work)
         return results.arrays
 
-    def _each_block(self, work: Callable[[int, Buffers], None], backwards: bool = False) -> None:
+    def _each_block(self, work: Callable[[int, Buffers], None]) -> None:
         """Do some work for each block, on several threads if there is enough of it."""
         blocks = [block for block, _ in self._blocks]
-        share_out(len(blocks), work, self._buffers[: self._threads_for(blocks)], backwards)
+        share_out(len(blocks), work, self._buffers[: self._threads_for(blocks)])
 
     def _threads_for(self, blocks: Sequence[Block]) -> int:
         """How many threads some blocks are worth, the calling one among them."""

@@ -20,12 +20,7 @@ __all__ = ["share_out"]
 Tools = TypeVar("Tools")
 
 
-def share_out(
-    count: int,
-    work: Callable[[int, Tools], None],
-    tools: Sequence[Tools],
-    backwards: bool = False,
-) -> None:
+def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[Tools]) -> None:
     """Do numbered pieces of work on several threads, the calling one among them.
 
     When this returns or raises, no thread is at work any more. NumPy's warnings are off in all.
@@ -35,14 +30,13 @@ def share_out(
         work: Does one, given its number and the tools of the thread that it is on.
         tools: For each thread what it alone may use; at least for one if there is any work. Should
             the system give fewer threads, those that there are do all.
-        backwards: Whether to begin with the last.
 
     Raises:
         BaseException: What a piece has raised. Of several the first, whatever the threads: numbers
             are handed out in order, and each that was handed out is tried. But an interruption
             comes before an error.
     """
-    numbers = iter(range(count)[:: -1 if backwards else 1])
+    numbers = iter(range(count))
     failed: list[tuple[int, BaseException]] = []
     busy: list[None] = []
 
