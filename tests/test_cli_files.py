@@ -618,7 +618,7 @@ def test_refusals_and_results_out_of_range_are_told(
     )
     other = write_model(tmp_path / "other", "npz", {"v": np.ones(2)})
     assert fails(capsys, "diff", other, low, "-o", tmp_path / "o.npz") == (
-        "key 'v': the base does not have it"
+        f"{other} less {low}: key 'v': the base does not have it"
     )
     assert not (tmp_path / "o.npz").exists()
 

@@ -1162,6 +1162,16 @@ def test_norms_are_those_of_linear_algebra(monkeypatch: pytest.MonkeyPatch) -> N
     assert norm_of_difference({str(i): np.full(2, 1.3e154) for i in range(9)}, {}) == math.inf
 
 
+def test_a_folder_that_was_not_asked_for_is_told_beside_the_json(
+    training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "run", training, "--clients", 1, "--rounds", 1, "--json")
+    (folder,) = Path("fedavg-runs").iterdir()
+    assert (code, err) == (0, f"fedavg: the run's folder: {folder}\n")
+    assert json.loads(out)["round"] == 0
+
+
 CHATTY = TRAINING.replace("rng = np", "print('x' * 99_999); rng = np", 1)
 
 

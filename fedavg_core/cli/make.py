@@ -173,7 +173,10 @@ def _diff(read: argparse.Namespace) -> int:
     check_suffix(read.output)
     check_new(read.output, read.force)
     with opened(read.model, read.base, scratch=read.output.parent) as files:
-        spec = write_order(read.output, diff_spec(*map(spec_of, files)))
+        try:
+            spec = write_order(read.output, diff_spec(*map(spec_of, files)))
+        except UsageError as error:
+            raise UsageError(f"{read.model} less {read.base}: {error}") from None
         if not spec:
             raise UsageError(f"{read.model}: expected at least one parameter, got none")
         sizes = {key: math.prod(array.shape) for key, array in spec.items()}

@@ -128,6 +128,8 @@ def _run(read: argparse.Namespace) -> int:
 
 def _run_in(read: argparse.Namespace, folder: Path) -> int:
     settle(read, folder)
+    if read.json and read.checkpoint is None:
+        say(f"the run's folder: {folder}")
     with Lines() if read.json else Table(read) as display:
         model, done, trouble = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
