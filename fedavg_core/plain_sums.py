@@ -127,16 +127,14 @@ class PlainSums(Sums[PlainSum]):
             following, target = (total.current, source) if in_place else total.next()
             for number, (params, _) in enumerate(terms):
                 for values, exponent in load(block, params, params, buffers):
-                    product = None
-                    if not in_place:
-                        product = self._product(values, factors[number], exponent, buffers)
-                    index = _first_not_finite(values, buffers)  # now they are in the cache
+                    index = _first_not_finite(values, buffers)
                     if index >= 0:
                         with RefusedUpdate.numbered(number, terms):
                             raise not_finite(params, *block.locate(index))
-                    if product is None:
+                    if in_place:
                         total.in_place = True
                         continue
+                    product = self._product(values, factors[number], exponent, buffers)
                     np.add(0.0 if source is None else source, product, out=target)
                     source, total.following = target, following
 
