@@ -37,22 +37,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import base_spec, check_base, check_update, pairs
-from fedavg_core.books import Books
+from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact_sums import ExactSums
-from fedavg_core.model import (
-    ModelSpec,
-    Params,
-    copy_params,
-)
+from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import Sums
-from fedavg_core.weight import (
-    Weight,
-    exact_weight,
-    weight_text,
-)
-from fedavg_core.whole import whole
+from fedavg_core.weight import exact_weight, weight_text
+from fedavg_core.whole_number import whole_number
 
 __all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
@@ -96,12 +88,12 @@ class WeightedMean:
                 "expected accumulator 'exact', 'float64' or 'float32' (or, in a round, a robust "
                 f"mean, such as TrimmedMean()), got {quoted(accumulator)}"
             )
-        block = whole("block", block, 1)
+        block = whole_number("block", block, 1)
         if spec is not None and not isinstance(spec, ModelSpec):
             raise UsageError(
                 f"expected a ModelSpec (ModelSpec.of(model) makes one), got {a_type(spec)}"
             )
-        threads = min(4, _processors()) if threads is None else whole("threads", threads, 1)
+        threads = min(4, _processors()) if threads is None else whole_number("threads", threads, 1)
         self._accumulator: Accumulator = accumulator
         self._fixed = spec is not None
         self._books = Books(dict(spec or {}), {})
@@ -185,7 +177,7 @@ class WeightedMean:
         """
         self._apply(self._admitted(updates), 1)
 
-    def _admitted(self, updates: Iterable[tuple[Params, float]]) -> Sequence[tuple[Params, Weight]]:
+    def _admitted(self, updates: Iterable[tuple[Params, float]]) -> Sequence[Term]:
         """Updates as plain arrays and exact weights; refuses what can be refused unread."""
         updates = pairs(updates)
         terms = []
@@ -216,7 +208,7 @@ class WeightedMean:
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
         params = check_update(params, self._books.spec, self._fixed)
-        emptied = self._books.check_removal(params, exact)
+        emptied = self._books.emptied_by(params, exact)
 
         def check() -> None:
             for key in emptied:
@@ -246,7 +238,7 @@ class WeightedMean:
         books = self._books.merged_with(other._books, self._fixed)
         if other is self:
             other = copy.deepcopy(self)
-        keys = other.keys
+        keys = frozenset(other.keys)
         self._change(
             books,
             partial(self._sums.merge, other._sums, keys),
@@ -358,8 +350,7 @@ class WeightedMean:
                     f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
                 )
             result = cls(spec, accumulator=meta["accumulator"])
-            books = Books.from_json(meta)
-            books = Books(dict(result._books.spec), {}).merged_with(books, result._fixed)
+            books = result._books.merged_with(Books.from_json(meta), result._fixed)
             stored = {}
             for number, entry in enumerate(meta["keys"]):
                 key = entry["name"]
@@ -388,7 +379,7 @@ class WeightedMean:
 
     def _apply(
         self,
-        terms: Sequence[tuple[Params, Weight]],
+        terms: Sequence[Term],
         sign: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:

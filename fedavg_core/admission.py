@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.element import not_finite
+from fedavg_core.bad_element import not_finite
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from typing import IO
 
 from fedavg_core.errors import CheckpointError
 
-__all__ = ["make_folder", "replacing"]
+__all__ = ["make_folder", "meant_for", "replacing"]
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 
 def make_folder(path: Path) -> None:
@@ -91,6 +94,19 @@ def replacing(path: Path, *, old: bool = True) -> Iterator[IO[bytes]]:
         raise CheckpointError(
             path, f"could not be written ({error.strerror or error}); {state}"
         ) from error
+
+
+def meant_for(name: str) -> str | None:
+    """What a temporary file of `replacing` was to be.
+
+    Args:
+        name: The name of a file.
+
+    Returns:
+        The name that it was to have at the end; None if it is no temporary one.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else None
 
 
 def _name_new(temporary: Path, path: Path) -> None:

@@ -21,14 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.exact import Scratch
-from fedavg_core.model import ArraySpec, Params
+from fedavg_core.model import ArraySpec, Params, flat
 
 __all__ = [
     "Block",
     "Buffers",
     "Segment",
     "fits_float32",
-    "flat",
     "is_alone",
     "is_at_hand",
     "load",
@@ -99,7 +98,7 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
 
     Yields:
         Blocks that cover each element once. An array of more than a quarter of the capacity has
-        blocks of its own, of like sizes; the others share, in their order.
+        blocks of its own, of like sizes, larger ones first; the others share, in their order.
     """
     gathered: list[Segment] = []
     filled = 0
@@ -107,8 +106,9 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
         size = int(np.prod(array.shape, dtype=object))
         if is_alone(size, capacity):
             pieces = -(-size // capacity)
+            each, more = divmod(size, pieces)
             for number in range(pieces):
-                start, stop = (size * n // pieces for n in (number, number + 1))
+                start, stop = (each * n + min(n, more) for n in (number, number + 1))
                 yield Block((Segment(key, start, stop - start, 0),), stop - start)
         elif size:
             if filled + size > capacity:
@@ -118,24 +118,6 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
             filled += size
     if gathered:
         yield Block(tuple(gathered), filled)
-
-
-def flat(array: Array, start: int, size: int) -> Array:
-    """Some consecutive elements of an array in C order.
-
-    Args:
-        array: Any array.
-        start: The first element.
-        size: How many.
-
-    Returns:
-        One dimension; a view if the array is C-contiguous, else a copy.
-    """
-    if array.flags.c_contiguous:
-        whole = array.reshape(-1)
-        return whole if size == whole.size else whole[start : start + size]
-    elements: Array = np.asarray(array).flat[start : start + size]
-    return elements
 
 
 def is_at_hand(block: Block, params: Params) -> bool:

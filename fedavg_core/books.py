@@ -1,23 +1,26 @@
 """What an accumulator knows beside its sums: parameters, their weights, how many updates.
 
-Books are never changed. With the sums change the books as a whole, in one step, so that whoever is
-interrupted in between finds either the old ones or the new.
+Books are never changed. When the sums change, the books are replaced as a whole, in one step, so
+that whoever is interrupted in between finds either the old ones or the new.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
+from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, joined
 from fedavg_core.weight import Weight, weight_from_text, weight_text
-from fedavg_core.whole import is_whole
+from fedavg_core.whole_number import whole_number
 
-__all__ = ["Books"]
+__all__ = ["Books", "Term"]
+
+Term: TypeAlias = "tuple[Params, Weight]"
+"""An update that has been checked, and its weight."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Books:
 
     Attributes:
         spec: The parameters that are known, whether or not an update has brought them.
-        weights: Of those that some update has brought: the sum of the weights of these updates.
+        weights: Of those that some update has brought: the sum of the weights of these updates; 0
+            once all of them are removed.
         count: How many updates are in the sums.
         total: The sum of their weights.
     """
@@ -41,8 +45,16 @@ class Books:
         """The parameters that some update has brought."""
         return tuple(key for key in self.spec if self.weights.get(key))
 
-    def after(self, terms: Iterable[tuple[Params, Weight]], sign: int) -> Books:
-        """The books once checked terms are added (sign 1) or taken away (-1)."""
+    def after(self, terms: Iterable[Term], sign: int) -> Books:
+        """The books after a change.
+
+        Args:
+            terms: Updates that have been checked, and their weights.
+            sign: 1 if they are added, -1 if they are taken away.
+
+        Returns:
+            New books.
+        """
         spec, weights = dict(self.spec), dict(self.weights)
         count, total = self.count, self.total
         for params, weight in terms:
@@ -60,32 +72,30 @@ class Books:
             other: The others.
             is_fixed: Whether they may bring no parameter that these do not know.
 
+        Returns:
+            New books.
+
         Raises:
             UsageError: They have a parameter of another shape or dtype, or one they may not bring.
         """
-        spec, weights = dict(self.spec), dict(self.weights)
+        spec = joined(self.spec, {key: other.spec[key] for key in other.keys}, is_fixed)
+        weights = dict(self.weights)
         for key in other.keys:
-            known, brought = self.spec.get(key), other.spec[key]
-            if known is None and is_fixed:
-                raise UsageError(f"key {quoted(key)}: the spec does not name it")
-            if known is not None and known != brought:
-                raise UsageError(f"key {quoted(key)}: expected {known}, got {brought}")
-            spec[key] = brought
             weights[key] = weights.get(key, 0) + other.weights[key]
         return Books(spec, weights, self.count + other.count, self.total + other.total)
 
-    def check_removal(self, keys: Iterable[str], weight: Weight) -> Sequence[str]:
-        """See that an update may be in the sums, as far as weights tell.
+    def emptied_by(self, keys: Iterable[str], weight: Weight) -> Sequence[str]:
+        """The parameters that nobody has brought any more once an update is removed.
 
         Args:
             keys: What it brought.
             weight: Its weight.
 
         Returns:
-            Those that no other update has brought.
+            Those of its own that no other update has brought.
 
         Raises:
-            UsageError: It cannot be.
+            UsageError: Weights tell that it is not in the sums.
         """
         keys = tuple(keys)
         for key in keys:
@@ -126,6 +136,12 @@ class Books:
     def from_json(cls, meta: Mapping[str, Any]) -> Books:
         """The books that `to_json` told of.
 
+        Args:
+            meta: What that gave; other entries are passed over.
+
+        Returns:
+            The books.
+
         Raises:
             UsageError, AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError: These
                 are no such books.
@@ -138,7 +154,9 @@ class Books:
                 raise UsageError(f"expected a new name of a parameter, got {quoted(key)}")
             like = np.broadcast_to(np.zeros((), dtype_named(entry["dtype"])), tuple(entry["shape"]))
             spec[key], weights[key] = ArraySpec(like.shape, like.dtype), weight
-        count, total = meta["count"], weight_from_text(meta["total_weight"])
-        if not is_whole(count) or min(count, total, *weights.values()) < 0 or 0 in weights.values():
-            raise ValueError("a count or a weight that cannot be")
-        return cls(spec, weights, count, total)
+            if weight <= 0:
+                raise UsageError(f"key {quoted(key)}: expected a weight above zero, got {weight}")
+        total = weight_from_text(meta["total_weight"])
+        if total < 0:
+            raise UsageError(f"total_weight: expected none below zero, got {total}")
+        return cls(spec, weights, whole_number("count", meta["count"], 0), total)

@@ -22,7 +22,7 @@ from fedavg_core.atomic_file import replacing
 from fedavg_core.codec import damage_told, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
 from fedavg_core.model import Params
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "MODEL",
@@ -187,7 +187,7 @@ def _name(name: object) -> str:
 
 
 def _round(number: object) -> int:
-    number = whole("round", number, 0)
+    number = whole_number("round", number, 0)
     if number > _LAST_ROUND:
         raise UsageError(f"round: expected no more than {_LAST_ROUND}, got {number}")
     return number

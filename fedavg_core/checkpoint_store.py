@@ -26,15 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from fedavg_core.atomic_file import make_folder
-from fedavg_core.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    round_of,
-    save_checkpoint,
-)
+from fedavg_core.atomic_file import make_folder, meant_for
+from fedavg_core.checkpoint import Checkpoint, load_checkpoint, round_of, save_checkpoint
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 if sys.platform == "win32":  # pragma: no cover
     import msvcrt
@@ -44,7 +39,6 @@ else:
 __all__ = ["CheckpointStore"]
 
 _NAME = re.compile(r"round-([0-9]{8,18})(?:-([0-9]{1,18}))?(-best)?\.npz")
-_TEMPORARY = re.compile(rf"\.{_NAME.pattern}\.[0-9a-f]{{16}}\.tmp")
 _LOCK = ".lock"
 _READ_WRITE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -76,7 +70,7 @@ class CheckpointStore:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         self._folder = Path(folder)
-        self._keep = whole("keep", keep, 1)
+        self._keep = whole_number("keep", keep, 1)
         self._lock: int | None = None
 
     @property
@@ -227,7 +221,7 @@ class CheckpointStore:
         """Take away what killed writers of checkpoints left: with the lock held, nobody else's."""
         with contextlib.suppress(OSError):
             for name in os.listdir(self._folder):
-                if _TEMPORARY.fullmatch(name):
+                if _NAME.fullmatch(meant_for(name) or ""):
                     _unlink(self._folder / name)
 
     def _prune(self) -> None:

@@ -17,7 +17,7 @@ from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean, State
-from fedavg_core.whole import is_whole
+from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["ClippedMean"]
 
@@ -138,7 +138,7 @@ class ClippedMean(RobustMean):
     def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """See `RobustMean.take_up`."""
         count = meta["count"]
-        if not is_whole(count) or not 0 <= count <= meta["mean"]["count"]:
+        if not is_whole_number(count) or not 0 <= count <= meta["mean"]["count"]:
             raise ValueError(f"the count {quoted(count)}")
         mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
         self._counts = {0: 0, mean.count: count}

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedavg_core.blocks import flat
-from fedavg_core.model import Params, check_array
+from fedavg_core.model import Params, check_array, flat
 
 __all__ = ["Fingerprint", "digest", "fingerprints", "is_digest"]
 

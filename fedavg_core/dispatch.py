@@ -28,7 +28,7 @@ from fedavg_core.outcome import Failure
 from fedavg_core.plain import as_float
 from fedavg_core.transfer import change
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = ["Dispatch"]
 
@@ -62,8 +62,8 @@ class Dispatch:
         deadline: float | None = None,
         first_come: bool = False,
     ) -> None:
-        self._in_flight = whole("in_flight", in_flight, 1)
-        self._retries = whole("retries", retries, 0)
+        self._in_flight = whole_number("in_flight", in_flight, 1)
+        self._retries = whole_number("retries", retries, 0)
         if executor is not None and not callable(getattr(executor, "submit", None)):
             raise UsageError(
                 "executor: expected one of concurrent.futures, such as ThreadPoolExecutor(4), or "

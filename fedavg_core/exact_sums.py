@@ -13,14 +13,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.bad_element import base_not_finite, not_finite
 from fedavg_core.blocks import Block, Buffers, Segment, load
-from fedavg_core.element import base_not_finite, not_finite
+from fedavg_core.books import Term
 from fedavg_core.errors import RefusedUpdate, quoted
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient
-from fedavg_core.sums import Sums, Term
+from fedavg_core.sums import Sums
 from fedavg_core.weight import Weight, extent_of
 
 __all__ = ["ExactSums"]

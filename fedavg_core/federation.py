@@ -63,7 +63,7 @@ from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "Best",
@@ -164,11 +164,11 @@ class Federation:
         keep: int = 3,
         resume: bool = False,
     ) -> None:
-        self._rounds = whole("rounds", rounds, 1)
-        self._seed = seed = whole("seed", seed)
-        self._min_updates = whole("min_updates", min_updates, 1)
-        self._evaluate_every = whole("evaluate_every", evaluate_every, 1)
-        self._checkpoint_every = whole("checkpoint_every", checkpoint_every, 1)
+        self._rounds = whole_number("rounds", rounds, 1)
+        self._seed = seed = whole_number("seed", seed)
+        self._min_updates = whole_number("min_updates", min_updates, 1)
+        self._evaluate_every = whole_number("evaluate_every", evaluate_every, 1)
+        self._checkpoint_every = whole_number("checkpoint_every", checkpoint_every, 1)
         if not isinstance(clients, Mapping) or not clients:
             raise UsageError(
                 "clients: expected a mapping of at least one name to a client, "

@@ -42,7 +42,7 @@ from fedavg_core.norm import norm_above
 from fedavg_core.npy import fits
 from fedavg_core.plain import plain_number, plain_text
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole import is_whole
+from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
 
@@ -114,7 +114,7 @@ class Limits:
             number = _finite(value)
             if number is None or not number > 0:
                 raise UsageError(f"{limit}: expected a finite number above 0, got {quoted(value)}")
-            object.__setattr__(self, limit, int(value) if is_whole(value) else number)
+            object.__setattr__(self, limit, int(value) if is_whole_number(value) else number)
         if self.exclude is not None:
             try:
                 re.compile(self.exclude)

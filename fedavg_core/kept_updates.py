@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import check_base, check_finite, check_update, pairs
-from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, flat, load
+from fedavg_core.bad_element import base_not_finite, out_of_range
+from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, load
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.element import base_not_finite, out_of_range
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError
 from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
+from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params, flat, joined
 from fedavg_core.robust_mean import RobustMean, State
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
@@ -149,15 +149,10 @@ class KeptUpdates(RobustMean):
         """See `RobustMean.merge`."""
         self._check_alike(other)
         mine, brought = self._held, {key: other._held.spec[key] for key in other.keys}
-        for key, spec in brought.items():
-            known = mine.spec.get(key)
-            if known is None and self._fixed:
-                raise UsageError(f"key {quoted(key)}: the spec does not name it")
-            if known is not None and known != spec:
-                raise UsageError(f"key {quoted(key)}: expected {known} to merge, got {spec}")
+        spec = joined(mine.spec, brought, self._fixed)
         if self.whole and mine.updates and brought and brought.keys() != mine.spec.keys():
             raise UsageError(f"expected updates of the same parameters to merge, for a {self.name}")
-        self._held = _Held({**mine.spec, **brought}, [*mine.updates, *other._held.updates])
+        self._held = _Held(spec, [*mine.updates, *other._held.updates])
 
     def mean(self, base: Params | None = None) -> dict[str, Array]:
         """See `RobustMean.mean`."""

@@ -37,7 +37,9 @@ __all__ = [
     "compare",
     "copy_params",
     "dtype_named",
+    "flat",
     "is_extension",
+    "joined",
     "number_format",
     "same_bits",
 ]
@@ -266,6 +268,31 @@ class ModelSpec(Mapping[str, ArraySpec]):
         return f"ModelSpec({inside})"
 
 
+def joined(
+    known: Mapping[str, ArraySpec], brought: Mapping[str, ArraySpec], is_fixed: bool
+) -> dict[str, ArraySpec]:
+    """The parameters of two models that are to be averaged.
+
+    Args:
+        known: What is known of the parameters.
+        brought: What the others look like.
+        is_fixed: Whether there may be none but the known ones.
+
+    Returns:
+        Both, the known ones first.
+
+    Raises:
+        UsageError: A parameter has another shape or dtype, or may not be there.
+    """
+    for key, spec in brought.items():
+        if key not in known:
+            if is_fixed:
+                raise UsageError(f"key {quoted(key)}: the spec does not name it")
+        elif known[key] != spec:
+            raise UsageError(f"key {quoted(key)}: expected {known[key]}, got {spec}")
+    return {**known, **brought}
+
+
 def copy_params(params: Params) -> dict[str, npt.NDArray[Any]]:
     """A model that shares no memory with the given one.
 
@@ -279,6 +306,24 @@ def copy_params(params: Params) -> dict[str, npt.NDArray[Any]]:
         key: np.array(value, dtype=value.dtype.newbyteorder("="), order="C", subok=False)
         for key, value in params.items()
     }
+
+
+def flat(array: npt.NDArray[Any], start: int, size: int) -> npt.NDArray[Any]:
+    """Some consecutive elements of an array in C order.
+
+    Args:
+        array: Any array.
+        start: The first element.
+        size: How many.
+
+    Returns:
+        One dimension; a view if the array is C-contiguous, else a copy.
+    """
+    if array.flags.c_contiguous:
+        whole = array.reshape(-1)
+        return whole if size == whole.size else whole[start : start + size]
+    elements: npt.NDArray[Any] = np.asarray(array).flat[start : start + size]
+    return elements
 
 
 @dataclass(frozen=True)

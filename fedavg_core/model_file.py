@@ -2,7 +2,7 @@
 
 Three formats are read: npz (members as they are, or deflated), safetensors, and npy, which holds
 one array without a name, here called ``arr_0`` as `numpy.savez` calls it. The name's suffix says
-which it is, or the first bytes if the suffix says nothing.
+which it is, or the first bytes if it is none of theirs.
 
 A checkpoint counts as the model in it, under the model's own names; what else it holds is no part
 of the model, and is not read.
@@ -270,8 +270,8 @@ class ModelFile:
             except Damaged as problem:
                 if not suffix:
                     raise
-                expected = "expected npz, npy or safetensors"
-                raise Damaged(f"suffix {suffix}: {expected} ({problem})") from None
+                got = f"got suffix {quoted(suffix)} ({problem})"
+                raise Damaged(f"expected npz, npy or safetensors, {got}") from None
 
     def _list_as(self, kind: str, file: IO[bytes]) -> dict[str, StoredArray]:
         """Find the arrays of a file of that suffix."""

@@ -37,9 +37,6 @@ def write_order(path: Path, spec: ModelSpec) -> ModelSpec:
 
     Returns:
         The same in that order: their own in an npz; in safetensors those of wide dtypes first.
-
-    Raises:
-        UsageError: The format has no such dtype.
     """
     if path.suffix.lower() == _NPZ:
         return spec
@@ -56,5 +53,8 @@ def writer(path: Path, file: IO[bytes], spec: ModelSpec) -> NpzWriter | Safetens
 
     Returns:
         A context manager; its ``write`` takes the elements of all arrays, one behind the other.
+
+    Raises:
+        UsageError: The format has no dtype of an array, or cannot have its name.
     """
     return (NpzWriter if path.suffix.lower() == _NPZ else SafetensorsWriter)(file, spec)

@@ -40,8 +40,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.atomic_file import replacing
+from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.blocks import Buffers
-from fedavg_core.element import out_of_range, shown_place
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
@@ -49,7 +49,7 @@ from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
 from fedavg_core.stored_array import INFLATER_BYTES
 from fedavg_core.weight import Weight, exact_weight
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = ["aggregate_files"]
 
@@ -125,7 +125,8 @@ def aggregate_files(
 
     Raises:
         UsageError: There are no files, or not as many weights; the output's suffix is another, or
-            its format has no such dtype; the memory limit is too small for the names and shapes;
+            its format has no such dtype; the memory limit is no whole number of at least 1, or too
+            small for the names and shapes;
             the base is not finite.
         RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`, or
             lacks a parameter that it may not lack (MISSING_KEYS). The contributor is the name of
@@ -144,7 +145,7 @@ def aggregate_files(
             f"{len(weights)} weights"
         )
     check_suffix(target)
-    memory_limit = whole("memory_limit", memory_limit)
+    memory_limit = whole_number("memory_limit", memory_limit, 1)
     allowance = Allowance(
         target.parent if scratch is None else Path(scratch),
         inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,

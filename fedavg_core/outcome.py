@@ -75,14 +75,15 @@ class Outcome:
     optimizer_state: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
 
-def evaluation_of(found: object) -> dict[str, float]:
-    """What an evaluation of a model has found.
+def evaluation_of(found: object, whose: str = "evaluate") -> dict[str, float]:
+    """The numbers that an evaluation of a model gave.
 
     Args:
-        found: What the function gave that evaluates.
+        found: What the function returned.
+        whose: What a message is to call the function.
 
     Returns:
-        Names and numbers.
+        Names and numbers, as Python's own.
 
     Raises:
         UsageError: It is no mapping from the one to the other.
@@ -91,7 +92,7 @@ def evaluation_of(found: object) -> dict[str, float]:
         return {str(name): float(value) for name, value in dict(found).items()}  # type: ignore[call-overload]
     except (OverflowError, TypeError, ValueError):
         raise UsageError(
-            f"evaluate: expected a mapping from names to numbers, got {quoted(found)}"
+            f"{whose}: expected a mapping from names to numbers, got {quoted(found)}"
         ) from None
 
 

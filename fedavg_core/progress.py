@@ -21,7 +21,7 @@ from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import Outcome
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = ["Best", "Progress"]
 
@@ -68,7 +68,7 @@ class Progress:
         stop_when: Callable[[Outcome], bool] | None,
     ) -> None:
         if patience is not None:
-            patience = whole("patience", patience, 1)
+            patience = whole_number("patience", patience, 1)
             if monitor is None:
                 raise UsageError("patience: expected the name of the metric to monitor as well")
         if monitor is not None and not isinstance(monitor, str):

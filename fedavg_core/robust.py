@@ -45,7 +45,7 @@ from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.weight import Weight
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "ROBUST_MEANS",
@@ -134,7 +134,7 @@ class Krum(WholeVector):
     keep = 1
 
     def __init__(self, faulty: int = 1, spec: ModelSpec | None = None) -> None:
-        self.faulty = whole("faulty", faulty, 0)
+        self.faulty = whole_number("faulty", faulty, 0)
         super().__init__(spec)
 
     @property
@@ -179,7 +179,7 @@ class MultiKrum(Krum):
     options = ("faulty", "keep")
 
     def __init__(self, faulty: int = 1, keep: int = 2, spec: ModelSpec | None = None) -> None:
-        self.keep = whole("keep", keep, 1)
+        self.keep = whole_number("keep", keep, 1)
         super().__init__(faulty, spec)
 
 
@@ -207,7 +207,7 @@ class GeometricMedian(WholeVector):
     def __init__(
         self, iterations: int = 10, smoothing: float = 1e-6, spec: ModelSpec | None = None
     ) -> None:
-        self.iterations = whole("iterations", iterations, 1)
+        self.iterations = whole_number("iterations", iterations, 1)
         self.smoothing = as_float(smoothing)
         if not 0 < self.smoothing <= 1:
             raise UsageError(

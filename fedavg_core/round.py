@@ -62,7 +62,7 @@ from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole import whole
+from fedavg_core.whole_number import whole_number
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
 
@@ -135,8 +135,8 @@ class Round:
         server_optimizer: ServerOptimizer | None = None,
         optimizer_state: Params | None = None,
     ) -> None:
-        self._number = whole("number", number, 0)
-        self._min_updates = whole("min_updates", min_updates, 1)
+        self._number = whole_number("number", number, 0)
+        self._min_updates = whole_number("min_updates", min_updates, 1)
         if transfer is not None and not isinstance(transfer, TransferType):
             raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
         if not isinstance(limits, Limits):

@@ -18,6 +18,7 @@ from fractions import Fraction
 from fedavg_core.client import draw_contributors
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.plain import as_float
+from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["Selection"]
 
@@ -83,9 +84,9 @@ class Selection:
 def _count(participation: int | float | None, clients: int) -> int:
     if participation is None:
         return clients
-    if isinstance(participation, int) and not isinstance(participation, bool):
+    if is_whole_number(participation):
         if 1 <= participation <= clients:
-            return participation
+            return int(participation)
     elif isinstance(participation, float) and 0 < participation <= 1:
         return max(1, round(participation * clients))
     raise UsageError(

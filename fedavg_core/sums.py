@@ -18,17 +18,17 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.bad_element import out_of_range
 from fedavg_core.blocks import Block, Buffers, Segment, pack
-from fedavg_core.element import out_of_range
+from fedavg_core.books import Term
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.results import Memory, Results, size_of
 from fedavg_core.threads import share_out
 from fedavg_core.weight import Weight
 
-__all__ = ["Sums", "Term"]
+__all__ = ["Sums"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Term: TypeAlias = "tuple[Params, Weight]"
 Total = TypeVar("Total")
 
 _THREAD_SHARE = 1 << 20  # elements that it takes to make a further thread worth its start
@@ -97,9 +97,15 @@ class Sums(ABC, Generic[Total]):
 
     @abstractmethod
     def restore(self, key: str, parts: Mapping[str, Array], weight: Weight) -> None:
-        """Add to a sum what `parts` gave, where the weights came to this.
+        """Add to a sum what `parts` gave.
 
-        Any ordinary exception says that it is not of this array.
+        Args:
+            key: The array.
+            parts: What that gave.
+            weight: The sum of the array's weights, which says how large its sum may be.
+
+        Raises:
+            Exception: Any ordinary one: these are no parts of a sum of this array.
         """
 
     @abstractmethod
@@ -128,7 +134,9 @@ class Sums(ABC, Generic[Total]):
         if size > sys.maxsize // 8:
             raise MemoryError(f"sums of {size} elements")
         np.empty(size, np.float32)  # if there is no memory for it, not even for its blocks
-        # What takes longest comes first: at the end the other threads would wait for it.
+        # What takes longest comes first, so that no thread waits for it at the end: blocks of
+        # several arrays, which are copied to be read, then the larger ones. Those of one array stay
+        # in their order.
         cut = sorted(
             pack(spec, self._capacity), key=lambda block: (len(block.segments) == 1, -block.size)
         )
@@ -141,8 +149,6 @@ class Sums(ABC, Generic[Total]):
         for block, total in blocks:
             for segment in block.segments:
                 self._places.setdefault(segment.key, []).append((segment, total))
-        for key in spec:
-            self._places.get(key, []).sort(key=lambda place: place[0].start)
         self._blocks += blocks
 
     def shrink(self, spec: Collection[str]) -> None:

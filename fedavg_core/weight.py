@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
-from fedavg_core.whole import is_whole
+from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["Weight", "exact_weight", "extent_of", "weight_from_text", "weight_text"]
 
@@ -36,7 +36,7 @@ def exact_weight(weight: object) -> Weight:
     Raises:
         RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
     """
-    if is_whole(weight) and weight > 0:
+    if is_whole_number(weight) and weight > 0:
         return int(weight)
     if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
         exact = Fraction(*weight.as_integer_ratio())

@@ -21,10 +21,10 @@ from typing import Any
 
 import fedavg_core as fc
 from fedavg_core.cli.console import open_console, typed
-from fedavg_core.cli.training_file import TrainingFile
 from fedavg_core.errors import one_line
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import evaluation_of
+from fedavg_core.training_file import TrainingFile
 from nvflare_adapter.client import read_training_file
 from nvflare_adapter.command_line import BACKENDS, read_arguments
 from nvflare_adapter.follow import JobFailed, cause_of_failure
@@ -97,7 +97,9 @@ def _line(cells: Sequence[str]) -> str:
 def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
     if training.evaluate is None or not model:
         return {}
-    return evaluation_of(training.call("evaluate", copy_params(model)))
+    return evaluation_of(
+        training.call("evaluate", copy_params(model)), f"evaluate, of {training.name}"
+    )
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import fedavg_core as fc
-from fedavg_core.cli.training_file import TrainingFile
 from fedavg_core.dispatch import train_one
 from fedavg_core.outcome import Failure
+from fedavg_core.training_file import TrainingFile
 
 __all__ = ["read_training_file", "serve"]
 
@@ -43,7 +43,7 @@ def read_training_file(path: Path, arguments: Sequence[str] = ()) -> TrainingFil
         arguments: Its command line arguments.
 
     Returns:
-        Its functions.
+        Its functions (a `fedavg_core.training_file.TrainingFile`).
 
     Raises:
         UsageError: The file ended without calling `serve`.

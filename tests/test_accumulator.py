@@ -578,6 +578,18 @@ def test_a_large_model_is_the_same_on_several_threads(kind: Accumulator) -> None
     assert kind != "exact" or np.array_equal(on_one.mean()["w"], large["w"])
 
 
+@kinds
+def test_of_several_numbers_that_are_not_finite_the_first_is_named(kind: Accumulator) -> None:
+    mean = fc.WeightedMean(accumulator=kind, block=8)
+    broken = {"w": np.zeros(17, np.float32)}  # in blocks of 6, 6 and 5
+    broken["w"][[3, 9, 16]] = np.nan, np.inf, np.nan
+    for place in (3, 9, 16):
+        with pytest.raises(fc.RefusedUpdate, match=rf"got {broken['w'][place]} at \[{place}\]"):
+            mean.add(broken, 1)
+        broken["w"][place] = 0.0
+    mean.add(broken, 1)
+
+
 def test_an_interruption_is_not_hidden_by_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"w": np.ones(3 << 20, np.float32)}
     mean = fc.WeightedMean(threads=2)
@@ -827,12 +839,12 @@ def test_a_state_goes_through_json_and_comes_back(kind: Accumulator) -> None:
         ({"format": 99}, "expected a state of format 1, got 99"),
         ({"accumulator": "float16"}, "expected accumulator 'exact', 'float64' or 'float32'"),
         ({"keys": 3}, "expected the state of an accumulator, got TypeError"),
-        ({"count": None}, "expected the state of an accumulator"),
-        ({"count": -1}, "a count or a weight that cannot be"),
-        ({"count": np.inf}, "a count or a weight that cannot be"),
+        ({"count": None}, "count: expected a whole number of at least 0, got None"),
+        ({"count": -1}, "count: expected a whole number of at least 0, got -1"),
+        ({"count": np.inf}, "count: expected a whole number of at least 0, got inf"),
         ({"total_weight": "x/y"}, "expected the state of an accumulator, got ValueError"),
         ({"total_weight": "1/0"}, "expected the state of an accumulator, got ZeroDivisionError"),
-        ({"total_weight": "-1/1"}, "a count or a weight that cannot be"),
+        ({"total_weight": "-1/1"}, "total_weight: expected none below zero, got -1"),
     ],
 )
 def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str) -> None:
@@ -898,7 +910,8 @@ def test_a_weight_that_none_can_be_is_refused_in_a_state(weight: Any) -> None:
     mean.add({"w": np.arange(3.0)}, 1)
     meta, arrays = mean.state()
     (entry,) = meta["keys"]
-    with pytest.raises(fc.UsageError, match="expected the state of an accumulator, got"):
+    told = "expected the state of an accumulator, got|key 'w': expected a weight above zero, got"
+    with pytest.raises(fc.UsageError, match=told):
         fc.WeightedMean.from_state({**meta, "keys": [{**entry, "weight": weight}]}, arrays)
 
 

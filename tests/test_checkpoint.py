@@ -137,6 +137,7 @@ class TestASingleFile:
             ("w", {"checkpoint": 1}, "not those of a checkpoint"),
             ("other/w", {"checkpoint": 1}, "not those of a checkpoint"),
             ("model/w", {"round": -1}, "not those of a checkpoint .*round: expected a whole"),
+            ("model/w", {"round": 10**18}, "not those of a checkpoint .*round: expected no more"),
             ("model/w", {"round": "1"}, "not those of a checkpoint"),
             ("model/w", {"metrics": [1]}, "not those of a checkpoint"),
             ("model/w", {"metrics": {"a": "b"}}, "not those of a checkpoint"),

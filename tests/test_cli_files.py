@@ -557,11 +557,11 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["inspect", "no\nwhere\udcff\u20ac"], r"no\nwhere\udcff\u20ac: could not be read ("),
         (
             ["inspect", __file__],
-            f"{__file__}: suffix .py: expected npz, npy or safetensors (",
+            f"{__file__}: expected npz, npy or safetensors, got suffix '.py' (",
         ),
         (
             ["aggregate", __file__, "-o", "b.npz"],
-            f"{__file__}: suffix .py: expected npz, npy or safetensors (",
+            f"{__file__}: expected npz, npy or safetensors, got suffix '.py' (",
         ),
         (["inspect", "."], ".: expected a file, got a folder or a device"),
         (["inspect", "/dev/null"], "/dev/null: expected a file, got a folder or a device"),

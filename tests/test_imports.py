@@ -37,6 +37,14 @@ def test_the_core_imports_nothing_but_numpy_and_the_standard_library() -> None:
     assert foreign_imports("import fedavg_core, " + ", ".join(modules)) == set()
 
 
+def test_a_training_file_that_nvflare_runs_does_not_load_the_command_line() -> None:
+    program = "import sys, nvflare_adapter; print('fedavg_core.cli' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
 def test_a_foreign_import_would_be_noticed() -> None:
     assert "ml_dtypes" in foreign_imports("import fedavg_core, ml_dtypes")
     assert foreign_imports("import json, numpy") == set()

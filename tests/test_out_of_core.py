@@ -403,8 +403,8 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
         ({"paths": []}, "expected files, and one weight for each, got 0 files and 2 weights"),
         ({"paths": "a.npz"}, "paths: expected a list of files, got 'a.npz'"),
         ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weights"),
-        ({"memory_limit": 1.5}, "memory_limit: expected a whole number, got 1.5"),
-        ({"memory_limit": True}, "memory_limit: expected a whole number, got True"),
+        ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
+        ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),
     ],
 )
 def test_misuse_is_told(good: Good, options: dict[str, Any], message: str) -> None:

@@ -670,7 +670,9 @@ class TestMerging:
         one, two, three = mean.empty(None), mean.empty(None), mean.empty(None)
         one.add({"a": np.ones(2)}, 1)
         two.add({"a": np.ones(2, np.float32)}, 1)
-        with pytest.raises(fc.UsageError, match=r"key 'a': expected .*, got"):
+        with pytest.raises(
+            fc.UsageError, match=r"key 'a': expected float64\[2\], got float32\[2\]"
+        ):
             one.merge(two)
         three.add({"b": np.ones(2)}, 1)
         fixed = mean.empty(fc.ModelSpec.of({"a": np.ones(2)}))
@@ -721,7 +723,7 @@ class TestByName:
             (lambda: MultiKrum(keep=0), "keep: expected a whole number of at least 1, got 0"),
             (
                 lambda: GeometricMedian(0),
-                "iterations: expected a whole number of at least 1, got",
+                "iterations: .* of at least 1, got 0",
             ),
             (lambda: GeometricMedian(smoothing=0), "smoothing: expected a number above 0 and up"),
             (lambda: GeometricMedian(smoothing=2), "smoothing: expected a number above 0 and up"),

@@ -1,4 +1,4 @@
-"""The command ``fedavg``. It needs the extra ``cli``; nothing else imports it."""
+"""The command ``fedavg``. It needs the extra ``cli``."""
 
 from fedavg_core.cli.main import main
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.atomic_file import replacing
+from fedavg_core.bad_element import shown_place
 from fedavg_core.cli.arguments import MODEL_HELP, Subparsers, byte_count, check_new, weights
 from fedavg_core.cli.console import byte_progress, print_line
 from fedavg_core.cli.model_stream import opened, pieces, spec_of
-from fedavg_core.element import shown_place
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ModelSpec
 from fedavg_core.model_writer import check_suffix, write_order, writer
@@ -144,6 +144,7 @@ def _aggregate(read: argparse.Namespace) -> int:
                 progress=progress,
             )
     except RefusedUpdate as refusal:
+        # Without a key it is a file that has none at all, which --partial does not help.
         if refusal.reason is not Reason.MISSING_KEYS or refusal.key is None:
             raise
         raise UsageError(
@@ -174,9 +175,10 @@ def _diff(read: argparse.Namespace) -> int:
     check_new(read.output, read.force)
     with opened(read.model, read.base, scratch=read.output.parent) as files:
         try:
-            spec = write_order(read.output, diff_spec(*map(spec_of, files)))
+            difference = diff_spec(*map(spec_of, files))
         except UsageError as error:
             raise UsageError(f"{read.model} less {read.base}: {error}") from None
+        spec = write_order(read.output, difference)
         if not spec:
             raise UsageError(f"{read.model}: expected at least one parameter, got none")
         sizes = {key: math.prod(array.shape) for key, array in spec.items()}

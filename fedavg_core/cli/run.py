@@ -32,7 +32,7 @@ from fedavg_core.cli.run_folder import (
     FIRST_MODEL,
     MODEL,
     audit_file,
-    command_to_verify,
+    base_file,
     folder_of,
     rounds_stored,
     updates_folder,
@@ -49,7 +49,6 @@ from fedavg_core.cli.run_settings import (
     settle,
     training_before,
 )
-from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.cli.watch import Watch
 from fedavg_core.cli.workers import Workers
 from fedavg_core.codec import write_npz
@@ -58,6 +57,7 @@ from fedavg_core.federation import Federation
 from fedavg_core.model import Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome
+from fedavg_core.training_file import read_training_file
 from fedavg_core.update import TransferType, Update
 
 __all__ = ["add_commands"]
@@ -96,7 +96,7 @@ def add_commands(commands: Subparsers) -> None:
         "--audit",
         action="store_true",
         help="write an audit file for each round to the folder: audit-00000004.json is of round 4, "
-        "which begins after 4 rounds, with the checkpoint round-00000004",
+        "which begins after 4 rounds, with the checkpoint round-00000004.npz",
     )
     add(
         "--keep-updates",
@@ -123,14 +123,14 @@ def add_commands(commands: Subparsers) -> None:
 
 def _run(read: argparse.Namespace) -> int:
     with outlasting_readers():  # a run is worth more than what is shown of it
-        return _run_in(read, folder_of(read))
+        return _run_in(read, folder_of(read.train, read.checkpoint, read.resume))
 
 
 def _run_in(read: argparse.Namespace, folder: Path) -> int:
     settle(read, folder)
     if read.json and read.checkpoint is None:
         say(f"the run's folder: {folder}")
-    with Lines() if read.json else Table(read) as display:
+    with Lines() if read.json else Table(read.rounds) as display:
         model, done, trouble = _play(read, folder, display)
     with replacing(folder / MODEL) as file:
         write_npz(file, model)
@@ -138,7 +138,7 @@ def _run_in(read: argparse.Namespace, folder: Path) -> int:
         print_line(f"model: {folder / MODEL}")
         print_line(f"to see how it went: fedavg report {typed(folder)} -o report.html")
         if read.keep_updates:
-            print_line(f"to check the last round: {command_to_verify(folder, done - 1)}")
+            print_line(f"to check the last round: {_command_to_verify(folder, done - 1)}")
     if trouble is not None:
         raise FedAvgError(f"the model is written, but {trouble}")
     return 0
@@ -150,7 +150,7 @@ def _play(
     """Play the rounds that are left.
 
     Returns:
-        The model, of how many rounds it is, and what to say of it beside.
+        The model, of how many rounds it is, and what is wrong with it; None if nothing.
     """
     training = read_training_file(read.train)
     with contextlib.ExitStack() as stack:
@@ -224,6 +224,14 @@ def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:
             f"the rounds that are done were played with {name_shown(before)}; those that are left "
             f"are played with {read.train}"
         )
+
+
+def _command_to_verify(folder: Path, round: int) -> str:
+    """The command that averages the updates of a round again."""
+    base = base_file(folder, round)
+    parts = [f"fedavg verify {typed(audit_file(folder, round))}"]
+    parts.append(f"{typed(updates_folder(folder, round))}/*.npz")
+    return " ".join([*parts, *([f"--base {typed(base)}"] if base.exists() else [])])
 
 
 class _Recorder(Observer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ class Lines(contextlib.ExitStack):
 class Table(contextlib.ExitStack):
     """A line for each round; on a terminal also a bar while its clients train."""
 
-    def __init__(self, read: argparse.Namespace) -> None:
+    def __init__(self, rounds: int) -> None:
         from rich import progress
 
         super().__init__()
@@ -54,7 +53,7 @@ class Table(contextlib.ExitStack):
         )
         self._bar.disable = not self._bar.console.is_terminal
         self._task = self._bar.add_task("", total=None)
-        self._last = read.rounds - 1
+        self._last = rounds - 1
         self._measured: dict[str, tuple[str, str]] = {}
         self._columns: dict[str, Callable[[RoundRecord], str]] = {}
         self.enter_context(self._bar)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from datetime import datetime
 from pathlib import Path
 
 from fedavg_core.checkpoint_store import CheckpointStore
-from fedavg_core.cli.console import typed
 from fedavg_core.cli.run_log import LOG, SETTINGS, read_log
 from fedavg_core.errors import UsageError
 
@@ -15,8 +13,7 @@ __all__ = [
     "FIRST_MODEL",
     "MODEL",
     "audit_file",
-    "base_name",
-    "command_to_verify",
+    "base_file",
     "folder_of",
     "rounds_stored",
     "updates_folder",
@@ -39,17 +36,9 @@ def updates_folder(folder: Path, round: int) -> Path:
     return folder / f"updates-{round:08d}"
 
 
-def base_name(round: int) -> str:
-    """The name of the model that a round begins with: the checkpoint of those before it."""
-    return f"round-{round:08d}.npz" if round else FIRST_MODEL
-
-
-def command_to_verify(folder: Path, round: int) -> str:
-    """The command that averages the updates of a round again."""
-    base = folder / base_name(round)
-    parts = [f"fedavg verify {typed(audit_file(folder, round))}"]
-    parts.append(f"{typed(updates_folder(folder, round))}/*.npz")
-    return " ".join([*parts, *([f"--base {typed(base)}"] if base.exists() else [])])
+def base_file(folder: Path, round: int) -> Path:
+    """The model that a round begins with: the checkpoint of those before it."""
+    return folder / (f"round-{round:08d}.npz" if round else FIRST_MODEL)
 
 
 def rounds_stored(folder: Path) -> int:
@@ -58,21 +47,32 @@ def rounds_stored(folder: Path) -> int:
     return int(paths[-1].stem.split("-")[1]) if paths else 0
 
 
-def folder_of(read: argparse.Namespace) -> Path:
-    """The run's folder, which may be there only if a run is to be resumed, or empty."""
-    folder: Path | None = read.checkpoint
+def folder_of(train: Path, folder: Path | None, resume: bool) -> Path:
+    """The folder of a run that is to begin, or to go on.
+
+    Args:
+        train: The training file.
+        folder: What was asked for; None for a new one.
+        resume: Whether the run is to go on; else its folder may not be there, or is empty.
+
+    Returns:
+        The folder, which may not be there yet.
+
+    Raises:
+        UsageError: No such run can begin or go on there.
+    """
     if folder is None:
-        if read.resume:
+        if resume:
             raise UsageError("--resume: expected --checkpoint DIR as well")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-4]
-        return Path("fedavg-runs") / f"{stamp}-{read.train.stem}"
+        return Path("fedavg-runs") / f"{stamp}-{train.stem}"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--checkpoint: expected a folder, got {folder}")
-    if not read.resume and folder.exists() and any(folder.iterdir()):
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise UsageError(
             f"--checkpoint: expected a new or empty folder, or --resume as well, got {folder}"
         )
-    if read.resume:
+    if resume:
         _see_that_it_is_a_run(folder)
     return folder
 

@@ -10,7 +10,7 @@ from fedavg_core.audit import Audit
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint
 from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
-from fedavg_core.cli.run_folder import base_name
+from fedavg_core.cli.run_folder import base_file
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model_file import load_model
 from fedavg_core.replay import verify
@@ -34,7 +34,7 @@ def add_commands(commands: Subparsers) -> None:
         "update is held in memory at a time. fedavg run keeps the updates with --keep-updates: "
         "those of audit-00000004.json are in updates-00000004. Audits are numbered by rounds, "
         "checkpoints by how many rounds are done: the base of audit-00000004.json is "
-        "round-00000004, that of the first audit first-model.npz. In a round of differences "
+        "round-00000004.npz, that of the first audit first-model.npz. In a round of differences "
         "(--transfer diff) the updates are those: train returns its whole model, the difference is "
         "taken for it, and --keep-updates keeps the difference; fedavg diff makes one of a "
         "client's model. Exit code 0: the same bits; 1: something differs or is missing; 2: an "
@@ -106,7 +106,7 @@ def _check_without_base(audit: Audit) -> None:
         return
     raise UsageError(
         f"--base is needed: expected the model before round {audit.round}, for {why}, got none "
-        f"(fedavg run --keep-updates keeps it as {base_name(audit.round)})"
+        f"(fedavg run --keep-updates keeps it as {base_file(Path(), audit.round)})"
     )
 
 

@@ -25,12 +25,12 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedavg_core.cli.console import open_missing, outlasting_readers
-from fedavg_core.cli.training_file import read_training_file
 from fedavg_core.client import Client, Context
 from fedavg_core.dispatch import train_one
 from fedavg_core.errors import UsageError, one_line
 from fedavg_core.model import Params
 from fedavg_core.outcome import Failure
+from fedavg_core.training_file import read_training_file
 from fedavg_core.update import TransferType, Update
 
 if TYPE_CHECKING:

@@ -283,15 +283,18 @@ def written(folder: Path, ending: str, source: str = "faulty.py") -> list[str]:
         ("return model[0]", "evaluate, of train.py, failed: KeyError: 0 (train.py, line 50)"),
         (
             "return {'a': 10**400}",
-            "evaluate: expected a mapping from names to numbers, got {'a': 1" + "0" * 70 + "...",
+            "evaluate, of train.py: expected a mapping from names to numbers, got {'a': 1"
+            + "0" * 70
+            + "...",
         ),
         (
             "return 0.5",
-            "evaluate: expected a mapping from names to numbers, got 0.5",
+            "evaluate, of train.py: expected a mapping from names to numbers, got 0.5",
         ),
         (
             "return {'accuracy': 'good'}",
-            "evaluate: expected a mapping from names to numbers, got {'accuracy': 'good'}",
+            "evaluate, of train.py: expected a mapping from names to numbers, "
+            "got {'accuracy': 'good'}",
         ),
     ],
 )

@@ -39,12 +39,22 @@ class TrainingFile:
         train: The client.
         initial_model: Makes the model of round 0 from a seed; None if clients bring their own.
         evaluate: Measures a model; None if the file has no such function.
+
+    Raises:
+        UsageError: There is no `train`, or one of them is no function.
     """
 
     name: str
     train: Client
     initial_model: Callable[[int], Params] | None
     evaluate: Callable[[dict[str, npt.NDArray[Any]]], Mapping[str, float]] | None
+
+    def __post_init__(self) -> None:
+        for name in ("train", "initial_model", "evaluate"):
+            function = getattr(self, name)
+            if not callable(function) and (function is not None or name == "train"):
+                got = "none" if function is None else a_type(function)
+                raise UsageError(f"{self.name}: expected a function {name}, got {got}")
 
     def first_model(self, seed: int) -> Params | None:
         """The model of round 0.
@@ -119,12 +129,7 @@ def read_training_file(path: Path) -> TrainingFile:
     finally:
         sys.argv = argv
     functions = {name: getattr(module, name, None) for name in ("initial_model", "evaluate")}
-    train = getattr(module, "train", None)
-    for name, function in {"train": train, **functions}.items():
-        if not callable(function) and (function is not None or name == "train"):
-            got = "none" if function is None else a_type(function)
-            raise UsageError(f"{path}: expected a function {name}, got {got}")
-    return TrainingFile(path.name, train, **functions)  # type: ignore[arg-type]
+    return TrainingFile(path.name, getattr(module, "train", None), **functions)  # type: ignore[arg-type]
 
 
 def _told(error: BaseException, name: str) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from fedavg_core.blocks import flat
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
-from fedavg_core.model import ArraySpec, Params
+from fedavg_core.model import ArraySpec, Params, flat
 
 __all__ = ["base_not_finite", "not_finite", "out_of_range", "shown_place"]
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from fedavg_core.errors import UsageError, quoted
 
-__all__ = ["is_whole", "whole"]
+__all__ = ["is_whole_number", "whole_number"]
 
 
-def is_whole(value: object) -> TypeGuard[int]:
+def is_whole_number(value: object) -> TypeGuard[int]:
     """Whether something is a whole number, which truth values and spans of time are not.
 
     Args:
@@ -23,7 +23,7 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
 
 
-def whole(name: str, value: object, least: int | None = None) -> int:
+def whole_number(name: str, value: object, least: int | None = None) -> int:
     """An argument that is to be a whole number.
 
     Args:
@@ -37,7 +37,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     Raises:
         UsageError: It is none, or is smaller.
     """
-    if is_whole(value) and (least is None or value >= least):
+    if is_whole_number(value) and (least is None or value >= least):
         return int(value)
     wanted = "" if least is None else f" of at least {least}"
     raise UsageError(f"{name}: expected a whole number{wanted}, got {quoted(value)}")
