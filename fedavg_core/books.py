@@ -155,8 +155,10 @@ class Books:
             like = np.broadcast_to(np.zeros((), dtype_named(entry["dtype"])), tuple(entry["shape"]))
             spec[key], weights[key] = ArraySpec(like.shape, like.dtype), weight
             if weight <= 0:
-                raise UsageError(f"key {quoted(key)}: expected a weight above zero, got {weight}")
+                raise UsageError(
+                    f"key {quoted(key)}: expected a weight above zero, got {quoted(weight)}"
+                )
         total = weight_from_text(meta["total_weight"])
         if total < 0:
-            raise UsageError(f"total_weight: expected none below zero, got {total}")
+            raise UsageError(f"total_weight: expected none below zero, got {quoted(total)}")
         return cls(spec, weights, whole_number("count", meta["count"], 0), total)
