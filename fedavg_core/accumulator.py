@@ -208,7 +208,7 @@ class WeightedMean:
         sums = self._exact_sums("remove")
         exact = exact_weight(weight)
         params = check_update(params, self._books.spec, self._fixed)
-        emptied = self._books.emptied_by(params, exact)
+        emptied = self._books.emptied_by(params, exact, weight)
 
         def check() -> None:
             for key in emptied:
@@ -350,9 +350,11 @@ class WeightedMean:
                     f"expected a state of format {_STATE_FORMAT}, got {quoted(meta['format'])}"
                 )
             result = cls(spec, accumulator=meta["accumulator"])
-            books = result._books.merged_with(Books.from_json(meta), result._fixed)
+            entries = list(meta["keys"])
+            found = Books.from_json({**meta, "keys": entries})
+            books = result._books.merged_with(found, result._fixed)
             stored = {}
-            for number, entry in enumerate(meta["keys"]):
+            for number, entry in enumerate(entries):
                 key = entry["name"]
                 parts = {k: np.asarray(arrays[f"{number}.{k}"]) for k in entry["arrays"]}
                 size = math.prod(books.spec[key].shape)

@@ -84,12 +84,13 @@ class Books:
             weights[key] = weights.get(key, 0) + other.weights[key]
         return Books(spec, weights, self.count + other.count, self.total + other.total)
 
-    def emptied_by(self, keys: Iterable[str], weight: Weight) -> Sequence[str]:
+    def emptied_by(self, keys: Iterable[str], weight: Weight, given: object) -> Sequence[str]:
         """The parameters that nobody has brought any more once an update is removed.
 
         Args:
             keys: What it brought.
             weight: Its weight.
+            given: The same as a message is to show it.
 
         Returns:
             Those of its own that no other update has brought.
@@ -103,7 +104,7 @@ class Books:
             if held < weight or self.count == 0:
                 shown = f"{float(held):g}" if held < 1 << 53 else quoted(int(held))
                 raise UsageError(
-                    f"key {quoted(key)}: cannot remove weight {quoted(weight)}, which is more than "
+                    f"key {quoted(key)}: cannot remove weight {quoted(given)}, which is more than "
                     f"the {shown} that was added"
                 )
         left = self.total - weight

@@ -189,7 +189,7 @@ def _name(name: object) -> str:
 def _round(number: object) -> int:
     number = whole_number("round", number, 0)
     if number > _LAST_ROUND:
-        raise UsageError(f"round: expected no more than {_LAST_ROUND}, got {number}")
+        raise UsageError(f"round: expected no more than {_LAST_ROUND}, got {quoted(number)}")
     return number
 
 

@@ -266,11 +266,12 @@ class ModelFile:
             kind = ".npy" if start == MAGIC else kind
             file.seek(0)
             try:
-                return self._list_as(kind, file)
-            except Damaged as problem:
+                with damage_told(str(self.path)):
+                    return self._list_as(kind, file)
+            except CheckpointError as error:
                 if not suffix:
                     raise
-                got = f"got suffix {quoted(suffix)} ({problem})"
+                got = f"got suffix {quoted(suffix)} ({error.problem})"
                 raise Damaged(f"expected npz, npy or safetensors, {got}") from None
 
     def _list_as(self, kind: str, file: IO[bytes]) -> dict[str, StoredArray]:

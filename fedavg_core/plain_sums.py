@@ -209,6 +209,8 @@ class PlainSums(Sums[PlainSum]):
 
     def restore(self, key: str, parts: Mapping[str, Array], weight: Weight) -> None:
         """See `Sums.restore`."""
+        if parts.keys() != {"sum"}:
+            raise ValueError(f"expected the array 'sum' alone, got {quoted(sorted(parts))}")
         _check_part(parts["sum"], self._dtype, sum(s.size for s, _ in self._segments(key)))
         for segment, total in self._segments(key):
             array = total.fork() if total.is_zero else total.value

@@ -668,6 +668,8 @@ def test_what_was_not_added_cannot_be_removed() -> None:
     before = mean.digest()
     with pytest.raises(fc.UsageError, match="cannot remove weight 3, which is more than the 2"):
         mean.remove(model(1), 3)
+    with pytest.raises(fc.UsageError, match=r"cannot remove weight 2\.1, which is more than the 2"):
+        mean.remove(model(1), 2.1)
     with pytest.raises(fc.UsageError, match="cannot remove values that were not added"):
         mean.remove(model(2), 2)
     assert mean.digest() == before
@@ -857,6 +859,16 @@ def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str)
         fc.WeightedMean.from_state({}, arrays)
     with pytest.raises(fc.UsageError, match="expected the state of an accumulator"):
         fc.WeightedMean.from_state(meta, {})
+
+
+@pytest.mark.parametrize("name", ["junk", "999999", "sign"])
+def test_a_rounded_sum_is_one_array(name: str) -> None:
+    mean = fc.WeightedMean(accumulator="float64")
+    mean.add({"w": np.arange(3.0)}, 2)
+    meta, arrays = mean.state()
+    meta["keys"][0]["arrays"].append(name)
+    with pytest.raises(fc.UsageError, match="expected the array 'sum' alone"):
+        fc.WeightedMean.from_state(meta, {**arrays, f"0.{name}": np.ones(3)})
 
 
 @pytest.mark.parametrize(

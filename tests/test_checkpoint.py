@@ -578,6 +578,11 @@ def start_writer(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def test_a_round_of_thousands_of_digits_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"round: expected no more than \d+, got <int>"):
+        save_checkpoint(tmp_path / "one.npz", Checkpoint(model={}, round=10**5000))
+
+
 def test_new_folders_are_entered_where_they_are_in_before_anything_is_stored_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,20 @@ def test_without_a_telling_suffix_the_first_bytes_tell(
     assert same_bits(read_in_runs(ModelFile(tmp_path / "model.v2", allowance), 999), model)
 
 
+@pytest.mark.parametrize("content", [b"", b"P", b"PK\3\4", b"\x93NUMPY", b"some text, no model"])
+def test_of_a_file_that_is_no_model_the_suffix_is_told(
+    tmp_path: Path, allowance: Allowance, content: bytes
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"or safetensors, got suffix '\.pt'"):
+        ModelFile(path, allowance)
+    bare = path.rename(tmp_path / "model")
+    with pytest.raises(CheckpointError) as error:
+        ModelFile(bare, allowance)
+    assert "suffix" not in str(error.value)
+
+
 def test_extension_dtypes_are_read(tmp_path: Path, allowance: Allowance) -> None:
     names = ["bfloat16", "float8_e4m3fn", "float8_e5m2"]
     model = {name: np.arange(9).astype(dtype_named(name)) for name in names}
