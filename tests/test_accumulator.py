@@ -590,6 +590,24 @@ def test_of_several_numbers_that_are_not_finite_the_first_is_named(kind: Accumul
     mean.add(broken, 1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@kinds
+def test_a_number_that_is_not_finite_is_found_wherever_it_stands(
+    kind: Accumulator, dtype: str
+) -> None:
+    mean = fc.WeightedMean(accumulator=kind)
+    for size in (1, 2, 5, 6):
+        for place, bad in itertools.product(range(size), (np.nan, np.inf, -np.inf)):
+            values = np.zeros(size, dtype)
+            values[place] = bad
+            with pytest.raises(fc.RefusedUpdate, match=rf"got {bad} at \[{place}\]"):
+                mean.add({str(size): values}, 1)
+    large = np.full(5, 1e30 if dtype == "float32" else 1e200, dtype)  # whose squares are infinite
+    if (kind, dtype) != ("float32", "float64"):
+        mean.add({"w": large}, 1)
+        assert np.array_equal(mean.mean()["w"], large)
+
+
 def test_an_interruption_is_not_hidden_by_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"w": np.ones(3 << 20, np.float32)}
     mean = fc.WeightedMean(threads=2)
