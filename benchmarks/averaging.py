@@ -42,23 +42,26 @@ def averaging(
     """
     updates = draw_updates(workload.shapes, workload.clients, workload.dtype)
     right = fc.weighted_mean([params for params, _ in updates], [weight for _, weight in updates])
+    servers: dict[str, Server] = {}
     tasks, absent = {}, []
     misrounded: dict[str, float | None] = {}
+
+    def look(name: str, mean: Any) -> None:
+        if CONTESTANTS[name].kind != "floor":
+            misrounded[name] = _share_off(servers[name].arrays(mean), right)
+
     with np.errstate(all="ignore"):
         for name in names:
             try:
-                server = CONTESTANTS[name].make()
+                server = servers[name] = CONTESTANTS[name].make()
             except ImportError:
                 absent.append(name)
                 continue
             messages = [server.message(params, weight) for params, weight in updates]
+            one_round(server, messages[:1])  # memory is taken, and code loaded, before clocks run
             tasks[name] = partial(one_round, server, messages)
-            mean = tasks[name]()  # the first round, in which memory is taken, is not timed
-            floor = CONTESTANTS[name].kind == "floor"
-            misrounded[name] = None if floor else _share_off(server.arrays(mean), right)
-            del mean
         rivals = [name for name in tasks if CONTESTANTS[name].kind == "peer"]
-        taken = take_turns(tasks, pace, rivals=rivals)
+        taken = take_turns(tasks, pace, rivals=rivals, look=look)
     return Timing(
         benchmark=benchmark,
         title=workload.title,
@@ -72,7 +75,7 @@ def averaging(
                 CONTESTANTS[name].kind,
                 taken[name].laps,
                 taken[name].cpu,
-                misrounded[name],
+                misrounded.get(name),
             )
             for name in tasks
         ),

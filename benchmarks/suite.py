@@ -40,12 +40,15 @@ __all__ = ["BENCHMARKS", "Benchmark", "Result"]
 Result: TypeAlias = "Timing | Growth"
 
 _QUICK = Pace(least=3, most=3)
-_HALF = Pace(least=3, budget=5)  # NumPy's float16 arithmetic is slow, and ratios far from 1
+_FEW = Pace(least=3, most=7, budget=6)
+_HELD = ("resnet50-float32", "llm-float32", "lora-float32")  # to figures that need many laps
 _HALF_NAMES = tuple(
     name
     for name in AVERAGING
     if name not in ("exact, 1 thread", "float64") and not name.endswith("add_many of 8")
 )
+_AT_HAND_NAMES = ("exact", *(name for name in AVERAGING if name.endswith("add_many of 8")),
+                  "NVFlare sum", "NVFlare aggregator", "copy")  # fmt: skip
 _RING, _MANY = 64, 512  # distinct updates of small models: 51 MB, more than most caches hold
 _AT_HAND_CLIENTS = 8
 
@@ -67,23 +70,24 @@ class Benchmark:
 
 def _model(name: str, quick: bool) -> list[Result]:
     workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
-    if workload.dtype == "float16":
-        return [averaging(name, workload, _HALF_NAMES, pace=_QUICK if quick else _HALF)]
-    return [averaging(name, workload, pace=_QUICK if quick else Pace())]
+    names = _HALF_NAMES if workload.dtype == "float16" else AVERAGING
+    pace = Pace() if name in _HELD else _FEW
+    return [averaging(name, workload, names, pace=_QUICK if quick else pace)]
 
 
 def _at_hand(quick: bool) -> list[Result]:
     title = f"ResNet-50 × {_AT_HAND_CLIENTS}, float32, all at hand"
     workload = Workload("at-hand", title, resnet50, _AT_HAND_CLIENTS, "float32")
     pace = _QUICK if quick else Pace()
-    return [averaging("at-hand", cut(workload) if quick else workload, pace=pace)]
+    workload = cut(workload) if quick else workload
+    return [averaging("at-hand", workload, _AT_HAND_NAMES, pace=pace)]
 
 
 def _round(quick: bool) -> list[Result]:
     found: list[Result] = []
     for name in ("resnet50-float32", "lora-float32"):
         workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
-        pace = _QUICK if quick else Pace(least=5, budget=10)
+        pace = _QUICK if quick else Pace(least=5, budget=8)
         names = ("exact", "Round", "Round, norm limited", "copy")
         found.append(averaging("round", workload, names, pace=pace, reference="exact"))
     return found
@@ -246,7 +250,7 @@ def _federation(quick: bool) -> list[Result]:
     def federation() -> object:
         return fc.Federation(model, dict.fromkeys(names, train), rounds=1).run()
 
-    taken = take_turns({"clients alone": alone, "Federation": federation}, Pace(least=3, most=5))
+    taken = take_turns({"clients alone": alone, "Federation": federation}, Pace(least=2, most=3))
     elements = clients * sum(array.size for array in model.values())
     return [
         Timing(
@@ -331,7 +335,7 @@ def _by_clients(
         senders = [server.message(*updates[number % len(updates)]) for number in range(total)]
         one_round(server, senders[:10])
         for amount in amounts:
-            rounds = -(-total // amount // 4)
+            rounds = -(-total // amount // 10)
             tasks[name, amount] = partial(_rounds, server, senders[:amount], rounds)
             units[name, amount] = rounds * amount
     return times_by_work(tasks, units, kinds, Pace(3, 9, 15), 1e6), tuple(absent)
@@ -344,6 +348,7 @@ def _rounds(server: Server, messages: Sequence[Any], rounds: int) -> None:
 
 def _sizes(quick: bool) -> list[Result]:
     amounts = [1 << bits for bits in range(10, 18 if quick else 26, 3)]
+    updates = {amount: draw_updates({"weight": (amount,)}, 4, seed=amount) for amount in amounts}
     tasks, units, kinds, absent = {}, {}, {}, []
     for name in ("exact", "exact, 1 thread", "float32", "NVFlare aggregator", "copy"):
         contestant = CONTESTANTS[name]
@@ -354,9 +359,8 @@ def _sizes(quick: bool) -> list[Result]:
             except ImportError:
                 absent.append(name)
                 break
-            updates = draw_updates({"weight": (amount,)}, 4, seed=amount)
-            messages = [server.message(*update) for update in updates]
-            rounds = max(1, amounts[-1] // amount // 8)
+            messages = [server.message(*update) for update in updates[amount]]
+            rounds = max(1, min(_MANY, amounts[-1] // amount // 8))
             one_round(server, messages)
             tasks[name, amount] = partial(_rounds, server, messages, rounds)
             units[name, amount] = rounds * amount * len(messages)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from benchmarks.peers import Kind
 
@@ -25,7 +25,7 @@ __all__ = ["Laps", "Pace", "Ratio", "Row", "Taken", "Timing", "middle", "ratio",
 Laps: TypeAlias = "tuple[float, ...]"
 """Seconds, lap by lap; NaN where the task sat out."""
 
-_FAR_BEHIND = 3.0  # times the fastest rival's median
+_FAR_BEHIND = 2.0  # times the fastest rival's median
 _TRIAL = 1  # laps after which rivals may be far behind
 
 
@@ -139,6 +139,7 @@ def take_turns(
     pace: Pace,
     *,
     rivals: Collection[str] = (),
+    look: Callable[[str, Any], object] | None = None,
 ) -> dict[str, Taken]:
     """Run tasks in turn and time each.
 
@@ -147,6 +148,7 @@ def take_turns(
         pace: How long to go on.
         rivals: Tasks of which only the fastest matters: those that are far behind it after the
             first lap sit out the others.
+        look: Is given each task's name and what its first lap has returned, while no clock runs.
 
     Returns:
         The laps of each task, as many for each.
@@ -166,7 +168,12 @@ def take_turns(
                 best = min(median(laps[name]) for name in rivals)
                 out = {name for name in rivals if median(laps[name]) > _FAR_BEHIND * best}
             for name, task in tasks.items():
-                passed, used = (math.nan, math.nan) if name in out else _timed(task)
+                passed, used = math.nan, math.nan
+                if name not in out:
+                    passed, used, found = _timed(task)
+                    if look is not None and lap == 0:
+                        look(name, found)
+                    del found
                 laps[name].append(passed)
                 cpu[name].append(used)
     finally:
@@ -175,12 +182,10 @@ def take_turns(
     return {name: Taken(tuple(laps[name]), tuple(cpu[name])) for name in tasks}
 
 
-def _timed(task: Callable[[], object]) -> tuple[float, float]:
+def _timed(task: Callable[[], object]) -> tuple[float, float, object]:
     used, start = time.process_time(), time.perf_counter()
-    kept = task()
-    passed, used = time.perf_counter() - start, time.process_time() - used
-    del kept
-    return passed, used
+    found = task()
+    return time.perf_counter() - start, time.process_time() - used, found
 
 
 def middle(laps: Sequence[float]) -> float:

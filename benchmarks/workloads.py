@@ -11,6 +11,7 @@ measured includes reading every client's update from memory once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -179,7 +180,7 @@ class Workload:
 
 
 _MODELS: Sequence[tuple[str, str, Callable[[], Shapes], dict[str, int]]] = (
-    ("resnet50", "ResNet-50", resnet50, {"float32": 10, "float16": 10}),
+    ("resnet50", "ResNet-50", resnet50, {"float32": 10, "float16": 4}),
     ("bert", "BERT-base", bert_base, {"float32": 2, "float16": 2}),
     ("llm", "LLM slice", llm_slice, {"float32": 4, "float16": 2}),
     ("lora", "LoRA adapter", lora_adapter, {"float32": 8, "float16": 8}),
@@ -231,23 +232,25 @@ def draw_updates(
         For each client its parameters and its weight, a number of samples. All arrays are new
         memory; the same arguments give the same values.
     """
-    rng = np.random.default_rng(seed)
+    rng, *own = np.random.default_rng(seed).spawn(1 + clients)
     common = {}
     for key, shape in shapes.items():
         values = rng.standard_normal(shape, np.float32) * np.float32(_spread(shape))
         if len(shape) == 1 and key.endswith("weight"):  # the scale of a normalisation
             values += 1
         common[key] = values
-    updates = []
-    for _ in range(clients):
+
+    def draw(rng: np.random.Generator) -> WeightedUpdate:
         params = {}
         for key, values in common.items():
             noise = rng.standard_normal(values.shape, np.float32)
             noise *= np.float32(_CLIENT_NOISE * _spread(values.shape))
             noise += values
             params[key] = noise.astype(dtype, copy=False)
-        updates.append((params, int(rng.integers(_LEAST_SAMPLES, _MOST_SAMPLES))))
-    return updates
+        return params, int(rng.integers(_LEAST_SAMPLES, _MOST_SAMPLES))
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(draw, own))
 
 
 def _spread(shape: tuple[int, ...]) -> float:

@@ -217,6 +217,17 @@ def test_tasks_take_turns_and_rivals_far_behind_sit_out(monkeypatch: pytest.Monk
     assert middle(taken["c"].laps) == 4.0
 
 
+def test_what_a_first_lap_gives_is_looked_at_once() -> None:
+    given = iter(range(10))
+    seen: list[object] = []
+    take_turns(
+        {"a": lambda: next(given), "b": lambda: -next(given)},
+        Pace(least=3, most=3),
+        look=lambda name, found: seen.append((name, found)),
+    )
+    assert seen == [("a", 0), ("b", -1)]
+
+
 def test_the_budget_ends_the_laps_after_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
