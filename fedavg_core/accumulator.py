@@ -40,7 +40,7 @@ from fedavg_core.admission import base_spec, check_base, check_update, pairs
 from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact_sums import ExactSums
-from fedavg_core.model import ModelSpec, Params, copy_params
+from fedavg_core.model import ModelSpec, Params, copy_params, new_in
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import Sums
 from fedavg_core.weight import exact_weight, weight_text
@@ -186,7 +186,7 @@ class WeightedMean:
             with RefusedUpdate.numbered(number, updates):
                 exact = exact_weight(weight)
                 params = check_update(given, known, self._fixed)
-                known.update(ModelSpec.of({k: v for k, v in params.items() if k not in known}))
+                known.update(ModelSpec.of(new_in(params, known)))
             terms.append((params, exact))
         return terms
 
@@ -402,8 +402,7 @@ class WeightedMean:
         mark = self._sums.mark()
         with np.errstate(all="ignore"):
             try:
-                old = self._books.spec
-                self._sums.grow({key: spec for key, spec in books.spec.items() if key not in old})
+                self._sums.grow(new_in(books.spec, self._books.spec))
                 do()
                 self._books = books
             except BaseException:

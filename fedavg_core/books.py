@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, joined
+from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, joined, new_in
 from fedavg_core.weight import Weight, weight_from_text, weight_text
 from fedavg_core.whole_number import whole_number
 
@@ -58,7 +58,7 @@ class Books:
         spec, weights = dict(self.spec), dict(self.weights)
         count, total = self.count, self.total
         for params, weight in terms:
-            spec.update(ModelSpec.of({k: v for k, v in params.items() if k not in spec}))
+            spec.update(ModelSpec.of(new_in(params, spec)))
             for key in params:
                 weights[key] = weights.get(key, 0) + sign * weight
             count += sign

@@ -31,7 +31,7 @@ from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, load
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
 from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params, flat, joined
+from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params, flat, joined, new_in
 from fedavg_core.robust_mean import RobustMean, State
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
@@ -118,7 +118,7 @@ class KeptUpdates(RobustMean):
                 if self.whole and spec:
                     self._check_whole(params, spec)
                 check_finite(params)
-            new = {key: array for key, array in params.items() if key not in spec}
+            new = new_in(params, spec)
             if new:
                 spec = {**spec, **ModelSpec.of(new)}
             added.append(Kept(copy_params(params), exact))
