@@ -29,7 +29,7 @@ from fedavg_core.round import Round, RoundState
 from fedavg_core.testing.strategies import weights
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import BAD_UPDATES, model, spoilt
-from tests.test_checkpoint import Faults
+from tests.faults import Faults
 
 NAMES = [f"site-{number}" for number in range(5)]
 PLAIN = [

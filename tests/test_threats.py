@@ -2,7 +2,7 @@
 
 The rows on which an update is refused share one check: it is refused for its reason, and the exact
 sums have the digest that they had. Bombs and lies in files, kills and power cuts have tests of
-their own (`test_codec`, `test_checkpoint`, `test_federation`).
+their own (`test_codec`, `test_checkpoint_store`, `test_atomic_file`, `test_federation`).
 """
 
 from __future__ import annotations
