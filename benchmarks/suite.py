@@ -41,6 +41,7 @@ Result: TypeAlias = "Timing | Growth"
 
 _QUICK = Pace(least=3, most=3)
 _FEW = Pace(least=3, most=7, budget=6)
+_HALF = Pace(least=2, most=7, budget=6)  # NumPy's float16 arithmetic is slow
 _HELD = ("resnet50-float32", "llm-float32", "lora-float32")  # to figures that need many laps
 _HALF_NAMES = tuple(
     name
@@ -71,7 +72,7 @@ class Benchmark:
 def _model(name: str, quick: bool) -> list[Result]:
     workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
     names = _HALF_NAMES if workload.dtype == "float16" else AVERAGING
-    pace = Pace() if name in _HELD else _FEW
+    pace = Pace() if name in _HELD else _HALF if workload.dtype == "float16" else _FEW
     return [averaging(name, workload, names, pace=_QUICK if quick else pace)]
 
 

@@ -129,7 +129,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
         cells = (
             goal.work,
             standing.against,
-            f"{standing.measured.value:.3g}×",
+            f"{standing.measured.value:#.4g}×",
             _quartiles(standing.measured),
             f"{standing.measured.best:.3g}×",
             "" if standing.cpu is None else f"{standing.cpu:.3g}×",

@@ -101,7 +101,7 @@ class Books:
         keys = tuple(keys)
         for key in keys:
             held = self.weights.get(key, 0)
-            if held < weight or self.count == 0:
+            if held < weight:
                 shown = f"{float(held):g}" if held < 1 << 53 else quoted(int(held))
                 raise UsageError(
                     f"key {quoted(key)}: cannot remove weight {quoted(given)}, which is more than "
@@ -109,8 +109,8 @@ class Books:
                 )
         left = self.total - weight
         taken = dict.fromkeys(keys, weight)
-        most = max((held - taken.get(key, 0) for key, held in self.weights.items()), default=0)
-        if most > left or (self.count == 1 and left):
+        remaining = [held - taken.get(key, 0) for key, held in self.weights.items()]
+        if not _come_about(self.count - 1, left, filter(None, remaining)):
             raise UsageError(
                 "cannot remove what was not added: "
                 f"{self.count - 1} updates do not come to the weights that would be left"
@@ -153,13 +153,37 @@ class Books:
             key, weight = entry["name"], weight_from_text(entry["weight"])
             if not isinstance(key, str) or key in weights:
                 raise UsageError(f"expected a new name of a parameter, got {quoted(key)}")
-            like = np.broadcast_to(np.zeros((), dtype_named(entry["dtype"])), tuple(entry["shape"]))
+            shape = entry["shape"]
+            if not isinstance(shape, list):
+                raise TypeError(f"a shape that is no list: {quoted(shape)}")
+            like = np.broadcast_to(np.zeros((), dtype_named(entry["dtype"])), shape)
             spec[key], weights[key] = ArraySpec(like.shape, like.dtype), weight
             if weight <= 0:
                 raise UsageError(
                     f"key {quoted(key)}: expected a weight above zero, got {quoted(weight)}"
                 )
-        total = weight_from_text(meta["total_weight"])
-        if total < 0:
-            raise UsageError(f"total_weight: expected none below zero, got {quoted(total)}")
-        return cls(spec, weights, whole_number("count", meta["count"], 0), total)
+        total, count = (
+            weight_from_text(meta["total_weight"]),
+            whole_number("count", meta["count"], 0),
+        )
+        if not _come_about(count, total, weights.values()):
+            raise UsageError(
+                f"expected weights that {count} updates come to, got a total of {quoted(total)} "
+                f"and up to {quoted(max(weights.values(), default=0))} for a parameter"
+            )
+        return cls(spec, weights, count, total)
+
+
+def _come_about(count: int, total: Weight, weights: Iterable[Weight]) -> bool:
+    """Whether so many updates, each of which has brought something, can have these weights.
+
+    Args:
+        count: How many updates.
+        total: The sum of their weights.
+        weights: The same for each parameter, over those that have brought it: above zero.
+    """
+    weights = list(weights)
+    most = max(weights, default=0)
+    if count < 2:
+        return most == min(weights, default=0) == total and (total > 0) == (count == 1)
+    return most <= total <= sum(weights)

@@ -6,15 +6,17 @@ These are values. They are frozen, and hold nothing that a round goes on working
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.audit import Audit
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.plain import plain_text
 from fedavg_core.receipt import Receipt
 
 __all__ = ["Failure", "Outcome", "Receipt", "evaluation_of", "mean_metrics", "total_weight"]
@@ -83,17 +85,35 @@ def evaluation_of(found: object, whose: str = "evaluate") -> dict[str, float]:
         whose: What a message is to call the function.
 
     Returns:
-        Names and numbers, as Python's own.
+        Names and numbers, as Python's own. What counts as a number is whatever gives a float, such
+        as an array or a tensor of one, but no truth value, text or complex number.
 
     Raises:
         UsageError: It is no mapping from the one to the other.
     """
     try:
-        return {str(name): float(value) for name, value in dict(found).items()}  # type: ignore[call-overload]
-    except (OverflowError, TypeError, ValueError):
-        raise UsageError(
-            f"{whose}: expected a mapping from names to numbers, got {quoted(found)}"
-        ) from None
+        if isinstance(found, Mapping):
+            return {_name(name): _number(value) for name, value in found.items()}
+    except Exception:  # whatever a foreign number or mapping raises
+        pass
+    raise UsageError(f"{whose}: expected a mapping from names to numbers, got {quoted(found)}")
+
+
+def _name(name: object) -> str:
+    text = plain_text(name)
+    if text is None:
+        raise TypeError
+    return text
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(
+        value, (bool, np.bool_, str, bytes, bytearray, np.complexfloating, np.timedelta64)
+    ):
+        raise TypeError
+    return float(value)
 
 
 def mean_metrics(accepted: Iterable[Receipt]) -> dict[str, float]:

@@ -66,17 +66,17 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
             run(tools[0], [])
         for other in started:
             other.join()
-    except BaseException as error:  # pragma: no cover  (an interruption)
+    except BaseException as error:
         failed.append((count, error))
     # A thread whose start or join was interrupted may say that it is not alive, and be at work.
     # It is busy by now, or will see that something failed before it does anything.
     waiting = True
     while waiting:
         try:
-            while busy:  # pragma: no cover  (after an interruption)
+            while busy:
                 time.sleep(0.001)
             waiting = False
-        except BaseException as error:  # pragma: no cover  (an interruption)
+        except BaseException as error:
             failed.append((count, error))
     try:
         if failed:

@@ -864,7 +864,7 @@ def test_a_state_goes_through_json_and_comes_back(kind: Accumulator) -> None:
         ({"count": np.inf}, "count: expected a whole number of at least 0, got inf"),
         ({"total_weight": "x/y"}, "expected the state of an accumulator, got ValueError"),
         ({"total_weight": "1/0"}, "expected the state of an accumulator, got ZeroDivisionError"),
-        ({"total_weight": "-1/1"}, "total_weight: expected none below zero, got -1"),
+        ({"total_weight": "-1/1"}, "weights that 1 updates come to, got a total of -1"),
     ],
 )
 def test_what_is_no_state_is_refused_in_words(change: dict[str, Any], text: str) -> None:

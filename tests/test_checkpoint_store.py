@@ -283,21 +283,6 @@ class TestTheStore:
                 save()
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("extra", [{1: 2, "1": 3}, {"a": [{"b": {None: 1}}]}])
-    def test_names_that_would_become_strings_are_a_usage_error(
-        self, tmp_path: Path, extra: Any
-    ) -> None:
-        given = Checkpoint({"w": np.ones(2)}, 1, extra=extra)
-        with pytest.raises(UsageError, match=r"JSON can hold: 'the name (1|None) is no string'"):
-            save_checkpoint(tmp_path / "x.npz", given)
-        assert not list(tmp_path.iterdir())
-
-    def test_a_mask_is_not_lost(self, tmp_path: Path) -> None:
-        masked: Any = np.ma.masked_array([1.0, 2.0], mask=[False, True])
-        with pytest.raises(UsageError, match="'model/w' with an object of type 'MaskedArray'"):
-            save_checkpoint(tmp_path / "x.npz", Checkpoint({"w": masked}, 1))
-        assert not list(tmp_path.iterdir())
-
     @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "3"])
     def test_to_keep_none_is_a_usage_error(self, tmp_path: Path, keep: Any) -> None:
         with pytest.raises(UsageError, match="keep: expected a whole number of at least 1"):

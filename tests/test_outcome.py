@@ -15,6 +15,20 @@ from fedavg_core.errors import UsageError, type_name
 from fedavg_core.outcome import evaluation_of
 
 
+class Fails:
+    """A number that has none."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("it is on another device")
+
+
+class FailsToo(dict[str, float]):
+    """A mapping that cannot be read."""
+
+    def items(self) -> Any:
+        raise AttributeError("closed")
+
+
 @pytest.mark.parametrize(
     "found",
     [
@@ -53,6 +67,10 @@ def test_an_evaluation_may_be_empty_or_not_finite() -> None:
         *(None, 0.5, "loss", [0.5], object()),
         *({"loss": None}, {"loss": "low"}, {"loss": 1j}, {"loss": [0.5]}),
         *({"loss": np.ones(2)}, {"loss": 10**400}, {"n": 1, "loss": {}}),
+        *({"loss": "3.5"}, {"loss": np.str_("3.5")}, {"loss": np.array("3.5")}, {"loss": b"3"}),
+        *({"loss": True}, {"loss": np.True_}, {"loss": np.array(True)}, {"loss": np.complex64(1)}),
+        *({"loss": np.timedelta64(1)}, {1: 2.0, "1": 3.0}, {None: 1}, [("loss", 1)], ["a1"], ""),
+        *({"loss": Fails()}, FailsToo()),
     ],
 )
 def test_what_is_no_mapping_to_numbers_is_a_usage_error_that_names_the_function(
