@@ -138,7 +138,8 @@ class ClippedMean(RobustMean):
     def take_up(self, meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """See `RobustMean.take_up`."""
         count = meta["count"]
-        if not is_whole_number(count) or not 0 <= count <= meta["mean"]["count"]:
+        # Each update is one term of the mean, or two.
+        if not is_whole_number(count) or not count <= meta["mean"]["count"] <= 2 * count:
             raise ValueError(f"the count {quoted(count)}")
         mean = WeightedMean.from_state(meta["mean"], arrays, self._given)
         self._counts = {0: 0, mean.count: count}

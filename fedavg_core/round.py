@@ -329,8 +329,6 @@ class Round:
             problem = f"{added} updates were added, and {contributors} contributors have a receipt"
         elif len(self.accepted) != contributors:
             problem = "a contributor has two receipts for an update that was added"
-        elif bool(self._mean.keys) != bool(added):
-            problem = f"{added} updates were added, of {len(self._mean.keys)} parameters"
         elif self._audit and not all(receipt.digest for receipt in self.accepted):
             problem = "a receipt for an update that was added, without its digest"
         if problem is not None:

@@ -911,7 +911,7 @@ def test_a_file_for_nvflare_runs_as_it_is(
         def evaluate(params):
             if params["w"][0] == 1:
                 raise OSError("no test data")
-            return {"accuracy": 0.5, "fault": FAULT == "none"}
+            return {"accuracy": 0.5, "fault": float(FAULT == "none")}
 
         if __name__ == "__main__":
             nvflare_adapter.serve(train, evaluate)

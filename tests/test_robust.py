@@ -892,7 +892,7 @@ class TestInARound:
         with pytest.raises(fc.UsageError):
             accumulator_from_state({**meta, **change}, arrays, spec)
 
-    @pytest.mark.parametrize("count", [-1, 3, True, "1", None])
+    @pytest.mark.parametrize("count", [-1, 0, 3, True, "1", None])
     def test_another_state_of_a_clipped_mean_is_a_usage_error(self, count: Any) -> None:
         kept = ClippedMean()
         kept.add({"a": np.ones(2)}, 1)

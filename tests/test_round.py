@@ -535,7 +535,7 @@ class TestGoingOnAfterARestart:
             (lambda meta: meta.update(keys="w"), "no state of a round"),
             (lambda meta: meta.update(keys=[5]), "no state of a round"),
             (lambda meta: meta["receipts"].append(meta["receipts"][0]), "has two receipts"),
-            (lambda meta: meta["mean"].update(keys=[]), "1 updates were added, of 0 parameters"),
+            (lambda meta: meta["mean"].update(keys=[]), "weights that 1 updates come to, got"),
         ],
     )
     def test_what_is_no_state_is_a_usage_error(
