@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fedavg_core as fc
-from fedavg_core.model import ArraySpec, copy_params, dtype_named, number_format
+from fedavg_core.model import ArraySpec, copy_params, dtype_named, new_in, number_format
 
 EXTENSIONS = [
     "bfloat16",
@@ -193,3 +193,12 @@ def test_models_of_other_shapes_cannot_be_compared() -> None:
         fc.compare({"x": np.ones(2), "y": np.ones(1)}, {"x": np.ones(2)})
     with pytest.raises(fc.UsageError, match=r"one model has float64\[2\], the other float64\[3\]"):
         fc.compare({"x": np.ones(2)}, {"x": np.ones(3)})
+
+
+def test_what_is_new_are_the_entries_under_unknown_names_in_their_order() -> None:
+    entries = {"c": 1, "a": 2, "b": 3}
+    assert list(new_in(entries, {"a": None}).items()) == [("c", 1), ("b", 3)]
+    assert new_in(entries, dict.fromkeys("abcd")) == {}
+    new = new_in(entries, {})
+    assert list(new.items()) == list(entries.items())
+    assert new is not entries

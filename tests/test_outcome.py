@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -81,3 +82,11 @@ def test_what_is_no_mapping_to_numbers_is_a_usage_error_that_names_the_function(
         with pytest.raises(UsageError, match=wanted) as error:
             evaluation_of(found, *given)
         assert "\n" not in str(error.value)
+
+
+def test_a_complex_number_is_none_where_warnings_are_off_as_well() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for value in (np.complex64(1), np.array(1 + 0j)):
+            with pytest.raises(UsageError, match="expected a mapping from names to numbers"):
+                evaluation_of({"loss": value})
