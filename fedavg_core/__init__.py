@@ -27,6 +27,7 @@ from fedavg_core.client import (
     contributor_order,
     contributor_seed,
 )
+from fedavg_core.comparison import KeyDifference, compare, same_bits
 from fedavg_core.errors import (
     CheckpointError,
     FedAvgError,
@@ -37,7 +38,7 @@ from fedavg_core.errors import (
 )
 from fedavg_core.federation import Best, Federation
 from fedavg_core.gate import Limits
-from fedavg_core.model import ArraySpec, KeyDifference, ModelSpec, Params, compare, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.model_file import load_model
 from fedavg_core.observer import Observer
 from fedavg_core.out_of_core import aggregate_files

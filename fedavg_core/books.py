@@ -162,10 +162,8 @@ class Books:
                 raise UsageError(
                     f"key {quoted(key)}: expected a weight above zero, got {quoted(weight)}"
                 )
-        total, count = (
-            weight_from_text(meta["total_weight"]),
-            whole_number("count", meta["count"], 0),
-        )
+        total = weight_from_text(meta["total_weight"])
+        count = whole_number("count", meta["count"], 0)
         if not _come_about(count, total, weights.values()):
             raise UsageError(
                 f"expected weights that {count} updates come to, got a total of {quoted(total)} "

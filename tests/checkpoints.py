@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from fedavg_core.checkpoint import Checkpoint
-from fedavg_core.model import same_bits
+from fedavg_core.comparison import same_bits
 
 
 def checkpoint(number: int, **more: Any) -> Checkpoint:

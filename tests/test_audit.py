@@ -17,10 +17,10 @@ import pytest
 import fedavg_core.audit as audit_module
 import fedavg_core.round as round_module
 from fedavg_core.audit import Audit
+from fedavg_core.comparison import same_bits
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, UsageError
 from fedavg_core.gate import Limits
-from fedavg_core.model import same_bits
 from fedavg_core.replay import verify
 from fedavg_core.round import Round
 from fedavg_core.server_optimizer import FedAdam

@@ -15,8 +15,8 @@ import pytest
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.codec import write_npz
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.model import same_bits
 from tests.checkpoints import checkpoint, number_in
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint-format-1.npz"

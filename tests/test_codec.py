@@ -30,8 +30,9 @@ import fedavg_core.codec as codec_module
 from fedavg_core.archive import BLOCK, UNSEALED, Seal
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedavg_core.codec import NpzWriter, read_npz, write_npz
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, dtype_named
 from fedavg_core.testing.strategies import averaged_dtypes
 
 ARRAYS: dict[str, npt.NDArray[Any]] = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedavg_core import OutOfRange, Reason, RefusedUpdate
 from fedavg_core.accumulator import WeightedMean, weighted_mean
-from fedavg_core.model import ArraySpec, ModelSpec, copy_params, same_bits
+from fedavg_core.comparison import same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, copy_params
 from fedavg_core.testing import (
     arrays,
     averaged_dtypes,

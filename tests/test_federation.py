@@ -25,10 +25,11 @@ from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.client import Client, Context, TrainResult, contributor_seed, draw_contributors
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.federation import Federation
 from fedavg_core.gate import Limits
-from fedavg_core.model import ModelSpec, Params, same_bits
+from fedavg_core.model import ModelSpec, Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.robust import Krum

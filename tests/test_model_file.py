@@ -16,8 +16,9 @@ import pytest
 import fedavg_core.stored_array as stored_array_module
 from fedavg_core.checkpoint import Checkpoint, save_checkpoint
 from fedavg_core.codec import write_npz
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
-from fedavg_core.model import dtype_named, same_bits
+from fedavg_core.model import dtype_named
 from fedavg_core.model_file import Allowance, ModelFile, load_model
 from tests.model_files import KINDS, Model, safetensors_bytes, tensor, write_model
 

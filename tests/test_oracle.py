@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedavg_core import OutOfRange, UsageError
-from fedavg_core.model import number_format, same_bits
+from fedavg_core.comparison import same_bits
+from fedavg_core.model import number_format
 from fedavg_core.testing import (
     averaged_dtypes,
     exact_weighted_mean,

@@ -19,6 +19,7 @@ import fedavg_core.out_of_core as out_of_core
 from fedavg_core import passes
 from fedavg_core.accumulator import weighted_mean
 from fedavg_core.codec import read_npz, write_npz
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import (
     CheckpointError,
     FedAvgError,
@@ -27,7 +28,7 @@ from fedavg_core.errors import (
     RefusedUpdate,
     UsageError,
 )
-from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, same_bits
+from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
 from fedavg_core.out_of_core import aggregate_files
 from fedavg_core.testing import models, specs, weighted_models
 from tests.conftest import THOROUGH

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import fedavg_core.round as round_module
 from fedavg_core.accumulator import WeightedMean, weighted_mean
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import Reason, UsageError
 from fedavg_core.exact_sums import ExactSums
 from fedavg_core.gate import Limits
-from fedavg_core.model import ModelSpec, Params, same_bits
+from fedavg_core.model import ModelSpec, Params
 from fedavg_core.outcome import Outcome, Receipt
 from fedavg_core.robust import ClippedMean, CoordinateMedian, GeometricMedian, MultiKrum
 from fedavg_core.round import Round, RoundState

@@ -21,9 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.checkpoint import Checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, Reason
 from fedavg_core.gate import Limits
-from fedavg_core.model import ModelSpec, same_bits
+from fedavg_core.model import ModelSpec
 from fedavg_core.replay import verify
 from fedavg_core.round import Round, RoundState
 from fedavg_core.testing.strategies import weights

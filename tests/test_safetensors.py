@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedavg_core.archive import Damaged
+from fedavg_core.comparison import same_bits
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
-from fedavg_core.model import ArraySpec, dtype_named, same_bits
+from fedavg_core.model import ArraySpec, dtype_named
 from fedavg_core.npy import Layout
 from fedavg_core.safetensors import SafetensorsWriter, aligned, list_safetensors
 from fedavg_core.testing import specs

@@ -27,7 +27,8 @@ from fedavg_core.cli.console import (
     print_table,
 )
 from fedavg_core.cli.model_stream import opened, pieces, spec_of
-from fedavg_core.model import ArraySpec, KeyDifference, compare
+from fedavg_core.comparison import KeyDifference, compare
+from fedavg_core.model import ArraySpec
 
 __all__ = ["add_commands"]
 
