@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fedavg_core as fc
-from fedavg_core.cli.console import open_console, typed
+from fedavg_core.cli.console import open_console, typed, uninterrupted
 from fedavg_core.errors import one_line
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import evaluation_of
@@ -48,11 +48,13 @@ def _in_process(
         rounds=read.rounds,
         transfer=fc.TransferType(read.transfer.upper()),
         seed=read.seed,
-        checkpoint=models_folder(read.output, read.backend),
-        keep=read.rounds,
     )
-    for outcome in federation:
-        yield round_checkpoint(outcome.model, outcome.round + 1, report_of_outcome(outcome))
+    with fc.CheckpointStore(models_folder(read.output, read.backend), read.rounds) as store:
+        for outcome in federation:
+            report = report_of_outcome(outcome)
+            checkpoint = round_checkpoint(outcome.model, outcome.round + 1, report)
+            store.save(checkpoint)
+            yield checkpoint
 
 
 def _job(read: argparse.Namespace, initial: dict[str, Any]) -> Job:
@@ -124,16 +126,19 @@ def _run(
     if not initial:
         console.print("without an initial_model(seed), the clients start from their own models")
     console.print(_line(_COLUMNS), style="bold")
-    checkpoint = fc.Checkpoint(model=initial, round=done)
+    shown = fc.Checkpoint(model=initial, round=done)
     accuracies, problems = {}, []
 
     def show(checkpoint: fc.Checkpoint) -> None:
+        nonlocal shown
         evaluation = _evaluate(training, checkpoint.model)
-        accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
-        console.print(_line(_row(checkpoint, read.clients, evaluation)))
-        for note in _notes(checkpoint.extra["report"]):
-            console.print(f"{_INDENT}{note}", style="yellow")
-        problems.append(checkpoint.extra["report"]["problem"])
+        with uninterrupted():
+            console.print(_line(_row(checkpoint, read.clients, evaluation)))
+            for note in _notes(checkpoint.extra["report"]):
+                console.print(f"{_INDENT}{note}", style="yellow")
+            accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
+            problems.append(checkpoint.extra["report"]["problem"])
+            shown = checkpoint
 
     with console.status(f"round {done} of {done} to {last}") as status:
         try:
@@ -144,7 +149,7 @@ def _run(
             stored = fc.CheckpointStore(models_folder(read.output, read.backend))
             for path in stored.paths():  # some rounds may have ended while the job was stopped
                 later = fc.load_checkpoint(path)
-                if later.round > checkpoint.round:
+                if later.round > shown.round:
                     show(later)
             raise
     if all(problems):
@@ -153,7 +158,7 @@ def _run(
             raise fc.FedAvgError(unchanged + problems[-1])
         raise JobFailed(unchanged + (cause_of_failure(job.log) or problems[-1]), job.log)
     saved = read.output / "model.npz"
-    fc.save_checkpoint(saved, checkpoint)
+    fc.save_checkpoint(saved, shown)
     if read.train_script is None:
         hits = [number for number, accuracy in accuracies.items() if accuracy >= _GOAL]
         reached = f"reached in round {hits[0]}" if hits else "not reached"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import fedavg_core
 
-__all__ = ["Interruption"]
+__all__ = ["InterruptedOutput", "Interruption"]
 
 
 class Interruption:
@@ -43,3 +45,22 @@ class Interruption:
             if self.left == 0:
                 raise KeyboardInterrupt
         return self._step
+
+
+class InterruptedOutput(io.StringIO):
+    """Text output at which a Ctrl-C arrives just after a line with some word at its head is out."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word: str | None = word
+
+    def rows(self) -> list[str]:
+        """The heads of its lines that are numbers."""
+        heads = [line.split()[0] for line in self.getvalue().splitlines() if line.split()]
+        return [head for head in heads if head.isdigit()]
+
+    def flush(self) -> None:
+        super().flush()
+        if self._word in self.rows():
+            self._word = None
+            signal.raise_signal(signal.SIGINT)

@@ -12,7 +12,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ pytest.importorskip("rich")
 import fedavg_core as fc
 from fedavg_core.cli import look, main, make, model_stream
 from fedavg_core.cli.arguments import byte_count
-from fedavg_core.cli.console import name_shown, open_console, printable
+from fedavg_core.cli.console import name_shown, open_console, printable, uninterrupted
 from fedavg_core.cli.main import _told
 from fedavg_core.codec import read_npz
 from tests.conftest import THOROUGH
@@ -843,3 +845,67 @@ def test_a_second_interruption_on_the_way_out_leaves_the_first_ones_words() -> N
     second.__context__ = first
     assert _told(first) == _told(second) == "2 of 4 rounds are done"
     assert _told(KeyboardInterrupt()) == "interrupted"
+
+
+class TestUninterrupted:
+    """An interruption waits for the end of a block."""
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_it_comes_when_the_block_has_ended(
+        self, number: signal.Signals, handlers: dict[signal.Signals, Any]
+    ) -> None:
+        done: list[int] = []
+        with pytest.raises(KeyboardInterrupt):
+            self.block([number], done)
+        assert done == [number]
+        assert {one: signal.getsignal(one) for one in handlers} == handlers
+
+    def test_a_second_one_does_not_wait(self, handlers: dict[signal.Signals, Any]) -> None:
+        done: list[int] = []
+        with pytest.raises(KeyboardInterrupt):
+            self.block([signal.SIGINT, signal.SIGINT], done)
+        assert done == [signal.SIGINT]
+        assert {one: signal.getsignal(one) for one in handlers} == handlers
+
+    def test_it_comes_after_an_error_too(self, handlers: dict[signal.Signals, Any]) -> None:
+        done: list[int] = []
+        with pytest.raises(KeyboardInterrupt) as caught:
+            self.block([signal.SIGINT], done, BrokenPipeError())
+        assert isinstance(caught.value.__context__, BrokenPipeError)
+        assert {one: signal.getsignal(one) for one in handlers} == handlers
+
+    @staticmethod
+    def block(sent: list[signal.Signals], done: list[int], error: Exception | None = None) -> None:
+        with uninterrupted():
+            for number in sent:
+                signal.raise_signal(number)
+                done.append(number)
+            if error is not None:
+                raise error
+
+    def test_what_python_does_not_handle_and_other_threads_are_left_alone(
+        self, handlers: dict[signal.Signals, Any]
+    ) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        seen = []
+
+        def look() -> None:
+            with uninterrupted():
+                seen.append([signal.getsignal(one) for one in handlers])
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        look()
+        assert seen[0] == [signal.default_int_handler, signal.SIG_IGN]
+        assert seen[1][0] != signal.default_int_handler
+        assert seen[1][1] == signal.SIG_IGN
+
+    @pytest.fixture
+    def handlers(self) -> Iterator[dict[signal.Signals, Any]]:
+        before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+        for one in before:
+            signal.signal(one, signal.default_int_handler)
+        yield dict.fromkeys(before, signal.default_int_handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)

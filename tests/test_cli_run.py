@@ -21,8 +21,8 @@ import pytest
 pytest.importorskip("rich")
 
 import fedavg_core as fc
+from fedavg_core.cli import main, watch
 from fedavg_core.cli import run as run_module
-from fedavg_core.cli import watch
 from fedavg_core.cli.run_log import (
     LOG,
     SETTINGS,
@@ -35,6 +35,7 @@ from fedavg_core.cli.run_log import (
 from fedavg_core.cli.watch import Watch, peak_bytes
 from fedavg_core.codec import read_npz
 from fedavg_core.norm import norm_of_difference
+from tests.interruption import InterruptedOutput
 from tests.model_files import Model
 from tests.test_cli_files import Capture, fails, run
 
@@ -584,6 +585,16 @@ class TestResuming:
         assert len(read_log(folder)) == (3 if when == "checkpoint" else 2)
         assert run(capsys, *shared, "--resume")[0] == 0
         assert self.same_runs(folder, whole)
+
+    @pytest.mark.parametrize("word", ["0", "1"])
+    def test_a_round_is_shown_once_when_the_run_is_interrupted_while_it_is_shown(
+        self, word: str, training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = InterruptedOutput(word)
+        monkeypatch.setattr(sys, "stdout", output)
+        given = ["run", str(training), "--checkpoint", str(tmp_path / "run"), "--rounds", "3"]
+        assert main(given) == 130
+        assert output.rows() == ["0", "1"][: int(word) + 1]
 
     def test_a_line_that_was_cut_off_is_passed_over(
         self, training: Path, whole: Path, tmp_path: Path, capsys: Capture

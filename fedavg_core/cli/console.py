@@ -11,9 +11,12 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from fedavg_core.errors import quoted
@@ -35,6 +38,7 @@ __all__ = [
     "printable",
     "say",
     "typed",
+    "uninterrupted",
 ]
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -121,6 +125,39 @@ def print_line(text: str) -> None:
 def print_json(value: Any, file: TextIO | None = None) -> None:
     """Print JSON, one line; to standard output if no other file is given."""
     print(json.dumps(value, allow_nan=False), file=file, flush=True)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let an interruption wait for the end of the block, in which something is shown and noted.
+
+    An interrupted console may have written a line that it still holds, and writes it again with the
+    next. A second interruption does not wait, as whoever reads the output may read no more.
+    """
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    waiting: list[int] = []
+    ended = False
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if ended or waiting:
+            handlers[number](number, frame)
+        else:
+            waiting.append(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other is interrupted
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, wait)
+        yield
+    finally:
+        ended = True
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def drop_output(stream: TextIO | None = None) -> None:

@@ -26,6 +26,7 @@ from fedavg_core.cli.console import (
     print_line,
     say,
     typed,
+    uninterrupted,
 )
 from fedavg_core.cli.run_display import Lines, Table
 from fedavg_core.cli.run_folder import (
@@ -187,8 +188,9 @@ def _play(
         shown = 0
         try:
             for _ in federation:
-                display.round(recorder.records[shown])
-                shown += 1
+                with uninterrupted():
+                    display.round(recorder.records[shown])
+                    shown += 1
         except KeyboardInterrupt:
             done = rounds_stored(folder)
             for record in recorder.records[shown : done - before]:

@@ -19,6 +19,7 @@ from nvflare_adapter import __main__ as command
 from nvflare_adapter import follow
 from nvflare_adapter.__main__ import main
 from nvflare_adapter.job import Job, models_folder
+from tests.interruption import InterruptedOutput
 from tests.nvflare import training
 
 FILES = Path(training.__file__).parent
@@ -360,6 +361,34 @@ def train(params, context):
     assert error == f"nvflare_adapter: stopped after {stop_in} of 2 rounds{load}\n"
     if kept:
         assert fc.CheckpointStore(models).load().model["w"].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("word", ["0", "1"])
+def test_a_round_is_shown_once_when_the_run_is_interrupted_while_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    output = InterruptedOutput(word)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(written(tmp_path, "")) == 130
+    assert output.rows() == ["0", "1"][: int(word) + 1]
+
+
+def test_a_round_whose_model_was_being_tested_when_the_run_was_interrupted_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ending = """
+interrupted = False
+def evaluate(params):
+    global interrupted
+    if not interrupted:
+        interrupted = True
+        raise KeyboardInterrupt
+    return {"accuracy": 0.5}
+"""
+    assert main(written(tmp_path, ending)) == 130
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["round", "0"]
+    assert lines[2].endswith("50.00%")
 
 
 @pytest.mark.parametrize(
