@@ -89,7 +89,6 @@ class Results:
 
     Attributes:
         arrays: The arrays, in the order of the targets.
-        flat: The same, in one dimension.
     """
 
     def __init__(
@@ -98,20 +97,25 @@ class Results:
         self._start: dict[str, int] = {}
         ends: dict[np.dtype[Any], int] = {}
         sizes = {key: math.prod(spec.shape) for key, spec in targets.items()}
-        for key in (s.key for block in blocks for s in block.segments if s.start == 0):
-            if key in targets and sizes[key] * targets[key].dtype.itemsize < _LARGE:
-                self._start[key] = ends.get(targets[key].dtype, 0)
-                ends[targets[key].dtype] = self._start[key] + sizes[key]
+        for key in [s.key for block in blocks for s in block.segments if s.start == 0]:
+            if key in sizes and sizes[key] * (dtype := targets[key].dtype).itemsize < _LARGE:
+                self._start[key] = start = ends.get(dtype, 0)
+                ends[dtype] = start + sizes[key]
         pieces: dict[Any, Piece] = {dtype: (size, dtype) for dtype, size in ends.items()}
         for key in targets.keys() - self._start.keys():
             pieces[key] = sizes[key], targets[key].dtype
         self._memory = memory.lend(pieces)
-        self.flat = {
-            key: self._memory[spec.dtype if key in self._start else key][start:][: sizes[key]]
-            for key, spec in targets.items()
-            for start in (self._start.get(key, 0),)
-        }
-        self.arrays = {key: self.flat[key].reshape(spec.shape) for key, spec in targets.items()}
+        self.arrays: dict[str, Array] = {}
+        for key, spec in targets.items():
+            start = self._start.get(key, -1)
+            flat = (
+                self._memory[key] if start < 0 else self._memory[spec.dtype][start:][: sizes[key]]
+            )
+            self.arrays[key] = flat.reshape(spec.shape)
+
+    def part(self, segment: Segment) -> Array:
+        """Where to write the elements of one segment: a view of one dimension."""
+        return self.arrays[segment.key].reshape(-1)[segment.start : segment.start + segment.size]
 
     def run(self, segments: Sequence[Segment]) -> Array | None:
         """Where to write some elements in one go.
@@ -124,11 +128,11 @@ class Results:
         """
         first, last = segments[0], segments[-1]
         if first is last:
-            return self.flat[first.key][first.start : first.start + first.size]
+            return self.part(first)
         start, stop = self._start.get(first.key), self._start.get(last.key)
         if start is None or stop is None or stop + last.size - start != size_of(segments):
             return None
-        return self._memory[self.flat[first.key].dtype][start : stop + last.size]
+        return self._memory[self.arrays[first.key].dtype][start : stop + last.size]
 
 
 def size_of(segments: Sequence[Segment]) -> int:

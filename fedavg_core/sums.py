@@ -200,7 +200,7 @@ class Sums(ABC, Generic[Total]):
                         index = segment.start + beyond - offset
                         raise out_of_range(segment.key, targets[segment.key], index)
                     if run is None:
-                        results.flat[segment.key][:] = out[offset : offset + segment.size]
+                        results.part(segment)[:] = out[offset : offset + segment.size]
                     offset += segment.size
 
         self._each_block(work)

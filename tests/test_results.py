@@ -45,7 +45,7 @@ def test_every_element_has_its_own_place_and_a_run_is_of_its_segments(
                 run = results.run(mine[:count])
                 assert run is not None  # what is written together lies side by side
                 run[:] = np.arange(run.size) + number
-                pieces = [results.flat[s.key][s.start : s.start + s.size] for s in mine[:count]]
+                pieces = [results.part(s) for s in mine[:count]]
                 assert np.array_equal(np.concatenate(pieces), run)
             if len(mine) > 2:
                 assert results.run([mine[0], mine[2]]) is None
