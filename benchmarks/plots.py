@@ -19,9 +19,13 @@ from benchmarks.timing import Row, Timing, middle
 __all__ = ["save_plots"]
 
 _COLOURS = {"ours": "#0072B2", "peer": "#E69F00", "floor": "#999999"}
-_KINDS = {"ours": "fedavg-core", "peer": "peers", "floor": "copying the bytes, on one thread"}
+_KINDS = {
+    "ours": "fedavg-core, on several threads",
+    "peer": "peers, on one",
+    "floor": "copying the bytes, on one",
+}
 _LINES = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#000000")
-_MARKERS = "osD^vXP"
+_MARKERS = "osD^vXP*h<>"
 _COLUMNS = 4
 _WIDE = 30  # costs further apart than this are drawn on a logarithmic axis
 _TITLE_WIDTH = 36
@@ -53,12 +57,13 @@ def save_plots(results: Sequence[Result], folder: Path) -> list[Path]:
             _throughput(figure, averaged)
             written.append(folder / "throughput.png")
             figure.savefig(written[-1], dpi=120)
-        for result in results:
-            if isinstance(result, Growth):
-                figure = figures.Figure(figsize=(7.5, 4.5), layout="constrained")
-                _growth(figure, result)
-                written.append(folder / f"{result.benchmark}.png")
-                figure.savefig(written[-1], dpi=120)
+        grown = [result for result in results if isinstance(result, Growth)]
+        names = list(dict.fromkeys(series.name for result in grown for series in result.series))
+        for result in grown:
+            figure = figures.Figure(figsize=(7.5, 4.5), layout="constrained")
+            _growth(figure, result, names)
+            written.append(folder / f"{result.benchmark}.png")
+            figure.savefig(written[-1], dpi=120)
     return written
 
 
@@ -108,7 +113,7 @@ def _throughput(figure: Any, timings: Sequence[Timing]) -> None:
             if kind in present
         ],
         loc="outside upper center",
-        ncols=3,
+        ncols=3 if columns > 1 else 1,
         frameon=False,
     )
 
@@ -121,9 +126,10 @@ def _speeds(timing: Timing, row: Row) -> tuple[float, float, float]:
     return min(low, mid), mid, max(high, mid)
 
 
-def _growth(figure: Any, growth: Growth) -> None:
+def _growth(figure: Any, growth: Growth, names: Sequence[str]) -> None:
     panel = figure.subplots()
-    for number, series in enumerate(growth.series):
+    for series in growth.series:
+        number = names.index(series.name)  # the same looks in every figure
         panel.plot(
             [point.x for point in series.points],
             [point.y for point in series.points],

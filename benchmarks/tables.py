@@ -6,6 +6,7 @@ A table is told once, as a title, columns and rows of text, and drawn by either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -78,8 +79,14 @@ def _of_timing(timing: Timing) -> Table:
         rows.append((row.kind, tuple(cells)))
     if looked_at:
         columns.append("misrounded")
-    laps = max(len(row.laps) for row in timing.rows)
+    run = {row.name: sum(not math.isnan(seconds) for seconds in row.laps) for row in timing.rows}
+    laps = max(run.values())
     notes = [f"timed: {timing.timed}; {laps} laps"]
+    if few := [f"{name} ({run[name]})" for name in run if run[name] < laps]:
+        notes.append(
+            f"far behind, and timed in the first laps only: {', '.join(few)}; these laps of both "
+            "are compared"
+        )
     if reference is not None:
         notes.append(
             f"speed: how many times as fast as {reference.name}, by the medians; quartiles: of the "
@@ -142,7 +149,11 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
         "What it is held to",
         ("", "against", "measured", "quartiles", "fastest laps", "CPU time", "bound", "reach", ""),
         tuple(rows),
-        ("speeds: how many times as fast; the others: how many times as much of time or memory",),
+        (
+            "speeds (≥): how many times as fast; the others (≤): how many times as much of time or "
+            "memory",
+            "bound: what the measured figure is held to; reach: what is striven for",
+        ),
     )
 
 

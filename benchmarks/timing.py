@@ -25,8 +25,8 @@ __all__ = ["Laps", "Pace", "Ratio", "Row", "Taken", "Timing", "middle", "ratio",
 Laps: TypeAlias = "tuple[float, ...]"
 """Seconds, lap by lap; NaN where the task sat out."""
 
-_FAR_BEHIND = 2.0  # times the fastest rival's median
-_TRIAL = 1  # laps after which rivals may be far behind
+_FAR_BEHIND = 2.0  # times what the fastest rival takes
+_TRIAL = 2  # laps after which rivals may be far behind
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def take_turns(
     Args:
         tasks: What to run. What a task returns is let go after its clock has stopped.
         pace: How long to go on.
-        rivals: Tasks of which only the fastest matters: those that are far behind it after the
-            first lap sit out the others.
+        rivals: Tasks of which only the fastest matters: those that are far behind it after two
+            laps, by the faster of the two, sit out the others.
         look: Is given each task's name and what its first lap has returned, while no clock runs.
 
     Returns:
@@ -165,8 +165,8 @@ def take_turns(
             if lap >= pace.least and time.perf_counter() - start > pace.budget:
                 break
             if lap == _TRIAL and rivals:
-                best = min(median(laps[name]) for name in rivals)
-                out = {name for name in rivals if median(laps[name]) > _FAR_BEHIND * best}
+                best = min(min(laps[name]) for name in rivals)
+                out = {name for name in rivals if min(laps[name]) > _FAR_BEHIND * best}
             for name, task in tasks.items():
                 passed, used = math.nan, math.nan
                 if name not in out:

@@ -51,11 +51,11 @@ def replacing(path: Path, *, old: bool = True) -> Iterator[IO[bytes]]:
 
     Args:
         path: The file. Its folder must be there.
-        old: Whether an old file of that name is replaced. If not, what has that name at the commit
-            stays as it is, and there is an error: the new name is a hard link, which no system
-            puts in the place of another. Where the file system has no hard links, an empty file is
-            made under the name, which is as exclusive, and then replaced; only there may a loss of
-            power between the two leave it empty.
+        old: Whether an old file of that name is replaced. If not, what has that name at the start
+            or at the commit stays as it is, and there is an error: the new name is a hard link,
+            which no system puts in the place of another. Where the file system has no hard links,
+            an empty file is made under the name, which is as exclusive, and then replaced; only
+            there may a loss of power between the two leave it empty.
 
     Yields:
         An empty file beside it to write to, open for reading and writing.
@@ -64,6 +64,8 @@ def replacing(path: Path, *, old: bool = True) -> Iterator[IO[bytes]]:
         CheckpointError: It could not be written, or may not be replaced; an old file is as it was,
             unless the message says that the new one is in place.
     """
+    if not old and os.path.lexists(path):
+        raise CheckpointError(path, "it is there already, and is not replaced")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     committed = False
     try:
@@ -91,9 +93,10 @@ def replacing(path: Path, *, old: bool = True) -> Iterator[IO[bytes]]:
             if committed
             else "what was there before is as it was"
         )
-        raise CheckpointError(
-            path, f"could not be written ({error.strerror or error}); {state}"
-        ) from error
+        reason = error.strerror or str(error)
+        if not path.parent.is_dir():
+            reason = f"there is no folder {path.parent}"
+        raise CheckpointError(path, f"could not be written ({reason}); {state}") from error
 
 
 def meant_for(name: str) -> str | None:

@@ -114,7 +114,7 @@ def aggregate_files(
             has are copied. Without it a parameter has the dtype of the first file that has it.
         allow_missing: Whether a file may lack a parameter that another one has.
         replace: Whether the output may replace a file, which may be one of the inputs. If not, a
-            file that is there at the end stays as it is, and there is an error.
+            file that is there, or comes to be meanwhile, stays as it is, and there is an error.
         memory_limit: The most bytes of memory to take, beyond those that the process has already.
         scratch: A folder for files that serve as scratch, which some compressed inputs need (see
             `model_file`); by default that of the output. Nothing is left in it.
@@ -137,6 +137,9 @@ def aggregate_files(
     """
     if isinstance(paths, (str, os.PathLike)):
         raise UsageError(f"paths: expected a list of files, got {quoted(str(paths))}")
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"paths: expected the names of files, got {quoted(path)}")
     inputs = [Path(path) for path in paths]
     target = Path(output)
     if not inputs or len(inputs) != len(weights):

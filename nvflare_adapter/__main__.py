@@ -229,7 +229,7 @@ def _stopped(read: argparse.Namespace, done: int) -> str:
     kept = ""
     if fc.CheckpointStore(models).paths():
         done, start = fc.CheckpointStore(models).load().round, read.output
-        kept = f": fedavg_core.CheckpointStore({str(models)!r}).load().model"
+        kept = f"; to load the model: fedavg_core.CheckpointStore({str(models)!r}).load().model"
     return f"stopped after {done} of {read.rounds} rounds{kept}{_going_on(read, done, start)}"
 
 
@@ -244,10 +244,12 @@ def _kept(read: argparse.Namespace) -> str:
 
 def _going_on(read: argparse.Namespace, done: int, start: Path | None) -> str:
     """How to go on with the rounds that are done, where there are some."""
-    if read.backend == "in-process" or start is None or done >= read.rounds:
+    if start is None or done >= read.rounds:
         return ""
-    other = " and another --output" if read.own_output else ""
-    return f"; the same command goes on with them, with --start-from {typed(start)}{other}"
+    given = f"--start-from {typed(start)}{' and another --output' if read.own_output else ''}"
+    if read.backend == "in-process":
+        return f"; the same command without --backend goes on with them on NVFlare, with {given}"
+    return f"; the same command goes on with them, with {given}"
 
 
 def _say(problem: str, code: int) -> int:

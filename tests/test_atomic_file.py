@@ -60,6 +60,16 @@ class TestANewFile:
         assert os.listdir(tmp_path) == ["new"]
         assert path.is_dir() or path.is_symlink() or path.read_bytes() == b"precious"
 
+    def test_is_refused_before_anything_is_written_where_something_is(self, tmp_path: Path) -> None:
+        path = tmp_path / "new"
+        path.symlink_to("nowhere")
+        with (
+            pytest.raises(CheckpointError, match="it is there already, and is not replaced"),
+            replacing(path, old=False),
+        ):
+            raise AssertionError
+        assert os.listdir(tmp_path) == ["new"]
+
     def test_that_cannot_be_put_in_place_leaves_no_empty_one(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

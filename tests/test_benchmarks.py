@@ -207,14 +207,21 @@ def test_tasks_take_turns_and_rivals_far_behind_sit_out(monkeypatch: pytest.Monk
         return run
 
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
-    tasks = {"a": task("a", 9.0), "b": task("b", 1.0), "c": task("c", 4.0)}
+    disturbed = iter([9.0] + [1.0] * 3)
+    tasks = {
+        "a": task("a", 9.0),
+        "b": task("b", 1.0),
+        "c": task("c", 4.0),
+        "d": lambda: task("d", next(disturbed))(),
+    }
     monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: clock[0] / 2)
-    taken = take_turns(tasks, Pace(least=4, most=9, budget=41.0), rivals=["b", "c"])
-    assert "".join(order) == "abcababab"
+    taken = take_turns(tasks, Pace(least=4, most=9, budget=55.0), rivals=["b", "c", "d"])
+    assert "".join(order) == "abcdabcdabdabd"
     assert taken["a"].laps == (9.0,) * 4
     assert taken["a"].cpu == (4.5,) * 4
-    assert taken["c"].laps[0] == 4.0
-    assert all(map(math.isnan, taken["c"].laps[1:] + taken["c"].cpu[1:]))
+    assert taken["c"].laps[:2] == (4.0, 4.0)
+    assert all(map(math.isnan, taken["c"].laps[2:] + taken["c"].cpu[2:]))
+    assert taken["d"].laps == (9.0, 1.0, 1.0, 1.0)
     assert middle(taken["c"].laps) == 4.0
 
 

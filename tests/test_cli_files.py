@@ -497,7 +497,7 @@ def test_an_output_that_came_to_be_meanwhile_is_not_replaced(
         ["apply", sites[0], sites[1]],
     ):
         assert fails(capsys, *command, "-o", out) == (
-            f"{out}: it came to be while this was written, and is not replaced"
+            f"{out}: it is there already, and is not replaced"
         )
         assert out.read_bytes() == b"precious"
         assert sorted(os.listdir(tmp_path)) == before

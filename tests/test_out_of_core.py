@@ -403,6 +403,7 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
     [
         ({"paths": []}, "expected files, and one weight for each, got 0 files and 2 weights"),
         ({"paths": "a.npz"}, "paths: expected a list of files, got 'a.npz'"),
+        ({"paths": ["a.npz", None]}, "paths: expected the names of files, got None"),
         ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weights"),
         ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
         ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),
@@ -457,7 +458,9 @@ def test_a_missing_file_and_a_missing_folder_are_told(good: Good) -> None:
     output = good.folder / "none" / "out.npz"
     with pytest.raises(CheckpointError) as told:
         aggregate_files(good.paths, [1, 1], output)
-    assert str(told.value).startswith(f"{output}: could not be written (No such file or directory)")
+    assert str(told.value).startswith(
+        f"{output}: could not be written (there is no folder {output.parent})"
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError(), MemoryError()])

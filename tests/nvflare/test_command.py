@@ -356,9 +356,14 @@ def train(params, context):
 """
     assert main(written(tmp_path, ending)) == 130
     models = tmp_path / "out" / "models"
-    load = f": fedavg_core.CheckpointStore({str(models)!r}).load().model" if kept else ""
+    going_on = (
+        f"; to load the model: fedavg_core.CheckpointStore({str(models)!r}).load().model"
+        "; the same command without --backend goes on with them on NVFlare, with --start-from "
+        f"{tmp_path / 'out'} and another --output"
+    )
     error = capsys.readouterr().err
-    assert error == f"nvflare_adapter: stopped after {stop_in} of 2 rounds{load}\n"
+    stopped = f"nvflare_adapter: stopped after {stop_in} of 2 rounds"
+    assert error == f"{stopped}{going_on if kept else ''}\n"
     if kept:
         assert fc.CheckpointStore(models).load().model["w"].tolist() == [3.0] * 3
 
@@ -395,11 +400,11 @@ def evaluate(params):
     ("backend", "options", "stored", "told"),
     [
         ("simulator", [], None, "0 of 5 rounds"),
-        ("simulator", ["--output", "out"], 2, "2 of 5 rounds: {load}; {same} out{other}"),
-        ("simulator", [], 2, "2 of 5 rounds: {load}; {same} {output}"),
-        ("poc", ["--output", "out"], 4, "4 of 5 rounds: {load}; {same} out{other}"),
-        ("poc", ["--output", "out"], 5, "5 of 5 rounds: {load}"),
-        ("poc", ["--start-from", "before"], 3, "3 of 5 rounds: {load}; {same} {output}"),
+        ("simulator", ["--output", "out"], 2, "2 of 5 rounds; {load}; {same} out{other}"),
+        ("simulator", [], 2, "2 of 5 rounds; {load}; {same} {output}"),
+        ("poc", ["--output", "out"], 4, "4 of 5 rounds; {load}; {same} out{other}"),
+        ("poc", ["--output", "out"], 5, "5 of 5 rounds; {load}"),
+        ("poc", ["--start-from", "before"], 3, "3 of 5 rounds; {load}; {same} {output}"),
         ("poc", ["--start-from", "before"], None, "1 of 5 rounds; {same} before/models"),
     ],
 )
@@ -430,7 +435,7 @@ def test_an_interrupted_job_says_how_to_go_on(
     assert main(given) == 130
     models = str(models_folder(output, backend))
     expected = told.format(
-        load=f"fedavg_core.CheckpointStore({models!r}).load().model",
+        load=f"to load the model: fedavg_core.CheckpointStore({models!r}).load().model",
         same="the same command goes on with them, with --start-from",
         other=" and another --output",
         output=output,

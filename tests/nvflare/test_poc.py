@@ -207,7 +207,7 @@ def test_of_two_at_once_one_is_interrupted_and_leaves_nothing_behind(run: Any) -
     first.process.send_signal(signal.SIGINT)
     code, _, error = first.ended()
     assert code == 130
-    found = re.search(r"stopped after (\d+) of 200 rounds: .*CheckpointStore\('(.+)'\)", error)
+    found = re.search(r"stopped after (\d+) of 200 rounds; .*CheckpointStore\('(.+)'\)", error)
     assert found is not None, error
     assert fc.CheckpointStore(found[2]).load().round == int(found[1])
     deadline = time.monotonic() + 20

@@ -304,8 +304,8 @@ def test_an_interrupted_job_leaves_no_process_behind(tmp_path: Path, sent: signa
         job.send_signal(sent)
         rest, error = job.communicate(timeout=60)
     found = re.fullmatch(
-        r"nvflare_adapter: stopped after (\d+) of 200 rounds: "
-        r"fedavg_core\.CheckpointStore\('(.+)'\)\.load\(\)\.model; "
+        r"nvflare_adapter: stopped after (\d+) of 200 rounds; "
+        r"to load the model: fedavg_core\.CheckpointStore\('(.+)'\)\.load\(\)\.model; "
         r"the same command goes on with them, with --start-from out and another --output\n",
         error,
     )
