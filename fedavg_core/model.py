@@ -214,18 +214,18 @@ class ModelSpec(Mapping[str, ArraySpec]):
     """What a model looks like: for each parameter a shape and a dtype, and no values.
 
     Args:
-        arrays: From name to `ArraySpec`; copied.
+        arrays: From name to `ArraySpec`; copied. What a dtype's byte order is does not matter.
 
     Raises:
-        UsageError: A dtype's values cannot be averaged.
+        UsageError: It is no such mapping, or a dtype's values cannot be averaged.
     """
 
     __slots__ = ("_arrays",)
 
     def __init__(self, arrays: Mapping[str, ArraySpec]) -> None:
-        self._arrays = dict(arrays)
-        for array in self._arrays.values():
-            _ = array.number  # raises where there is none
+        if not isinstance(arrays, Mapping):
+            raise UsageError(f"expected a mapping from names to ArraySpec, got {a_type(arrays)}")
+        self._arrays = {key: _checked_spec(key, array) for key, array in arrays.items()}
 
     @classmethod
     def of(cls, params: Params) -> ModelSpec:
@@ -265,6 +265,23 @@ class ModelSpec(Mapping[str, ArraySpec]):
     def __repr__(self) -> str:
         inside = ", ".join(f"{key}: {array}" for key, array in self._arrays.items())
         return f"ModelSpec({inside})"
+
+
+def _checked_spec(key: object, spec: object) -> ArraySpec:
+    """What was given under a name, if it is a name and tells what a parameter looks like."""
+    if not (
+        isinstance(key, str)
+        and isinstance(spec, ArraySpec)
+        and isinstance(spec.dtype, np.dtype)
+        and isinstance(spec.shape, tuple)
+        and all(isinstance(length, int) and length >= 0 for length in spec.shape)
+    ):
+        raise UsageError(
+            f"key {quoted(key)}: expected a name, and an ArraySpec of whole numbers and a dtype, "
+            f"got {quoted(spec)}"
+        )
+    _ = spec.number  # raises where there is none
+    return spec if spec.dtype.isnative else ArraySpec(spec.shape, spec.dtype.newbyteorder("="))
 
 
 def joined(

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,11 +135,13 @@ def aggregate_files(
             written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        raise UsageError(f"paths: expected a list of files, got {quoted(str(paths))}")
-    for path in paths:
+    if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable):
+        raise UsageError(f"paths: expected a list of files, got {quoted(paths)}")
+    for path in [*paths, output]:
         if not isinstance(path, (str, os.PathLike)):
-            raise UsageError(f"paths: expected the names of files, got {quoted(path)}")
+            raise UsageError(f"expected the name of a file, got {quoted(path)}")
+    if not isinstance(weights, Sized):
+        raise UsageError(f"weights: expected one for each file, got {quoted(weights)}")
     inputs = [Path(path) for path in paths]
     target = Path(output)
     if not inputs or len(inputs) != len(weights):

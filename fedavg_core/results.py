@@ -52,13 +52,14 @@ class Memory:
             them: that somebody has one then shows in the references to the array.
         """
         idle: dict[Piece, list[Array]] = {}
+        unused = min(_UNUSED, _last_of([np.empty(0)])[1])  # a debugger may have been looking on
         busy: list[Array] = []
         for mean in self._kept:
             busy = []  # in the end, of the later of the two
             while mean:
                 array, references = _last_of(mean)
                 # What somebody has made another shape of, or read-only, is not used again.
-                if references == _UNUSED and array.ndim == 1 and array.flags.carray:
+                if references == unused and array.ndim == 1 and array.flags.carray:
                     idle.setdefault((array.size, array.dtype), []).append(array)
                 else:
                     busy.append(array)

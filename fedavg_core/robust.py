@@ -266,7 +266,7 @@ def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> Rob
         UsageError: There is none of this name, or it has no such option, or the value has no
             meaning.
     """
-    kind = ROBUST_MEANS.get(name)
+    kind = ROBUST_MEANS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError(
             f"robust mean: expected one of {', '.join(ROBUST_MEANS)}, got {quoted(name)}"
@@ -278,6 +278,14 @@ def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> Rob
                 f"robust mean {name}: expected options out of {known}, got {quoted(option)}"
             )
     return kind(spec=spec, **options)
+
+
+def _of_settings(settings: Mapping[str, Any], spec: ModelSpec | None) -> RobustMean:
+    """The robust mean of which these are the settings, or might be."""
+    is_named = "name" in settings and all(isinstance(key, str) for key in settings)
+    if not is_named or "spec" in settings:
+        raise UsageError(f"robust mean: expected its name and its options, got {quoted(settings)}")
+    return robust_mean(**settings, spec=spec)
 
 
 def accumulator_for(
@@ -299,7 +307,7 @@ def accumulator_for(
     if isinstance(kind, RobustMean):
         return kind.empty(spec)
     if isinstance(kind, Mapping):
-        return robust_mean(**kind, spec=spec)
+        return _of_settings(kind, spec)
     return WeightedMean(spec, accumulator=kind)
 
 
@@ -322,7 +330,7 @@ def accumulator_from_state(
     try:
         if isinstance(meta["accumulator"], str):
             return WeightedMean.from_state(meta, arrays, spec)
-        mean = robust_mean(**meta["accumulator"], spec=spec)
+        mean = _of_settings(meta["accumulator"], spec)
         mean.take_up(meta, arrays)
         return mean
     except (

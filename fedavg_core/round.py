@@ -224,7 +224,7 @@ class Round:
         Raises:
             UsageError: What was offered is no `Update`.
         """
-        if not isinstance(update, Update):
+        if not issubclass(type(update), Update):
             raise UsageError(f"expected an Update, got {quoted(type(update).__name__)}")
         receipt: Receipt = self._happens(_Event.OFFER, update)
         return receipt

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import isfinite
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
-from fedavg_core.whole_number import is_whole_number
+from fedavg_core.plain import plain_number
 
 __all__ = ["Weight", "exact_weight", "extent_of", "weight_from_text", "weight_text"]
 
@@ -36,13 +36,13 @@ def exact_weight(weight: object) -> Weight:
     Raises:
         RefusedUpdate: It is not a finite number above zero (BAD_WEIGHT).
     """
-    if is_whole_number(weight) and weight > 0:
-        return int(weight)
-    if isinstance(weight, (float, np.floating)) and isfinite(weight) and weight > 0:
-        exact = Fraction(*weight.as_integer_ratio())
-        return exact.numerator if exact.denominator == 1 else exact
-    if isinstance(weight, Fraction) and weight > 0 and weight.denominator.bit_count() == 1:
-        return weight.numerator if weight.denominator == 1 else weight
+    number: Any = weight if type(weight) in (Fraction, np.longdouble) else plain_number(weight)
+    if isinstance(number, int) and number > 0:
+        return number
+    if isinstance(number, (float, np.longdouble)) and isfinite(number):
+        number = Fraction(*number.as_integer_ratio())
+    if isinstance(number, Fraction) and number > 0 and number.denominator.bit_count() == 1:
+        return number.numerator if number.denominator == 1 else number
     raise RefusedUpdate(
         Reason.BAD_WEIGHT, expected="a finite int or float above zero as weight", got=quoted(weight)
     )

@@ -7,8 +7,11 @@ from typing import TypeGuard
 import numpy as np
 
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.plain import plain_number
 
 __all__ = ["is_whole_number", "whole_number"]
+
+_REACH = 1024  # none is as far from zero as 2**_REACH; Python shows no number of any length
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
@@ -20,7 +23,8 @@ def is_whole_number(value: object) -> TypeGuard[int]:
     Returns:
         True for an int or an integer of NumPy.
     """
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    kind = type(value)
+    return issubclass(kind, (int, np.integer)) and not issubclass(kind, (bool, np.timedelta64))
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
@@ -35,9 +39,12 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
         It, as Python's own.
 
     Raises:
-        UsageError: It is none, or is smaller.
+        UsageError: It is none, or is smaller, or is as large as 2**1024.
     """
-    if is_whole_number(value) and (least is None or value >= least):
-        return int(value)
+    number = plain_number(value)
+    if isinstance(number, int) and (least is None or number >= least):
+        if number.bit_length() > _REACH:
+            raise UsageError(f"{name}: expected a whole number below 2**{_REACH}, got one beyond")
+        return number
     wanted = "" if least is None else f" of at least {least}"
     raise UsageError(f"{name}: expected a whole number{wanted}, got {quoted(value)}")

@@ -1155,10 +1155,29 @@ def test_bad_settings_are_named() -> None:
         (np.float32(0.1), Fraction(float(np.float32(0.1)))),
         (np.float16(0.5), Fraction(1, 2)),
         (10**400, 10**400),
+        (np.longdouble(0.5), Fraction(1, 2)),
+        (Fraction(3, 8), Fraction(3, 8)),
+        (Fraction(6, 2), 3),
     ],
 )
 def test_a_weight_is_taken_at_its_exact_value(weight: Any, exact: Fraction) -> None:
     assert exact_weight(weight) == exact
+
+
+def test_what_a_weight_of_a_subclass_says_of_itself_is_not_believed() -> None:
+    class Whole(int):
+        def __int__(self) -> int:
+            return 7
+
+        def __gt__(self, other: object) -> bool:
+            raise ValueError
+
+    class Real(float):
+        def as_integer_ratio(self) -> tuple[int, int]:
+            return 1, 3
+
+    assert exact_weight(Whole(3)) == 3
+    assert exact_weight(Real(0.5)) == Fraction(1, 2)
 
 
 OPERATIONS = {

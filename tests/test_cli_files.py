@@ -669,6 +669,15 @@ class TestWhatEndsACommand:
             "fedavg: interrupted\n",
         )
 
+    def test_an_interruption_while_the_arguments_are_read(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    ) -> None:
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sys.modules[main.__module__], "_parser", interrupted)
+        assert run(capsys, "inspect", __file__) == (130, "", "fedavg: interrupted\n")
+
     def test_no_memory_left(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
         assert self.ending_in(MemoryError("no\nmore"), monkeypatch, capsys) == (
             2,

@@ -472,3 +472,23 @@ def test_a_model_with_many_zeros_needs_no_limb_for_them() -> None:
         total.add(values, 3, Scratch(values.size))
     assert total.used() == [0]
     assert not any(np.intersect1d(at, np.arange(0, values.size, 20)).size for at, _ in total.loose)
+
+
+@pytest.mark.parametrize("elsewhere", [1.25, 2.0**-60])
+def test_a_bit_far_below_decides_on_which_side_of_a_midpoint_a_mean_lies(elsewhere: float) -> None:
+    """255 numbers whose sum over 256 is a midpoint, and one more that is far smaller.
+
+    Its bits are in no float64 that stands for the sum, whether only one of the sums has such bits
+    or, the others having them too, there is a limb of them.
+    """
+    low = np.float32(1.5)
+    high = np.nextafter(low, np.float32(2))
+    values = [low] * 128 + [high] * 126 + [2 * high, np.float32(2.0**-60)]
+    models = []
+    for value in values:
+        array = np.full(64, 1.25 if value > 1 else elsewhere, np.float32)
+        array[3] = value
+        models.append({"w": array})
+    mean = accumulated(models, [1] * 256).mean()
+    assert mean["w"][3] == high
+    assert same_bits(mean, exact_weighted_mean(models, [1] * 256))

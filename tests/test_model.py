@@ -97,6 +97,29 @@ def test_a_spec_is_a_mapping_in_native_byte_order() -> None:
     assert repr(spec) == "ModelSpec(b: float32[2, 3], a: int64[])"
 
 
+def test_a_spec_that_is_given_is_in_native_byte_order_as_well() -> None:
+    given = {"w": ArraySpec((3,), np.dtype(">f4"))}
+    assert fc.ModelSpec(given) == {"w": ArraySpec((3,), np.dtype("f4"))}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (5, "expected a mapping from names to ArraySpec, got "),
+        ({1: ArraySpec((3,), np.dtype("f4"))}, "key 1: expected a name, and an ArraySpec"),
+        ({"w": np.ones(2)}, "key 'w': expected a name, and an ArraySpec"),
+        ({"w": ArraySpec((3,), "f4")}, "key 'w': expected"),  # type: ignore[arg-type]
+        ({"w": ArraySpec((-3,), np.dtype("f4"))}, "key 'w': expected"),
+        ({"w": ArraySpec((1.5,), np.dtype("f4"))}, "key 'w': expected"),  # type: ignore[arg-type]
+        ({"w": ArraySpec(5, np.dtype("f4"))}, "key 'w': expected"),  # type: ignore[arg-type]
+        ({"w": ArraySpec((3,), np.dtype("O"))}, "expected a dtype of real numbers"),
+    ],
+)
+def test_what_is_no_spec_is_told(arrays: Any, message: str) -> None:
+    with pytest.raises(fc.UsageError, match=message):
+        fc.ModelSpec(arrays)
+
+
 def test_a_copy_shares_no_memory_and_can_be_written() -> None:
     original = np.arange(6, dtype=">f8").reshape(2, 3).T
     original.flags.writeable = False

@@ -403,7 +403,9 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
     [
         ({"paths": []}, "expected files, and one weight for each, got 0 files and 2 weights"),
         ({"paths": "a.npz"}, "paths: expected a list of files, got 'a.npz'"),
-        ({"paths": ["a.npz", None]}, "paths: expected the names of files, got None"),
+        ({"paths": 5}, "paths: expected a list of files, got 5"),
+        ({"paths": ["a.npz", None]}, "expected the name of a file, got None"),
+        ({"weights": None}, "weights: expected one for each file, got None"),
         ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weights"),
         ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
         ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import weakref
@@ -113,6 +115,36 @@ def test_memory_that_somebody_has_is_left_alone(holder: str, key: str) -> None:
     kept[1:] = [averaged(mean, 5)]
     assert np.array_equal(np.array(held), before)
     assert all(np.all(array == 2) for array in kept[0].values())
+
+
+UNDER_A_TRACER = """
+import sys
+
+def look(frame, *_):
+    frame.f_locals
+    return look
+
+sys.settrace(look)
+import fedavg_core
+sys.settrace(None)
+import numpy as np
+
+mean, first = fedavg_core.WeightedMean(), None
+for value in range(1, 5):
+    mean.reset()
+    mean.add({"w": np.full(3, value, np.float32)}, 1)
+    means = mean.mean()
+    first = means["w"] if first is None else first
+print(first)
+"""
+
+
+def test_so_it_is_where_a_debugger_looked_on_while_the_package_was_imported() -> None:
+    """Before Python 3.13 a look at a frame's variables adds references to them."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_TRACER], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[1. 1. 1.]\n"
 
 
 def test_memory_that_nobody_has_serves_the_next_mean() -> None:

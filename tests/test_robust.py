@@ -697,6 +697,10 @@ class TestMerging:
         assert one.count == 2
 
 
+def of_settings(settings: Any) -> fc.Round:
+    return fc.Round({"w": np.ones(2)}, 0, accumulator=settings)
+
+
 class TestByName:
     """For the command line and for settings that travel as JSON."""
 
@@ -712,6 +716,10 @@ class TestByName:
         ("make", "message"),
         [
             (lambda: robust_mean("mode"), "expected one of median, trimmed-mean, krum, multi-krum"),
+            (lambda: robust_mean(["krum"]), r"expected one of median, .*, got \['krum'\]"),  # type: ignore[arg-type]
+            (lambda: of_settings({}), r"expected its name and its options, got \{\}"),
+            (lambda: of_settings({"name": "krum", 1: 2}), "expected its name and its options, got"),
+            (lambda: of_settings({"name": "krum", "spec": None}), "expected its name and its opt"),
             (lambda: robust_mean("median", trim=1), "median: expected options out of none, got 't"),
             (lambda: robust_mean("krum", keep=1), "krum: expected options out of faulty, got 'ke"),
             (lambda: TrimmedMean(0.5), "trim: expected a number from 0 to below 0.5, got 0.5"),

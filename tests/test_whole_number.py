@@ -22,7 +22,7 @@ class Level(IntEnum):
 
 
 WHOLE: list[Any] = [
-    *(0, 1, -1, 1 << 64, -(10**5000), Level.THREE),
+    *(0, 1, -1, 1 << 64, 2**1024 - 1, 1 - 2**1024, Level.THREE),
     *(np.dtype(name).type(3) for name in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")),
     *(np.int64(-(2**63)), np.uint64(2**64 - 1), np.array([5])[0]),
 ]
@@ -81,3 +81,22 @@ def test_the_message_names_the_argument_what_is_wanted_and_what_was_given(
 ) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         whole_number("rounds", value, least)
+
+
+@pytest.mark.parametrize(
+    "value", [2**1024, -(2**1024), 10**5000], ids=["1025 bits", "less", "more"]
+)
+def test_one_that_is_too_long_to_be_shown_is_refused(value: int) -> None:
+    with pytest.raises(UsageError, match=r"^n: expected a whole number below 2\*\*1024, got one"):
+        whole_number("n", value)
+
+
+def test_what_a_subclass_says_of_itself_is_not_believed() -> None:
+    class Liar(int):
+        def __int__(self) -> int:
+            return 7
+
+        def __ge__(self, other: object) -> bool:
+            raise ValueError
+
+    assert whole_number("n", Liar(3), 1) == 3

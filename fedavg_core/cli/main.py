@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The arguments make no sense (code 2), or ask for help only (code 0).
     """
     open_missing()
-    read = _parser().parse_args(arguments)
-    if find_spec("rich") is None:
-        extra = "get the extra 'cli' (in a clone: pip install -e '.[cli]')"
-        return _failed(f"expected rich to be installed: {extra}")
-    with contextlib.suppress(AttributeError):  # standard output may be no text of a file
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        read = _parser().parse_args(arguments)
+        if find_spec("rich") is None:
+            extra = "get the extra 'cli' (in a clone: pip install -e '.[cli]')"
+            return _failed(f"expected rich to be installed: {extra}")
+        with contextlib.suppress(AttributeError):  # standard output may be no text of a file
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         code = int(read.run(read))
         sys.stdout.flush()
     except KeyboardInterrupt as interruption:
