@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,6 +63,11 @@ class Block:
 
     segments: tuple[Segment, ...]
     size: int
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The arrays that its segments are of."""
+        return tuple(segment.key for segment in self.segments)
 
     def locate(self, index: int) -> tuple[str, int]:
         """The array, and the position in it, that an element of the block comes from."""
@@ -149,15 +155,19 @@ def load(
     if is_at_hand(block, params):
         key = block.segments[0].key
         return [(flat(params[key], block.segments[0].start, block.size), 0)] if key in keys else []
-    segments = [segment for segment in block.segments if segment.key in keys]
-    if not segments:
-        return []
-    arrays = [params[segment.key] for segment in segments]
+    segments, present = block.segments, block.keys
+    is_whole = all(map(keys.__contains__, present))  # of a thousand little arrays, soon told
+    if not is_whole:
+        segments = tuple(segment for segment in segments if segment.key in keys)
+        present = tuple(segment.key for segment in segments)
+        if not present:
+            return []
+    arrays = list(map(params.__getitem__, present))
     narrow = all(map(fits_float32, {array.dtype for array in arrays}))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
     upper = None
     with np.errstate(invalid="ignore"):  # NaNs are found by whoever reads the values
-        if narrow and len(segments) == len(block.segments):
+        if narrow and is_whole:
             if len(arrays) == 1:  # only where several share a block it has all of each
                 arrays = [flat(arrays[0], segments[0].start, segments[0].size)]
             np.concatenate(arrays, axis=None, out=values, casting="unsafe")

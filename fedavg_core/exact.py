@@ -323,10 +323,9 @@ class ExactSum:
         largest = float(np.uint32(top_bits >> 1).view(np.float32))
         bound = int(abs(largest * factor)) + 1
         product = scratch.product[:n]
-        np.copyto(product, values)  # faster than a cast on the way
         # The first products are written where they are to stay.
         target = product if where is None else self._blank(0, product)
-        product = np.multiply(product, factor, out=target)
+        product = np.multiply(values, factor, out=target, dtype=np.float64)
         if has_zeros and self.is_zero:
             product += 0.0  # of which none may stay -0.0
         if where is None:
