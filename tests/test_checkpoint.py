@@ -228,6 +228,16 @@ class TestASingleFile:
         assert [entry.name for entry in tmp_path.iterdir()] == ["one.npz"]
 
 
-def test_a_round_of_thousands_of_digits_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"round: expected no more than \d+, got <int>"):
-        save_checkpoint(tmp_path / "one.npz", Checkpoint(model={}, round=10**5000))
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (10**30, r"round: expected no more than \d+, got 10{30}$"),
+        (10**5000, r"round: expected a whole number below 2\*\*1024, got one beyond$"),
+    ],
+    ids=["many digits", "thousands of digits"],
+)
+def test_a_round_of_many_digits_is_refused_in_one_line(
+    tmp_path: Path, number: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        save_checkpoint(tmp_path / "one.npz", Checkpoint(model={}, round=number))
