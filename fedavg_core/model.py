@@ -246,12 +246,7 @@ class ModelSpec(Mapping[str, ArraySpec]):
                 f"expected a model as a mapping from names to arrays, got {type(params).__name__}"
             )
         arrays = {key: check_array(key, value) for key, value in params.items()}
-        return cls(
-            {
-                key: ArraySpec(array.shape, array.dtype.newbyteorder("="))
-                for key, array in arrays.items()
-            }
-        )
+        return cls({key: ArraySpec(array.shape, array.dtype) for key, array in arrays.items()})
 
     def __getitem__(self, key: str) -> ArraySpec:
         return self._arrays[key]

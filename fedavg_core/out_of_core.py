@@ -137,13 +137,13 @@ def aggregate_files(
     """
     if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable):
         raise UsageError(f"paths: expected a list of files, got {quoted(paths)}")
-    for path in [*paths, output]:
-        if not isinstance(path, (str, os.PathLike)):
-            raise UsageError(f"expected the name of a file, got {quoted(path)}")
+    names = [*paths, output]
+    for name in names:
+        if not isinstance(name, (str, os.PathLike)):
+            raise UsageError(f"expected the name of a file, got {quoted(name)}")
     if not isinstance(weights, Sized):
         raise UsageError(f"weights: expected one for each file, got {quoted(weights)}")
-    inputs = [Path(path) for path in paths]
-    target = Path(output)
+    *inputs, target = map(Path, names)
     if not inputs or len(inputs) != len(weights):
         raise UsageError(
             f"expected files, and one weight for each, got {len(inputs)} files and "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-import numpy as np
-
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.plain import plain_number
 
@@ -23,8 +21,7 @@ def is_whole_number(value: object) -> TypeGuard[int]:
     Returns:
         True for an int or an integer of NumPy.
     """
-    kind = type(value)
-    return issubclass(kind, (int, np.integer)) and not issubclass(kind, (bool, np.timedelta64))
+    return isinstance(plain_number(value), int)
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:

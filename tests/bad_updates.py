@@ -80,6 +80,18 @@ class FailingMapping(Mapping[str, Any]):
         return 1
 
 
+class Liar(int):
+    """A whole number that says it is another, and does not let itself be compared."""
+
+    def __int__(self) -> int:
+        return 7
+
+    def __gt__(self, other: object) -> bool:
+        raise ValueError
+
+    __ge__ = __gt__
+
+
 class Unprintable:
     """An object that cannot be shown."""
 

@@ -32,6 +32,7 @@ from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ArraySpec
 from fedavg_core.plain_sums import PlainSum
 from fedavg_core.weight import exact_weight
+from tests.bad_updates import Liar
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
 
@@ -1165,18 +1166,11 @@ def test_a_weight_is_taken_at_its_exact_value(weight: Any, exact: Fraction) -> N
 
 
 def test_what_a_weight_of_a_subclass_says_of_itself_is_not_believed() -> None:
-    class Whole(int):
-        def __int__(self) -> int:
-            return 7
-
-        def __gt__(self, other: object) -> bool:
-            raise ValueError
-
     class Real(float):
         def as_integer_ratio(self) -> tuple[int, int]:
             return 1, 3
 
-    assert exact_weight(Whole(3)) == 3
+    assert exact_weight(Liar(3)) == 3
     assert exact_weight(Real(0.5)) == Fraction(1, 2)
 
 

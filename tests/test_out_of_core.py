@@ -418,6 +418,11 @@ def test_misuse_is_told(good: Good, options: dict[str, Any], message: str) -> No
     assert str(error) == message
 
 
+def test_names_that_can_be_had_only_once_will_do(good: Good) -> None:
+    aggregate_files(iter(good.paths), [1, 1], good.folder / "out.npz")  # type: ignore[arg-type]
+    assert (good.folder / "out.npz").exists()
+
+
 def test_a_memory_limit_that_is_too_small_is_told_with_one_that_is_not(good: Good) -> None:
     error = good.fails_with(good.paths, [1, 1], memory_limit=1)
     assert isinstance(error, UsageError)

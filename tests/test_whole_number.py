@@ -13,6 +13,7 @@ import pytest
 
 from fedavg_core.errors import UsageError, type_name
 from fedavg_core.whole_number import is_whole_number, whole_number
+from tests.bad_updates import Liar
 
 
 class Level(IntEnum):
@@ -92,11 +93,4 @@ def test_one_that_is_too_long_to_be_shown_is_refused(value: int) -> None:
 
 
 def test_what_a_subclass_says_of_itself_is_not_believed() -> None:
-    class Liar(int):
-        def __int__(self) -> int:
-            return 7
-
-        def __ge__(self, other: object) -> bool:
-            raise ValueError
-
     assert whole_number("n", Liar(3), 1) == 3
