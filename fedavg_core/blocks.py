@@ -105,8 +105,8 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
     Yields:
         Blocks that cover each element once. An array of more than a quarter of the capacity has
         blocks of its own, of like sizes, larger ones first; the others share, in their order. A
-        shared block is at most half the capacity, as the copy that it is read from takes its part
-        of the cache.
+        shared block is at most three quarters of the capacity, as the copy that it is read from
+        takes its part of the cache.
     """
     gathered: list[Segment] = []
     filled = 0
@@ -119,7 +119,7 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
                 start, stop = (each * n + min(n, more) for n in (number, number + 1))
                 yield Block((Segment(key, start, stop - start, 0),), stop - start)
         elif size:
-            if filled + size > capacity // 2:
+            if filled + size > capacity * 3 // 4:
                 yield Block(tuple(gathered), filled)
                 gathered, filled = [], 0
             gathered.append(Segment(key, 0, size, filled))
