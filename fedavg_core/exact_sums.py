@@ -41,7 +41,8 @@ class ExactSums(Sums[ExactSum]):
             block, total = self._blocks[at]
             for number, (params, weight) in enumerate(terms):
                 try:
-                    _add_block(block, total, params, params, weight, buffers)
+                    for values, exponent in load(block, params, params, buffers):
+                        total.add(values, weight * (1 << exponent), buffers.scratch)
                 except NonFiniteError as error:
                     with RefusedUpdate.numbered(number, terms):
                         raise not_finite(params, *block.locate(error.index)) from None
@@ -144,26 +145,13 @@ class ExactSums(Sums[ExactSum]):
         if len(segments) < len(block.segments):
             where = np.concatenate([np.arange(s.place.start, s.place.stop) for s in segments])
             total = total.take(where)
-        if base is not None:
-            total = total.take(slice(None))
-            keys = {segment.key for segment in segments}
-            try:
-                _add_block(block, total, base, keys, weight, buffers, where)
-            except NonFiniteError:
-                raise base_not_finite(base, keys) from None
-        return quotient(total, weight, spec.number, buffers.scratch, out)
-
-
-def _add_block(
-    block: Block,
-    total: ExactSum,
-    params: Params,
-    keys: Collection[str],
-    weight: Weight,
-    buffers: Buffers,
-    where: npt.NDArray[np.intp] | None = None,
-) -> None:
-    """Add a block's values to its sum; with positions, to a sum of those elements alone."""
-    for values, exponent in load(block, params, keys, buffers):
-        chosen = values if where is None else values[where]
-        total.add(chosen, weight * (1 << exponent), buffers.scratch)
+        if base is None:
+            return quotient(total, weight, spec.number, buffers.scratch, out)
+        keys = {segment.key for segment in segments}
+        parts = load(block, base, keys, buffers)
+        if where is not None:
+            parts = [(values[where], exponent) for values, exponent in parts]
+        try:
+            return quotient(total, weight, spec.number, buffers.scratch, out, parts)
+        except NonFiniteError:
+            raise base_not_finite(base, keys) from None

@@ -13,7 +13,9 @@ is that of one more exact sum. A tie, sign zero, goes to the even one.
 
 Most elements do not come so far: float64 alone tells how they round (`_divide_at`), unless it is
 near to a midpoint or has not all of the sum; and of most of these, ties above all, also on which
-side of a midpoint they are (`_settle`).
+side of a midpoint they are (`_settle`). A float32 base is added to the quotients in float64 in the
+same manner (`_add_at`); to others, and where float64 does not tell, it is added in the exact sums,
+times the weight.
 
 A double-double is brought to fewer bits in two steps without rounding twice by *rounding to odd*
 (Boldo and Melquiond, 2008): if it is not itself a float64, the neighbouring float64 with an odd
@@ -22,6 +24,7 @@ last bit stands for it, and that one is on no boundary of a narrower format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import frexp, ldexp
 from typing import Any, NamedTuple, TypeAlias
@@ -29,7 +32,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum, Scratch, positions
+from fedavg_core.exact import ExactSum, NonFiniteError, Scratch, positions
 from fedavg_core.model import NumberFormat
 from fedavg_core.readout import Nearest, extent, leading, nearest, sign
 
@@ -37,19 +40,31 @@ __all__ = ["quotient"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = npt.NDArray[Any]
+Floats32: TypeAlias = npt.NDArray[np.float32]
 Indices: TypeAlias = npt.NDArray[np.intp]
+Base: TypeAlias = "Sequence[tuple[Array, int]]"
 
 _RELATIVE_ERROR = 2.0**-68
 _SHIFT = 2.0**-47  # 32 to 64 last places; a rounded sum times a rounded inverse is off by 5 at most
 _NEAR = 96  # last places; more than this shift and that error together
+_CANCELLED = 2.0**9  # a base this much larger than the result leaves too little of its accuracy
+_BASE_SHIFT = 2.0**-38  # 2**14 to 2**15 last places; a result with a base is off by 14 * 2**9 + 16
+_BASE_NEAR = 5 << 13
 _SAFE_SCALE = 900
 _BEYOND = 2.0**1000
+_UNUSED_BY_FLOAT32 = 53 - 24
+_FLOAT32 = np.finfo(np.float32)
 _PIECE = 1 << 16  # elements divided with care in one go, which takes some thirty arrays as large
 _SPLITTER = 2.0**27 + 1
 
 
 def quotient(
-    total: ExactSum, weight: int | Fraction, number: NumberFormat, scratch: Scratch, out: Array
+    total: ExactSum,
+    weight: int | Fraction,
+    number: NumberFormat,
+    scratch: Scratch,
+    out: Array,
+    base: Base = (),
 ) -> int:
     """Divide exact sums by a weight and round once, to nearest, half to even.
 
@@ -60,26 +75,43 @@ def quotient(
         scratch: Buffers, of any size; their contents are overwritten.
         out: Overwritten with the quotients, with an exact zero as +0.0, and with 0 for what is
             beyond the largest number of the dtype. One dimension.
+        base: What is added to the quotients before they are rounded: parts ``(values, exponent)``
+            of ``Σ values · 2**exponent``, as `ExactSum.add` takes them. Only read.
 
     Returns:
-        The position of the first quotient beyond the largest number, or -1.
+        The position of the first result beyond the largest number, or -1.
+
+    Raises:
+        NonFiniteError: An element of the base is NaN or infinite.
     """
     with np.errstate(all="ignore"):  # whatever the caller has set
         way = _way(total, weight, number)
+        if base and not (way is not None and way.unused == _UNUSED_BY_FLOAT32 and way.are_normal):
+            total = _above(total, slice(None), base, weight, scratch)
+            base = ()
+            way = _way(total, weight, number)
         if way is None:
             careful = np.arange(total.size)
         else:
             piece = scratch.product.size
             pieces = [slice(n, min(n + piece, total.size)) for n in range(0, total.size, piece)]
-            careful = np.concatenate(
-                [_divide_at(at, way, weight, number, scratch, out) for at in pieces]
-            )
-            careful = _settle(way, careful, weight, out)
+            if base:
+                ((values, _),) = base
+                found = [_add_at(at, way, values, weight, scratch, out) for at in pieces]
+                near, careful = map(np.concatenate, zip(*found, strict=True))
+                careful = np.union1d(careful, _settle(way, near, weight, out, values))
+            else:
+                near = np.concatenate(
+                    [_divide_at(at, way, weight, number, scratch, out) for at in pieces]
+                )
+                careful = _settle(way, near, weight, out)
         out[careful] = 0
         beyond: list[int] = []
         for start in range(0, careful.size, _PIECE):
             places = careful[start : start + _PIECE]
             part = total.take(places)
+            if base:
+                part = _above(total, places, base, weight, scratch)
             for chosen, high, low, exponent, exact in leading(part):
                 values, lost = _careful(
                     part, chosen, high, low, exponent, exact, weight, number, out
@@ -160,7 +192,7 @@ def _divide_at(
         values[doubt] = 0.0
     doubtful = scratch.mask[:size]
     if way.unused:
-        _round(values, way.unused, spare, out[place], doubtful)
+        _round(values, way.unused, spare, out[place], doubtful, _NEAR)
     else:
         out[place] = values
         doubtful[:] = False
@@ -174,8 +206,59 @@ def _divide_at(
     return places
 
 
+def _add_at(
+    place: slice,
+    way: _Way,
+    base: Floats32,
+    weight: int | Fraction,
+    scratch: Scratch,
+    out: Floats32,
+) -> tuple[Indices, Indices]:
+    """Write some of the quotients plus a base, as float64 tells them; which are not to be trusted.
+
+    As in `_divide_at` all results are made greater by more than they are off. A result of which
+    base and quotient have cancelled most is off by too much, and one that is not a normal number
+    has its midpoints elsewhere.
+
+    Returns:
+        The positions of those near to a midpoint, and of those to be computed with care whatever
+        they are near to; some of them are in both.
+    """
+    size = place.stop - place.start
+    values, spare, base, out = scratch.product[:size], scratch.spare[:size], base[place], out[place]
+    sums, numerator, bits = way.sums, weight.numerator, weight.numerator.bit_length()
+    factor = ldexp((1 << bits) / numerator, way.scale)
+    np.multiply(sums.at(place, values, spare), factor, out=values)
+    here = (place.start <= sums.where) & (sums.where < place.stop)
+    at, loose = sums.where[here] - place.start, sums.part[here] * factor
+    np.add.at(values, at, loose)
+    np.add(values, base, out=values)
+    np.multiply(values, 1 + _BASE_SHIFT, out=values)
+    # The sum and its loose parts may have cancelled as well, 16 of them at most.
+    at = at[np.abs(values[at]) < 0.25 * np.abs(loose).max(initial=0.0)]
+    midway = scratch.mask[:size]
+    _round(values, way.unused, spare, out, midway, _BASE_NEAR)
+    near = positions(midway)
+    narrow = spare.view(np.float32)
+    before, after = np.abs(base, out=narrow[:size]), np.abs(out, out=narrow[size:])
+    if not before.max() < np.inf:
+        raise NonFiniteError(int(np.argmin(np.isfinite(base))) + place.start)
+    unsure = midway
+    unsure[:] = False
+    if after.min() < 2 * _FLOAT32.smallest_normal or after.max() > _FLOAT32.max:
+        unsure |= (after < 2 * _FLOAT32.smallest_normal) & (after > 0) | (after > _FLOAT32.max)
+    unsure[at] = True
+    unsure |= np.multiply(after, _CANCELLED, out=after) < before
+    return near + place.start, positions(unsure) + place.start
+
+
 def _round(
-    values: Floats, unused: int, spare: Floats, out: Array, midway: npt.NDArray[np.bool_]
+    values: Floats,
+    unused: int,
+    spare: Floats,
+    out: Array,
+    midway: npt.NDArray[np.bool_],
+    near: int,
 ) -> None:
     """Write values rounded to narrower numbers; which are beyond a midpoint of two by little.
 
@@ -185,10 +268,11 @@ def _round(
         spare: As many numbers; overwritten.
         out: Overwritten with the rounded values; of those near to a midpoint, with either
             neighbour.
-        midway: Overwritten with which are on a midpoint, or beyond it by up to `_NEAR`.
+        midway: Overwritten with which are on a midpoint, or beyond it by up to so many last places:
+        near: How many.
     """
     pattern = values.view(np.uint64)
-    is_float32 = unused == 29
+    is_float32 = unused == _UNUSED_BY_FLOAT32
     rest = pattern
     if is_float32:  # a processor's own rounding, once
         out[:] = values
@@ -196,7 +280,7 @@ def _round(
         rest = spare.view(np.uint64)
     # What is unused, moved to the top: at a midpoint it is the least of the signed integers.
     np.left_shift(pattern, np.uint64(64 - unused), out=rest)
-    least = -(1 << 63) + (_NEAR << (64 - unused))
+    least = -(1 << 63) + (near << (64 - unused))
     np.less_equal(rest.view(np.int64), np.int64(least), out=midway)
     if not is_float32:
         # As those near to a midpoint are known, adding half a unit and cutting rounds to nearest.
@@ -205,7 +289,29 @@ def _round(
         out[:] = values
 
 
-def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> Indices:
+def _above(
+    total: ExactSum,
+    where: Indices | slice,
+    base: Base,
+    weight: int | Fraction,
+    scratch: Scratch,
+) -> ExactSum:
+    """Some of the sums, and a base times the weight; a new sum."""
+    part = total.take(where)
+    if scratch.product.size < part.size:
+        scratch = Scratch(part.size)
+    for values, exponent in base:
+        part.add(np.ascontiguousarray(values[where]), weight * (1 << exponent), scratch)
+    return part
+
+
+def _settle(
+    way: _Way,
+    places: Indices,
+    weight: int | Fraction,
+    out: Array,
+    base: Floats32 | None = None,
+) -> Indices:
     """Write the quotients of a few sums that are normal numbers; the positions left over.
 
     Cut to the narrower format, a quotient has a midpoint above it. A sum of limbs, less that
@@ -218,21 +324,33 @@ def _settle(way: _Way, places: Indices, weight: int | Fraction, out: Array) -> I
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
     zeros = (numerator & -numerator).bit_length() - 1
-    if not way.are_normal or bits - zeros >= unused:  # else a midpoint times the weight is exact
-        return places
+    if not places.size or not way.are_normal or bits - zeros >= unused:
+        return places  # else a midpoint times the weight is exact
     upper, lower = sums.limbs[0][places], np.zeros(places.size)
     for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):
         lower += limb[places] * unit
     loose = np.zeros(places.size)
-    np.add.at(loose, np.searchsorted(places, sums.where), sums.part)
+    at = np.minimum(np.searchsorted(places, sums.where), places.size - 1)
+    here = places[at] == sums.where
+    np.add.at(loose, at[here], sums.part[here])
     lower, lost = _two_sum(lower, loose)
     values = (upper + lower) * ldexp((1 << bits) / numerator, way.scale)
+    if base is not None:
+        added = base[places].astype(np.float64)
+        values += added
     cut = values.view(np.int64) & -(1 << unused)
     divisor = ldexp(numerator >> zeros, zeros - bits - way.scale)  # may be beyond float64 as it is
-    middle = (cut | 1 << (unused - 1)).view(np.float64) * divisor
+    midpoint = (cut | 1 << (unused - 1)).view(np.float64)
+    fine = lost == 0.0
+    if base is None:
+        middle = midpoint * divisor
+    else:
+        apart, lost = _two_sum(midpoint, -added)
+        middle, also_lost = _two_product(apart, divisor)
+        fine &= (lost == 0.0) & (also_lost == 0.0)
     distance = upper - middle
-    fine = (np.abs(distance) < 0.5 * np.abs(middle)) & (lost == 0.0)
-    side = (distance + lower) * np.sign(middle)
+    fine &= np.abs(distance) < 0.5 * np.abs(middle)
+    side = (distance + lower) * np.sign(midpoint)
     up = (side > 0.0) | ((side == 0.0) & ((cut >> unused) & 1 == 1))
     out[places] = (cut + (up.astype(np.int64) << unused)).view(np.float64)
     left: Indices = places[~fine]

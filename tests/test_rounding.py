@@ -114,6 +114,41 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
             assert out.tolist() == [rounded(s / divisor, number.precision) for s in sums]
 
 
+@pytest.mark.parametrize(
+    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1"]
+)
+@pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 45])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sum_and_a_base_beside_a_midpoint_are_rounded_to_their_own_side(
+    lay: str, weight_bits: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(weight_bits)
+    number = ArraySpec((), np.dtype(dtype)).number
+    for sum_bits in (1, 3, 12, 26, 28, 30, 44, 50):
+        for _ in range(50 if THOROUGH else 4):
+            weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
+            divisor = weight * Fraction(2) ** (sum_bits - weight_bits)
+            odd = 2 * rng.integers(1 << (number.precision - 1), 1 << number.precision, SIZE) + 1
+            results = [int(m) * Fraction(2) ** (-1 - number.precision) for m in odd]
+            share = [Fraction(2) ** int(e) for e in rng.integers(-56, -30, SIZE)]
+            signs = rng.integers(-1, 2, (2, SIZE))
+            results = [
+                (r + r * s * int(a)) * (1 - 2 * int(b == 1))
+                for r, s, a, b in zip(results, share, *signs, strict=True)
+            ]
+            # Of a base like the result little is left to the sum; of its negative, twice as much.
+            times = rng.choice([0, 1, -1, 0.5, 1.5, 2**-10, 3000 if sum_bits < 40 else 1.25], SIZE)
+            base = (np.array([float(r) for r in results]) * times).astype(dtype)
+            near = [(r - Fraction(float(b))) * divisor for r, b in zip(results, base, strict=True)]
+            total, sums = laid(near, lay, rng)
+            out = np.empty(SIZE, dtype)
+            parts = [(base.astype(np.float32), 0)]
+            assert quotient(total, divisor, number, Scratch(17), out, parts) == -1
+            exact = [s / divisor + Fraction(float(b)) for s, b in zip(sums, base, strict=True)]
+            assert out.tolist() == [rounded(x, number.precision) for x in exact]
+            assert not np.signbit(out[out == 0]).any()
+
+
 def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
     rng = np.random.default_rng(0)
     parts = rng.integers(-(1 << 23), 1 << 23, SIZE)
@@ -123,3 +158,47 @@ def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
     out = np.empty(SIZE, np.float32)
     assert quotient(total, 2, ArraySpec((), out.dtype).number, Scratch(SIZE), out) == -1
     assert out.tolist() == [round(Fraction(int(part), 2)) * 2.0**-149 for part in parts]
+
+
+def test_a_base_finds_out_where_loose_parts_have_cancelled_the_sum() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200 if THOROUGH else 40):
+        weight = int(rng.integers(1 << 27, 1 << 28)) | 1
+        wholes = rng.integers(-7, 8, SIZE)
+        left = [int(k) * UNIT for k in rng.integers(1, 99, SIZE)]
+        total = ExactSum(SIZE)
+        total.origin, total.limbs[0], total.bounds[0] = 0, wholes.astype(np.float64), 8
+        parts = np.array([float(k - int(n)) for n, k in zip(wholes, left, strict=True)]) / 16
+        total.loose = [(np.arange(SIZE), parts)] * 16
+        base = rng.choice([0, 1], SIZE).astype(np.float32) * np.float32(2**-50)
+        out = np.empty(SIZE, np.float32)
+        number = ArraySpec((), out.dtype).number
+        assert quotient(total, weight, number, Scratch(SIZE), out, [(base, 0)]) == -1
+        exact = [k / weight + Fraction(float(b)) for k, b in zip(left, base, strict=True)]
+        assert out.tolist() == [rounded(x, 24) for x in exact]
+
+
+def test_a_quotient_and_a_base_may_come_to_a_subnormal_number_beside_a_midpoint() -> None:
+    weight = 120718233  # of which 2**51 + 1 is a multiple
+    total = ExactSum(SIZE)
+    total.origin, total.limbs[0], total.bounds[0] = -99, np.ones(SIZE), 1
+    steps = 2**50 // weight  # of 2**-149, and one half less 1 / (2 * weight)
+    results = np.arange(SIZE) * 1000 + 2**20
+    base = np.ldexp((results - steps).astype(np.float64), -149).astype(np.float32)
+    out = np.empty(SIZE, np.float32)
+    number = ArraySpec((), out.dtype).number
+    assert quotient(total, weight, number, Scratch(SIZE), out, [(base, 0)]) == -1
+    assert np.ldexp(out.astype(np.float64), 149).tolist() == results.tolist()
+
+
+def test_a_base_may_bring_a_result_to_the_largest_number_and_beyond() -> None:
+    total = ExactSum(3)
+    total.origin, total.limbs[0], total.bounds[0] = 80, np.array([0.0, 1.0, -1.0]) * 2**23, 1 << 23
+    out = np.empty(3, np.float32)
+    largest = np.finfo(np.float32).max
+    number = ArraySpec((), out.dtype).number
+    base = np.array([largest, largest, -largest])
+    assert quotient(total, 1, number, Scratch(3), out, [(base, 0)]) == 1
+    base = np.array([largest, -largest, largest])
+    assert quotient(total, 1, number, Scratch(3), out, [(base, 0)]) == -1
+    assert out.tolist() == [largest, -largest + 2.0**104, largest - 2.0**104]
