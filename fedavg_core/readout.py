@@ -19,24 +19,26 @@ import numpy.typing as npt
 
 from fedavg_core.exact import LOOSE_BOUND, STEP, ExactSum
 
-__all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign"]
+__all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign", "two_sum"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 Digits: TypeAlias = "dict[int, npt.NDArray[np.int32]]"
+
+_MOST_STEPS = 29  # between limbs that are told together in float64, whose exponents have an end
 
 
 class Nearest(NamedTuple):
     """Sums that float64 tells at once, and what is loose beside them.
 
     Attributes:
-        limbs: From one to three adjoining limbs, the highest first.
+        limbs: The limbs, the highest first.
         units: The units of these, in those of the first.
         where: Where there is something loose, in any order; a place may occur several times.
         part: What is to be added there.
         exponent: What all of it is to be scaled by, as a power of two.
-        roundings: After how many roundings `at` gives them, each with a relative error below
-            2**-52; exact if there were none.
+        error: What `at` may be off by, beside a relative error below 2**-52; exact with one limb.
+        pair_error: What `pair` may be off by, without what is loose.
     """
 
     limbs: Sequence[Floats]
@@ -44,27 +46,55 @@ class Nearest(NamedTuple):
     where: Indices
     part: Floats
     exponent: int
-    roundings: int
+    error: float
+    pair_error: float
 
-    def at(self, place: slice, out: Floats, spare: Floats) -> Floats:
+    def at(self, place: slice, out: Floats) -> Floats:
         """Some of the sums, without what is loose.
 
         Args:
             place: Which.
             out: As many numbers; overwritten.
-            spare: As many numbers; overwritten.
 
         Returns:
             The sums, none of them -0.0; only to be read: they may be part of a limb.
         """
-        top, *lower = (limb[place] for limb in self.limbs)
-        if not lower:
-            return top
-        np.multiply(lower[-1], self.units[-1], out=spare)
-        if len(lower) == 2:
-            np.multiply(lower[0], self.units[1], out=out)
-            np.add(spare, out, out=spare)
-        return np.add(top, spare, out=out)
+        return _folded([limb[place] for limb in self.limbs], self.units, out)
+
+    def pair(self, place: slice) -> tuple[Floats, Floats]:
+        """Some of the sums as double-doubles, with what is loose.
+
+        Args:
+            place: Which.
+
+        Returns:
+            ``(high, low)``, whose sums they are, with ``high`` the nearest float64; new memory.
+        """
+        limbs = [limb[place] for limb in self.limbs]
+        high, low = limbs[0], np.zeros(limbs[0].size)
+        if len(limbs) > 1:
+            high, low = two_sum(high, limbs[1] * self.units[1])
+        if len(limbs) > 2:
+            low += self.units[2] * _folded(limbs[2:], self.units[2:], np.empty(low.size))
+        here = (place.start <= self.where) & (self.where < place.stop)
+        np.add.at(low, self.where[here] - place.start, self.part[here])
+        return two_sum(high, low)
+
+
+def two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """The sum a + b as an exact sum of two float64 (Knuth, 1969)."""
+    total = a + b
+    shift = total - a
+    return total, (a - (total - shift)) + (b - shift)
+
+
+def _folded(limbs: Sequence[Floats], units: Sequence[float], out: Floats) -> Floats:
+    """The sum of limbs, the highest first, in the first one's units; rounded at each addition."""
+    *upper, total = limbs
+    for number in range(len(upper) - 1, -1, -1):
+        np.multiply(total, units[number + 1] / units[number], out=out)
+        total = np.add(out, upper[number], out=out)
+    return total
 
 
 def sign(total: ExactSum) -> Floats:
@@ -112,23 +142,34 @@ def nearest(total: ExactSum) -> Nearest | None:
         The sums; None if it takes more than a few operations, or if every sum is zero.
     """
     used = total.used()[::-1]
-    if total.origin is None or not used or used[0] - used[-1] > 2:
+    if total.origin is None or not used or used[0] - used[-1] > _MOST_STEPS:
         return None
     top = used[0]
-    # Two lower limbs are added without rounding, if between them there are at most 53 bits.
-    if len(used) == 3 and max(total.bounds[k] for k in used[1:]) > 1 << (52 - STEP):
-        return None
     where, part = np.empty(0, np.intp), np.empty(0)
     if total.loose:
         where, part = map(np.concatenate, zip(*total.loose, strict=True))
         part *= 2.0 ** (-STEP * top)
+    # Below the top one, limbs come to less than this; each rounding loses 2**-53 of it at most.
+    below, further = (
+        sum(total.bounds[k] * 2.0 ** (STEP * (k - top)) for k in lower)
+        for lower in (used[1:], used[2:])
+    )
+    # The last rounding is a relative one, and two lower limbs are added without one, if between
+    # them there are at most 53 bits.
+    fits = used[1:] == [top - 1, top - 2] and below * 2.0**STEP <= 1 << (52 - STEP)
+    error = 0.0 if len(used) < 3 or fits else len(used) * below * 2.0**-53
+    pair_error = 0.0
+    if len(used) > 2 or total.loose:
+        lost = (total.bounds[top] + below) * 2.0**-53 + len(total.loose) * 2.0 ** (-STEP * top)
+        pair_error = (len(used) + len(total.loose)) * (further + lost) * 2.0**-53
     return Nearest(
         limbs=[total.limbs[k] for k in used],
         units=[2.0 ** (STEP * (k - top)) for k in used],
         where=where,
         part=part,
         exponent=total.origin + STEP * top,
-        roundings=int(len(used) > 1),
+        error=error,
+        pair_error=pair_error,
     )
 
 

@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from fedavg_core.exact import ExactSum, NonFiniteError, Scratch, positions
 from fedavg_core.model import NumberFormat
-from fedavg_core.readout import Nearest, extent, leading, nearest, sign
+from fedavg_core.readout import Nearest, extent, leading, nearest, sign, two_sum
 
 __all__ = ["quotient"]
 
@@ -48,8 +48,10 @@ _RELATIVE_ERROR = 2.0**-68
 _SHIFT = 2.0**-47  # 32 to 64 last places; a rounded sum times a rounded inverse is off by 5 at most
 _NEAR = 96  # last places; more than this shift and that error together
 _CANCELLED = 2.0**9  # a base this much larger than the result leaves too little of its accuracy
-_BASE_SHIFT = 2.0**-38  # 2**14 to 2**15 last places; a result with a base is off by 14 * 2**9 + 16
-_BASE_NEAR = 5 << 13
+_WIDE_SHIFT = 2.0**-38  # 2**14 to 2**15 last places; a result with a base is off by 14 * 2**9 + 16
+_WIDE_NEAR = 5 << 13
+_WIDE_ERROR = 2.0**42  # what is smaller than this times its error may be off by over 2**10 of them
+_PAIR_ERROR = 2.0**72  # the same for double-doubles; see `leading`
 _SAFE_SCALE = 900
 _BEYOND = 2.0**1000
 _UNUSED_BY_FLOAT32 = 53 - 24
@@ -93,7 +95,7 @@ def quotient(
         if way is None:
             careful = np.arange(total.size)
         else:
-            piece = scratch.product.size
+            piece = min(scratch.product.size, total.size if way.unused else _PIECE)
             pieces = [slice(n, min(n + piece, total.size)) for n in range(0, total.size, piece)]
             if base:
                 ((values, _),) = base
@@ -144,9 +146,9 @@ def _way(total: ExactSum, weight: int | Fraction, number: NumberFormat) -> _Way 
     sums = nearest(total)
     if sums is None:
         return None
-    bits, unused = weight.numerator.bit_length(), 53 - number.precision
+    unused = 53 - number.precision
     scale = _scaled(weight, sums.exponent)[2]
-    if abs(scale) > _SAFE_SCALE or (not unused and (sums.roundings or bits > 53)):
+    if abs(scale) > _SAFE_SCALE:
         return None
     # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
     least, reach = (power + scale - sums.exponent for power in extent(total))
@@ -168,39 +170,54 @@ def _divide_at(
 ) -> Indices:
     """Write some of the quotients, as float64 tells them; the positions of those not to be trusted.
 
-    Into float64: of one float64 over another the division is right by itself. Into a narrow format:
-    the product with the divisor's inverse is off by a few units in the last place of float64, so
-    its rounding is right unless it lies that near to a midpoint. All products are made greater by
-    more than they are off (`_SHIFT`); so those that may have been on the other side of a midpoint,
-    or on it, are beyond it now by little, which one comparison finds.
+    Into a narrow format: the product with the divisor's inverse is off by a few units in the last
+    place of float64, so its rounding is right unless it lies that near to a midpoint. All products
+    are made greater by more than they are off (`_SHIFT`); so those that may have been on the other
+    side of a midpoint, or on it, are beyond it now by little, which one comparison finds.
 
-    Results that are not normal numbers are not trusted, nor those to which something loose belongs.
+    Into float64: of one float64 over another the division is right by itself. Others are divided as
+    double-doubles, and are right where both ends of what they may be come to the same.
+
+    Results that are not normal numbers are not trusted, nor those to which something loose belongs,
+    nor those that are so small beside what limbs may hold that they may be off by more.
     """
     size = place.stop - place.start
-    values, spare = scratch.product[:size], scratch.spare[:size]
+    values, spare, doubtful = scratch.product[:size], scratch.spare[:size], scratch.mask[:size]
     sums, numerator, bits = way.sums, weight.numerator, weight.numerator.bit_length()
+    where, least, near = sums.where, 0.0, _NEAR
     if way.unused:
-        factor = ldexp((1 << bits) / numerator, way.scale) * (1 + _SHIFT)
-        np.multiply(sums.at(place, values, spare), factor, out=values)
-    else:
+        shift = _SHIFT
+        if sums.error:
+            shift, near = _WIDE_SHIFT, _WIDE_NEAR
+        factor = ldexp((1 << bits) / numerator, way.scale) * (1 + shift)
+        np.multiply(sums.at(place, values), factor, out=values)
+        least = sums.error * factor * _WIDE_ERROR
+    elif len(sums.limbs) == 1 and bits <= 53:
         factor = ldexp(numerator / (1 << bits), -way.scale)
-        np.divide(sums.at(place, values, spare), factor, out=values)
+        np.divide(sums.at(place, values), factor, out=values)
+        doubtful[:] = False
+    else:
+        first, second, error, _ = _divide(*sums.pair(place), 0, False, weight)
+        np.multiply(first + (second - error), 2.0**way.scale, out=values)
+        np.multiply(first + (second + error), 2.0**way.scale, out=spare)
+        np.not_equal(values, spare, out=doubtful)
+        least = ldexp(sums.pair_error, way.scale) * _PAIR_ERROR
+        where = where[:0]
     doubt: npt.NDArray[np.bool_] | None = None
-    if not way.are_normal:
+    if least or not way.are_normal:
         np.abs(values, out=spare)
-        doubt = ((spare < 2.0**number.least_exponent) & (spare > 0.0)) | (spare > number.largest)
+        doubt = spare < least
+        if not way.are_normal:
+            too_small = (spare < 2.0**number.least_exponent) & (spare > 0.0)
+            doubt |= too_small | (spare > number.largest)
         values[doubt] = 0.0
-    doubtful = scratch.mask[:size]
     if way.unused:
-        _round(values, way.unused, spare, out[place], doubtful, _NEAR)
+        _round(values, way.unused, spare, out[place], doubtful, near)
     else:
         out[place] = values
-        doubtful[:] = False
     if doubt is not None:
         doubtful |= doubt
-    where = sums.where
-    if size < out.size:
-        where = where[(place.start <= where) & (where < place.stop)] - place.start
+    where = where[(place.start <= where) & (where < place.stop)] - place.start
     doubtful[where] = True
     places: Indices = positions(doubtful) + place.start
     return places
@@ -228,16 +245,16 @@ def _add_at(
     values, spare, base, out = scratch.product[:size], scratch.spare[:size], base[place], out[place]
     sums, numerator, bits = way.sums, weight.numerator, weight.numerator.bit_length()
     factor = ldexp((1 << bits) / numerator, way.scale)
-    np.multiply(sums.at(place, values, spare), factor, out=values)
+    np.multiply(sums.at(place, values), factor, out=values)
     here = (place.start <= sums.where) & (sums.where < place.stop)
     at, loose = sums.where[here] - place.start, sums.part[here] * factor
     np.add.at(values, at, loose)
     np.add(values, base, out=values)
-    np.multiply(values, 1 + _BASE_SHIFT, out=values)
+    np.multiply(values, 1 + _WIDE_SHIFT, out=values)
     # The sum and its loose parts may have cancelled as well, 16 of them at most.
     at = at[np.abs(values[at]) < 0.25 * np.abs(loose).max(initial=0.0)]
     midway = scratch.mask[:size]
-    _round(values, way.unused, spare, out, midway, _BASE_NEAR)
+    _round(values, way.unused, spare, out, midway, _WIDE_NEAR)
     near = positions(midway)
     narrow = spare.view(np.float32)
     before, after = np.abs(base, out=narrow[:size]), np.abs(out, out=narrow[size:])
@@ -248,6 +265,8 @@ def _add_at(
     if after.min() < 2 * _FLOAT32.smallest_normal or after.max() > _FLOAT32.max:
         unsure |= (after < 2 * _FLOAT32.smallest_normal) & (after > 0) | (after > _FLOAT32.max)
     unsure[at] = True
+    if sums.error:
+        unsure |= after < 2 * _WIDE_ERROR * sums.error * factor
     unsure |= np.multiply(after, _CANCELLED, out=after) < before
     return near + place.start, positions(unsure) + place.start
 
@@ -324,7 +343,7 @@ def _settle(
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
     zeros = (numerator & -numerator).bit_length() - 1
-    if not places.size or not way.are_normal or bits - zeros >= unused:
+    if not places.size or not way.are_normal or bits - zeros >= unused or sums.error:
         return places  # else a midpoint times the weight is exact
     upper, lower = sums.limbs[0][places], np.zeros(places.size)
     for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):
@@ -333,7 +352,7 @@ def _settle(
     at = np.minimum(np.searchsorted(places, sums.where), places.size - 1)
     here = places[at] == sums.where
     np.add.at(loose, at[here], sums.part[here])
-    lower, lost = _two_sum(lower, loose)
+    lower, lost = two_sum(lower, loose)
     values = (upper + lower) * ldexp((1 << bits) / numerator, way.scale)
     if base is not None:
         added = base[places].astype(np.float64)
@@ -345,7 +364,7 @@ def _settle(
     if base is None:
         middle = midpoint * divisor
     else:
-        apart, lost = _two_sum(midpoint, -added)
+        apart, lost = two_sum(midpoint, -added)
         middle, also_lost = _two_product(apart, divisor)
         fine &= (lost == 0.0) & (also_lost == 0.0)
     distance = upper - middle
@@ -431,16 +450,9 @@ def _two_product(a: Floats, b: float) -> tuple[Floats, Floats]:
     return product, error
 
 
-def _two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    """The sum a + b as an exact sum of two float64 (Knuth, 1969)."""
-    total = a + b
-    shift = total - a
-    return total, (a - (total - shift)) + (b - shift)
-
-
 def _to_odd(a: Floats, b: Floats) -> Floats:
     """A float64 that every format of at most 51 bits rounds as it would round a + b."""
-    total, error = _two_sum(a, b)
+    total, error = two_sum(a, b)
     aside = np.nextafter(total, np.where(error > 0.0, np.inf, -np.inf))
     even = (total.view(np.int64) & 1) == 0
     return np.where((error != 0.0) & even, aside, total)

@@ -37,9 +37,10 @@ def laid(
     ``lay`` says where what is below limb 0's unit lies: loose (in 1 to 3 parts), in limb -1, there
     with much that limb 0 has the negative of (or as much as limb -1 can hold, so that limb 0 has
     the other sign than most sums), in both, or in limbs -1 and -2; or loose, with most of the sum
-    in limb 1 and more in limb 0 than float64 can hold with the loose parts.
+    in limb 1 and more in limb 0 than float64 can hold with the loose parts; or in limbs -1 to -3,
+    each of which has much that the one above has the negative of.
     """
-    step = UNIT * UNIT if lay == "two limbs" else UNIT
+    step = {"two limbs": UNIT**2, "deep": UNIT**3}.get(lay, UNIT)
     sums = [round(number / step) * step for number in sums]
     total = ExactSum(len(sums))
     total.origin = 0
@@ -47,6 +48,18 @@ def laid(
     rests = [number - whole for number, whole in zip(sums, wholes, strict=True)]
     total.limbs[0] = np.array([float(whole) for whole in wholes])
     total.bounds[0] = 1 << 53
+    if lay == "deep":
+        left = [int(number / step) for number in sums]
+        for k in (-3, -2, -1):
+            upper = [
+                (n + (1 << (STEP - 1)) >> STEP) + int(rng.integers(-1 << 20, 1 << 20)) for n in left
+            ]
+            digits = [n - (up << STEP) for n, up in zip(left, upper, strict=True)]
+            total.limbs[k] = np.array([float(digit) for digit in digits])
+            total.bounds[k] = 1 << 45
+            left = upper
+        total.limbs[0] = np.array([float(whole) for whole in left])
+        return total, sums
     if lay == "limb 1":
         upper = [round(whole / (1 << STEP)) + int(rng.integers(-1024, 1024)) for whole in wholes]
         total.limbs[1] = np.array([float(part) for part in upper])
@@ -82,7 +95,7 @@ def laid(
 
 
 @pytest.mark.parametrize(
-    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1"]
+    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1", "deep"]
 )
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 29, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -91,7 +104,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
 ) -> None:
     rng = np.random.default_rng(weight_bits)
     number = ArraySpec((), np.dtype(dtype)).number
-    for sum_bits in (1, 3, 12, 26, 27, 28, 30, 44, 50):
+    for sum_bits in (1, 3, 12, 14, 24, 26, 27, 28, 30, 44, 50):
         for _ in range(50 if THOROUGH else 4):
             weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
             odd = 2 * rng.integers(1 << (number.precision - 1), 1 << number.precision, SIZE) + 1
@@ -101,7 +114,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
                 odd[::2] -= odd[::2] % steps
                 odd[::2] += pow(weight, -1, steps)
             midpoints = [Fraction(int(m)) * weight * scale for m in odd]
-            share = [Fraction(2) ** int(e) for e in rng.integers(-56, -36, SIZE)]
+            share = [Fraction(2) ** int(e) for e in rng.integers(-62, -36, SIZE)]
             sign = rng.integers(-1, 2, (2, SIZE))
             near = [
                 (m + m * s * int(a)) * (1 - 2 * int(b == 1))
@@ -115,7 +128,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
 
 
 @pytest.mark.parametrize(
-    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1"]
+    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1", "deep"]
 )
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -124,7 +137,7 @@ def test_a_sum_and_a_base_beside_a_midpoint_are_rounded_to_their_own_side(
 ) -> None:
     rng = np.random.default_rng(weight_bits)
     number = ArraySpec((), np.dtype(dtype)).number
-    for sum_bits in (1, 3, 12, 26, 28, 30, 44, 50):
+    for sum_bits in (1, 3, 12, 14, 26, 28, 30, 44, 50):
         for _ in range(50 if THOROUGH else 4):
             weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
             divisor = weight * Fraction(2) ** (sum_bits - weight_bits)
@@ -147,6 +160,36 @@ def test_a_sum_and_a_base_beside_a_midpoint_are_rounded_to_their_own_side(
             exact = [s / divisor + Fraction(float(b)) for s, b in zip(sums, base, strict=True)]
             assert out.tolist() == [rounded(x, number.precision) for x in exact]
             assert not np.signbit(out[out == 0]).any()
+
+
+@pytest.mark.parametrize("lay", ["deep", "two limbs", "both", "limb 1", "loose"])
+@pytest.mark.parametrize("weight_bits", [1, 10, 28, 45, 60])
+@pytest.mark.parametrize("has_base", [False, True])
+def test_a_sum_beside_a_midpoint_of_float64_is_rounded_to_its_own_side(
+    lay: str, weight_bits: int, has_base: bool
+) -> None:
+    rng = np.random.default_rng(weight_bits)
+    out = np.empty(SIZE)
+    number = ArraySpec((), out.dtype).number
+    for sum_bits in (1, 12, 26, 44, 50):
+        for _ in range(50 if THOROUGH else 4):
+            weight = int(rng.integers(1 << (weight_bits - 1), 1 << weight_bits)) | 1
+            divisor = weight * Fraction(2) ** (sum_bits - weight_bits)
+            odd = 2 * rng.integers(1 << 52, 1 << 53, SIZE) + 1
+            share = [Fraction(2) ** int(e) for e in rng.integers(-118, -50, SIZE)]
+            signs = rng.integers(-1, 2, (2, SIZE))
+            results = [
+                int(m) * Fraction(2) ** -54 * (1 + s * int(a)) * (1 - 2 * int(b == 1))
+                for m, s, a, b in zip(odd, share, *signs, strict=True)
+            ]
+            base = np.array([float(r) for r in results]) * rng.choice([0, 1, -0.5, 2**-9], SIZE)
+            base *= has_base
+            near = [(r - Fraction(b)) * divisor for r, b in zip(results, base, strict=True)]
+            total, sums = laid(near, lay, rng)
+            parts = [(base, 0)] if has_base else []
+            assert quotient(total, divisor, number, Scratch(17), out, parts) == -1
+            exact = [s / divisor + Fraction(b) for s, b in zip(sums, base, strict=True)]
+            assert out.tolist() == [rounded(x, 53) for x in exact]
 
 
 def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
