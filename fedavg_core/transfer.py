@@ -23,6 +23,8 @@ from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 
 __all__ = ["apply", "change", "diff", "diff_spec"]
 
+_FLOATS = tuple(np.dtype(kind) for kind in (np.float16, np.float32, np.float64))
+
 
 def diff(local: Params, base: Params) -> dict[str, npt.NDArray[Any]]:
     """What has to be added to a base to get a model.
@@ -106,10 +108,37 @@ def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
         RefusedUpdate: The difference is not an update that can be added.
         OutOfRange: A sum is beyond the largest number of its dtype.
     """
+    base_spec(base)
+    sums: dict[str, npt.NDArray[Any]] = {}
+    if isinstance(difference, Mapping):
+        for key, array in difference.items():
+            total = _sum(base.get(key), array) if type(key) is str else None
+            if total is not None:
+                sums[key] = total
+        difference = {key: array for key, array in difference.items() if key not in sums}
     mean = WeightedMean()
     if difference:
         mean.add(difference, 1)
-    return mean.mean(base)
+    others = mean.mean({key: array for key, array in base.items() if key not in sums})
+    return {key: sums[key] if key in sums else others[key] for key in base}
+
+
+def _sum(base: object, difference: object) -> npt.NDArray[Any] | None:
+    """The sum of two arrays of floats of one dtype; None if they are not, or it is not finite.
+
+    The processor rounds it once. That of two float16 is rounded to float32 before, which changes
+    nothing (S. Figueroa, "When is double rounding innocuous?", 1995).
+    """
+    if not (type(base) is np.ndarray and type(difference) is np.ndarray):
+        return None
+    if not (base.dtype in _FLOATS and base.dtype == difference.dtype):
+        return None
+    if base.shape != difference.shape:
+        return None
+    with np.errstate(all="ignore"):
+        total: npt.NDArray[Any] = np.add(base, difference, out=np.empty(base.shape, base.dtype))
+        total += 0.0  # no -0.0
+    return total if np.isfinite(total).all() else None
 
 
 def _change(key: str, value: Any, base: npt.NDArray[Any] | None) -> Any:
@@ -136,8 +165,8 @@ def _difference(key: str, local: npt.NDArray[Any], base: npt.NDArray[Any]) -> np
     if local.dtype.kind not in "iu":
         with np.errstate(all="ignore"):
             result: npt.NDArray[Any] = np.asarray(local - base)
-        lost = ~np.isfinite(result) & np.isfinite(local) & np.isfinite(base)
-        if lost.any():
+        finite = np.isfinite(result)
+        if not finite.all() and (~finite & np.isfinite(local) & np.isfinite(base)).any():
             raise OutOfRange(
                 f"key {quoted(key)}: a difference is beyond the largest number of {result.dtype}"
             )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedavg_core as fc
-from fedavg_core.testing import fractions_of
+from fedavg_core.testing import exact_weighted_mean, fractions_of
 from fedavg_core.testing import strategies as fst
 from fedavg_core.transfer import change
 
@@ -120,6 +120,16 @@ def test_a_base_that_is_no_model_is_the_callers_mistake(use: Any, base: Any, tex
         use(base, {"w": np.ones(2)})
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
+def test_some_of_the_parameters_may_be_applied_and_no_zero_is_negative(dtype: str) -> None:
+    base = {"a": -np.zeros(2, dtype), "b": np.ones((), dtype), "c": np.ones(3, ">f4")}
+    result = fc.apply(base, {"c": np.ones(3, np.float32), "a": -np.zeros(2, dtype)})
+    assert list(result) == ["a", "b", "c"]
+    assert not np.signbit(result["a"]).any()
+    assert result["b"] is not base["b"]
+    assert result["c"].tolist() == [2.0, 2.0, 2.0]
+
+
 def test_applying_nothing_copies_the_base() -> None:
     base = {"w": np.ones(2)}
     assert fc.same_bits(fc.apply(base, {}), base)
@@ -130,6 +140,18 @@ def test_a_sum_is_rounded_once_to_the_dtype_of_the_base() -> None:
     result = fc.apply(base, {"w": np.array([2.0**-24 + 2.0**-60])})
     assert result["w"].tolist() == [float(np.nextafter(np.float32(1), np.float32(2)))]
     assert result["w"].dtype == np.float32
+
+
+@given(fst.weighted_models(min_models=2, max_models=2))
+def test_what_is_applied_is_the_exact_sum_rounded_once(drawn: Any) -> None:
+    (base, difference), _ = drawn
+    try:
+        expected = exact_weighted_mean([difference], [1], base=base)
+    except fc.OutOfRange:
+        with pytest.raises(fc.OutOfRange):
+            fc.apply(base, difference)
+        return
+    assert fc.same_bits(fc.apply(base, difference), expected)
 
 
 def test_infinite_inputs_are_left_for_the_gate_to_name() -> None:
