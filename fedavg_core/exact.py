@@ -160,7 +160,7 @@ class ExactSum:
 
     def reset(self) -> None:
         """Make the sum zero again; the memory of the limbs that most sums need is kept."""
-        near = sorted((k for k in self.limbs if abs(k) <= 1), key=abs, reverse=True)
+        near = sorted((k for k in self.limbs if abs(k) <= 2), key=abs, reverse=True)
         memory = [*self._memory, *(self.limbs[k] for k in near)]
         fields = ("_memory", "limbs", "bounds", "loose", "origin", "is_whole")
         # In one call: a limb is never both in use and to be had.
@@ -187,13 +187,11 @@ class ExactSum:
 
         def deposit() -> None:
             if values.dtype == np.float32:
-                if self._add_float32(values, odd, shift, scratch):
-                    return
-            else:
-                largest = float(np.abs(values, out=scratch.product[: self.size]).max())
-                if not largest < np.inf:
-                    raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
-            self._add_general(None, values, odd, shift)
+                for piece, exponent in _pieces(odd, shift, _FAST_WEIGHT_BITS):
+                    if not self._add_float32(values, piece, exponent, scratch):
+                        self._add_general(None, values, piece, exponent, scratch)
+                return
+            self._add_general(None, values, odd, shift, scratch)
 
         self._whole_or_not_at_all(deposit)
 
@@ -215,8 +213,9 @@ class ExactSum:
                 limb, bound = other.limbs[k], other.bounds[k]
                 if self.origin == other.origin and bound < _CAPACITY >> 1:
                     self._deposit(k, where, limb * sign, bound)
-                else:
-                    self._add_slices(where, limb, sign, (other.origin or 0) + STEP * k)
+                elif limb.any():
+                    reach = frexp(float(max(limb.max(), -limb.min())))[1]
+                    self._add_slices(where, limb, reach, sign, (other.origin or 0) + STEP * k)
 
         self._whole_or_not_at_all(deposit)
 
@@ -300,15 +299,14 @@ class ExactSum:
         if top_bits == 0:
             return True
         weight_bits = odd.bit_length()
-        if weight_bits > _FAST_WEIGHT_BITS:
-            return False
         reach = (top_bits >> 24) - 126 if top_bits >> 24 else -126  # every |value| < 2**reach
         high = reach + weight_bits + shift
         if high - self._anchor(high) > 52:
             self._rebase(high)
-        origin = self._anchor(high)
+        k = min(0, self._limb_for(high))
+        unit = self._anchor(high) + STEP * k
         # A float32 ≥ 2**e is a multiple of 2**(e - 23): from this e on products are whole units.
-        least = origin - shift + 23
+        least = unit - shift + 23
         if least > 127:
             return False
         where: Indices | None = _NOWHERE
@@ -319,19 +317,21 @@ class ExactSum:
             has_zeros = where is None  # at places that are not looked at
             if where is None:  # zeros are whole units as well
                 where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
-        factor = ldexp(odd, shift - origin)
+        factor = ldexp(odd, shift - unit)
         largest = float(np.uint32(top_bits >> 1).view(np.float32))
         bound = int(abs(largest * factor)) + 1
         product = scratch.product[:n]
+        if where is not None and where.size and k:
+            where = None
         # The first products are written where they are to stay.
-        target = product if where is None else self._blank(0, product)
+        target = product if where is None else self._blank(k, product)
         product = np.multiply(values, factor, out=target, dtype=np.float64)
         if has_zeros and self.is_zero:
             product += 0.0  # of which none may stay -0.0
         if where is None:
-            self._cut(0, None, product, 1, bound)
+            self._cut(k, None, product, 1, bound)
         elif not where.size:
-            self._deposit(0, None, product, bound)
+            self._deposit(k, None, product, bound)
         else:
             rest = product[where]
             whole = np.rint(rest) + 0.0
@@ -349,14 +349,25 @@ class ExactSum:
         return True
 
     def _add_general(
-        self, where: Indices | None, values: npt.NDArray[Any], odd: int, shift: int
+        self,
+        where: Indices | None,
+        values: npt.NDArray[Any],
+        odd: int,
+        shift: int,
+        scratch: Scratch | None = None,
     ) -> None:
         """Add any finite values, at the given positions, times any weight."""
-        if values.dtype == np.float64 and values.size:
+        magnitude, rest = None, None
+        if scratch is not None:
+            magnitude, rest = scratch.product[: values.size], scratch.spare[: values.size]
+        magnitude = np.abs(values, out=magnitude)
+        largest = float(magnitude.max(initial=0.0))
+        if not largest < np.inf:
+            raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
+        reach = frexp(largest)[1]
+        if values.dtype == np.float64 and (magnitude < ldexp(1.0, reach - _SAFE_RANGE)).any():
             # Values of exponents too far apart to be scaled together go in groups.
-            magnitude = np.abs(values)
-            least = frexp(float(magnitude.max()))[1] - _SAFE_RANGE
-            far = (magnitude < ldexp(1.0, least)) & (magnitude > 0)
+            far = (magnitude < ldexp(1.0, reach - _SAFE_RANGE)) & (magnitude > 0)
             if far.any():
                 below = np.flatnonzero(far)
                 near = np.where(far, 0.0, values)
@@ -364,28 +375,36 @@ class ExactSum:
                 where = below if where is None else where[below]
                 self._add_general(where, values[below], odd, shift)
                 return
-        sign, odd = (-1, -odd) if odd < 0 else (1, odd)
-        while odd:
-            piece = odd & ((1 << STEP) - 1)
-            if piece:
-                self._add_slices(where, values, sign * piece, shift)
-            odd >>= STEP
-            shift += STEP
+        if largest == 0.0:
+            return
+        for piece, exponent in _pieces(odd, shift, STEP):
+            self._add_slices(where, values, reach, piece, exponent, rest)
 
     def _add_slices(
-        self, where: Indices | None, values: npt.NDArray[Any], piece: int, shift: int
+        self,
+        where: Indices | None,
+        values: npt.NDArray[Any],
+        reach: int,
+        piece: int,
+        shift: int,
+        rest: Floats | None = None,
     ) -> None:
-        """Add values times ``piece · 2**shift``, the piece of at most STEP bits, slice by slice."""
-        reach = frexp(float(max(values.max(), -values.min())))[1]
-        if reach == 0 and not values.any():
-            return
-        piece_bits = piece.bit_length()
-        high = reach + piece_bits + shift
+        """Add values times ``piece · 2**shift``, slice by slice.
+
+        Args:
+            where: The positions of the values; all if None.
+            values: The values; below ``2**reach``.
+            reach: See there.
+            piece: An integer of at most STEP bits.
+            shift: An exponent.
+            rest: Memory for as many numbers, to be overwritten; new memory if None.
+        """
+        high = reach + piece.bit_length() + shift
         origin = self._anchor(high)
-        k = -((origin + 53 - _HEADROOM - high) // STEP)
+        k = self._limb_for(high)
         exponent = shift - origin - STEP * k
         if abs(exponent) < _SAFE_RANGE:
-            rest = np.multiply(values, 2.0**exponent, dtype=np.float64)
+            rest = np.multiply(values, 2.0**exponent, out=rest, dtype=np.float64)
         else:
             rest = np.ldexp(values.astype(np.float64), exponent)
         self._cut(k, where, rest, piece, 1 << (high - origin - STEP * k))
@@ -406,11 +425,13 @@ class ExactSum:
             if piece != 1:
                 part *= piece
             self._deposit(k, where, part, bound)
-            left = int(np.count_nonzero(rest))
+            is_left = rest != 0.0
+            left = int(np.count_nonzero(is_left))
             if not left:
                 return
             if left <= rest.size >> 2:
-                keep = np.flatnonzero(rest)
+                few = left <= rest.size >> _SPARSE
+                keep = positions(is_left) if few else is_left.nonzero()[0]
                 rest = rest[keep]
                 where = keep if where is None else where[keep]
             rest *= 2.0**STEP
@@ -422,6 +443,10 @@ class ExactSum:
         if self.origin is None:
             self.origin = high + _HEADROOM - 53
         return self.origin
+
+    def _limb_for(self, high: int) -> int:
+        """The limb that has the head-room of limb 0 over 2**high."""
+        return -((self._anchor(high) + 53 - _HEADROOM - high) // STEP)
 
     def _rebase(self, high: int) -> None:
         """Move the origin up, to where values below 2**high fit into limb 0."""
@@ -546,6 +571,19 @@ def positions(mask: npt.NDArray[np.bool_], most: int | None = None) -> Indices |
         if whole < mask.size:
             found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
     return found if found.size <= most else None
+
+
+def _pieces(odd: int, shift: int, width: int) -> list[tuple[int, int]]:
+    """Numbers of so many bits, and exponents: ``Σ piece · 2**exponent``, the largest first."""
+    sign, rest = (-1, -odd) if odd < 0 else (1, odd)
+    pieces = []
+    while rest:
+        piece = rest & ((1 << width) - 1)
+        if piece:
+            pieces.append((sign * piece, shift))
+        rest >>= width
+        shift += width
+    return pieces[::-1]
 
 
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:

@@ -70,15 +70,19 @@ class Nearest(NamedTuple):
         Returns:
             ``(high, low)``, whose sums they are, with ``high`` the nearest float64; new memory.
         """
-        limbs = [limb[place] for limb in self.limbs]
-        high, low = limbs[0], np.zeros(limbs[0].size)
-        if len(limbs) > 1:
-            high, low = two_sum(high, limbs[1] * self.units[1])
-        if len(limbs) > 2:
-            low += self.units[2] * _folded(limbs[2:], self.units[2:], np.empty(low.size))
+        top, *lower = (limb[place] for limb in self.limbs)
+        low, rest = np.zeros((2, top.size))
+        high = top
+        if lower:
+            high, low = two_sum(top, lower[0] * self.units[1])
+        if lower[1:]:
+            low, rest = two_sum(low, lower[1] * self.units[2])
+        if lower[2:]:
+            rest += self.units[3] * _folded(lower[2:], self.units[3:], np.empty(top.size))
         here = (place.start <= self.where) & (self.where < place.stop)
-        np.add.at(low, self.where[here] - place.start, self.part[here])
-        return two_sum(high, low)
+        np.add.at(rest, self.where[here] - place.start, self.part[here])
+        high, low = two_sum(high, low)
+        return two_sum(high, low + rest)
 
 
 def two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
@@ -149,19 +153,20 @@ def nearest(total: ExactSum) -> Nearest | None:
     if total.loose:
         where, part = map(np.concatenate, zip(*total.loose, strict=True))
         part *= 2.0 ** (-STEP * top)
-    # Below the top one, limbs come to less than this; each rounding loses 2**-53 of it at most.
-    below, further = (
-        sum(total.bounds[k] * 2.0 ** (STEP * (k - top)) for k in lower)
-        for lower in (used[1:], used[2:])
+    # Up to what the limbs come from the second on, from the third, from the fourth.
+    second, third, fourth = (
+        sum(total.bounds[k] * 2.0 ** (STEP * (k - top)) for k in used[number:])
+        for number in (1, 2, 3)
     )
-    # The last rounding is a relative one, and two lower limbs are added without one, if between
-    # them there are at most 53 bits.
-    fits = used[1:] == [top - 1, top - 2] and below * 2.0**STEP <= 1 << (52 - STEP)
-    error = 0.0 if len(used) < 3 or fits else len(used) * below * 2.0**-53
+    # What is added up loses 2**-53 of that at each rounding. The last one is relative, and of two
+    # lower limbs there is none, if between them there are at most 53 bits.
+    fits = used[1:] == [top - 1, top - 2] and second * 2.0**STEP <= 1 << (52 - STEP)
+    error = 0.0 if len(used) < 3 or fits else len(used) * second * 2.0**-53
     pair_error = 0.0
     if len(used) > 2 or total.loose:
-        lost = (total.bounds[top] + below) * 2.0**-53 + len(total.loose) * 2.0 ** (-STEP * top)
-        pair_error = (len(used) + len(total.loose)) * (further + lost) * 2.0**-53
+        loose = len(total.loose) * 2.0 ** (-STEP * top) if total.loose else 0.0
+        rest = fourth + loose + (third + (total.bounds[top] + second) * 2.0**-53) * 2.0**-53
+        pair_error = (len(used) + len(total.loose)) * rest * 2.0**-53
     return Nearest(
         limbs=[total.limbs[k] for k in used],
         units=[2.0 ** (STEP * (k - top)) for k in used],

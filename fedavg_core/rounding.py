@@ -88,7 +88,7 @@ def quotient(
     """
     with np.errstate(all="ignore"):  # whatever the caller has set
         way = _way(total, weight, number)
-        if base and not (way is not None and way.unused == _UNUSED_BY_FLOAT32 and way.are_normal):
+        if base and (way is None or way.unused != _UNUSED_BY_FLOAT32):
             total = _above(total, slice(None), base, weight, scratch)
             base = ()
             way = _way(total, weight, number)
@@ -343,7 +343,8 @@ def _settle(
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
     zeros = (numerator & -numerator).bit_length() - 1
-    if not places.size or not way.are_normal or bits - zeros >= unused or sums.error:
+    are_normal = way.are_normal or base is not None  # those that are not are not asked for
+    if not places.size or not are_normal or bits - zeros >= unused or sums.error:
         return places  # else a midpoint times the weight is exact
     upper, lower = sums.limbs[0][places], np.zeros(places.size)
     for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):
