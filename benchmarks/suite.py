@@ -52,6 +52,7 @@ _AT_HAND_NAMES = ("exact", *(name for name in AVERAGING if name.endswith("add_ma
                   "NVFlare sum", "NVFlare aggregator", "copy")  # fmt: skip
 _RING, _MANY = 64, 512  # distinct updates of small models: 51 MB, more than most caches hold
 _AT_HAND_CLIENTS = 8
+_KINDS_CLIENTS = 3
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,52 @@ def _transfer(quick: bool) -> list[Result]:
             reference="base + difference",
             quick=quick,
         ),
+    ]
+
+
+def _kinds(quick: bool) -> list[Result]:
+    workload = WORKLOADS["resnet50-float32"]
+    workload = cut(workload) if quick else workload
+    rng = np.random.default_rng(0)
+    drawn = draw_updates(workload.shapes, _KINDS_CLIENTS)
+    narrow = [params for params, _ in drawn]
+    weights = [weight for _, weight in drawn]
+    shares = [weight / sum(weights) for weight in weights]
+    small = [{key: a * np.float32(0.01) for key, a in params.items()} for params in narrow]
+    wide = [
+        {key: rng.standard_normal(array.shape) for key, array in params.items()}
+        for params in narrow
+    ]
+
+    def rounds(
+        models: Sequence[Params], weights: Sequence[float], base: Params | None = None
+    ) -> Callable[[], object]:
+        total = fc.WeightedMean()
+
+        def one() -> object:
+            total.reset()
+            for params, weight in zip(models, weights, strict=True):
+                total.add(params, weight)
+            return total.mean(base)
+
+        return one
+
+    return [
+        _tasks(
+            "kinds",
+            f"ResNet-50 × {_KINDS_CLIENTS}{', cut down' * quick}, exact, by dtype and weights",
+            f"one round: {_KINDS_CLIENTS} updates taken, and the mean given",
+            narrow[0],
+            {
+                "float32": rounds(narrow, weights),
+                "float32, differences": rounds(small, weights, narrow[0]),
+                "float32, weights n / N": rounds(narrow, shares),
+                "float64": rounds(wide, weights),
+                "float64, weights n / N": rounds(wide, shares),
+            },
+            reference="float32",
+            quick=quick,
+        )
     ]
 
 
@@ -387,6 +434,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark("at-hand", "ResNet-50 × 8, updates that are at hand together", _at_hand),
         Benchmark("round", "a whole round, gate included, beside the mean alone", _round),
+        Benchmark("kinds", "the exact mean by dtype and weights, and of differences", _kinds),
         Benchmark("transfer", "the difference of two models, and its application", _transfer),
         Benchmark("checkpoint", "a checkpoint saved and loaded", _checkpoint),
         Benchmark("federation", "a federation of 10,000 clients in this process", _federation),
