@@ -14,8 +14,9 @@ limbs that are created only where the data ask for them keep it as small as a do
 The origin is chosen from the first array that comes: so that limb 0 has room for some dozens of
 such products (`_anchor`). Then
 
-* **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and all but the
-  smallest elements are multiples of limb 0's unit already: they are added in one operation. Of the
+* **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and with a short
+  weight all but the smallest elements are multiples of limb 0's unit already: they are added in one
+  operation. A long weight is taken in pieces. Of the
   few that are not (below about 2**-13 of the largest) the whole units are added with the others,
   and the rest is kept aside, loose, with its position: until that is so in so many places that a
   limb pays (`tuck`), no addition and no mean has to pass over one.
@@ -322,7 +323,7 @@ class ExactSum:
         bound = int(abs(largest * factor)) + 1
         product = scratch.product[:n]
         if where is not None and where.size and k:
-            where = None
+            where = None  # what is loose belongs to limb -1
         # The first products are written where they are to stay.
         target = product if where is None else self._blank(k, product)
         product = np.multiply(values, factor, out=target, dtype=np.float64)
