@@ -16,10 +16,10 @@ such products (`_anchor`). Then
 
 * **float32 × a weight of at most 29 odd bits** is exact in float64 (24 + 29 = 53), and with a short
   weight all but the smallest elements are multiples of limb 0's unit already: they are added in one
-  operation. A long weight is taken in pieces. Of the
-  few that are not (below about 2**-13 of the largest) the whole units are added with the others,
-  and the rest is kept aside, loose, with its position: until that is so in so many places that a
-  limb pays (`tuck`), no addition and no mean has to pass over one.
+  operation. Of the few that are not (below about 2**-13 of the largest) the whole units are added
+  with the others, and the rest is kept aside, loose, with its position: until that is so in so many
+  places that a limb pays (`tuck`), no addition and no mean has to pass over one. A longer weight is
+  taken in pieces, and products that are not whole units are cut as follows.
 * **The general way** cuts the array at the limbs' units, from the top (`rint`, subtract, scale by
   2**STEP, again), as the Ozaki scheme does (Ozaki, Ogita, Oishi and Rump, 2012). A slice is an
   integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
