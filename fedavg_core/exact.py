@@ -40,7 +40,7 @@ from fractions import Fraction
 from functools import partial
 from math import frexp, ldexp
 from operator import methodcaller
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
 _FEW = 1 << 16  # places that are looked at one by one
 _PIECE = 1 << 12  # elements that are carried in one go
-_MOST_LOOSE = 16
+_MOST_LOOSE = 16  # and one: two pieces of a weight, 29 bits apart, may leave something each
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
 
@@ -106,6 +106,28 @@ class Scratch:
         # The less memory in use, the more of it stays in the cache.
         self.bits = self.product.view(np.uint32)[:size]
         self.small = self.product.view(np.bool_)[4 * size : 5 * size]
+
+
+class _Step(NamedTuple):
+    """A deposit that may have to be taken back.
+
+    Attributes:
+        k: The limb; -1 and `_LOOSE` as the bound: something was kept aside.
+        where: The positions; all if None.
+        part: What was added there.
+        bound: What no element of it exceeds.
+    """
+
+    k: int
+    where: Indices | None
+    part: Floats
+    bound: int
+
+    def kept_from(self, scratch: Scratch) -> _Step:
+        """The same, with nothing in buffers that are about to be used again."""
+        if self.part.base is scratch.product:
+            return self._replace(part=self.part.copy())
+        return self
 
 
 class ExactSum:
@@ -151,7 +173,7 @@ class ExactSum:
         self.bounds: dict[int, int] = {}
         self.additions = 0
         self.is_whole = True
-        self._steps: list[tuple[int, Indices | None, Floats, int]] = []
+        self._steps: list[_Step] = []
         self._done: list[Any] = []
 
     @property
@@ -180,7 +202,7 @@ class ExactSum:
         """
         odd, shift = _dyadic(weight)
         most = self.size >> _SPARSE
-        if len(self.loose) == _MOST_LOOSE or self._loose_size() > most:
+        if len(self.loose) >= _MOST_LOOSE or self._loose_size() > most:
             if not self.bounds.get(-1):
                 self._join()
             if self.bounds.get(-1) or self._loose_size() > most >> 1:
@@ -189,6 +211,7 @@ class ExactSum:
         def deposit() -> None:
             if values.dtype == np.float32:
                 for piece, exponent in _pieces(odd, shift, _FAST_WEIGHT_BITS):
+                    self._steps = [step.kept_from(scratch) for step in self._steps]
                     if not self._add_float32(values, piece, exponent, scratch):
                         self._add_general(None, values, piece, exponent, scratch)
                 return
@@ -345,7 +368,7 @@ class ExactSum:
             if (np.rint(below) != below).any():
                 self._cut(-1, where, below, 1, _SETTLED)
             elif left.size:
-                self._steps.append((-1, where, rest, _LOOSE))
+                self._steps.append(_Step(-1, where, rest, _LOOSE))
                 self._done.extend(map(self.loose.append, ((where, rest),)))
         return True
 
@@ -480,14 +503,15 @@ class ExactSum:
     def _deposit(self, k: int, where: Indices | None, part: Floats, bound: int) -> None:
         """Add integers of at most the bound to limb k; positions occur once each.
 
-        What is in the limb's own memory already counts from here on.
+        They must stay as they are until the addition is made: they may be taken back. What is in
+        the limb's own memory already counts from here on.
         """
         if part is self.limbs.get(k):
             self.bounds[k] = bound
             return
         limb = self._room(k, bound)
         self.bounds[k] += bound
-        self._steps.append((k, where, part, bound))
+        self._steps.append(_Step(k, where, part, bound))
         # What is done is noted by the very call that does it: nothing can come between the two.
         if where is None:
             self._done.extend(map(np.add, (limb,), (part,), (limb,)))

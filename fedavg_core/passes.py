@@ -33,7 +33,7 @@ Run: TypeAlias = "tuple[int, int]"
 """The first of some consecutive elements of an array, and their number."""
 
 _EDGE_LIMBS = 5  # those that are not filled, at both ends, and what carries over
-_LOOSE_BYTES = 2  # of parts kept aside: 16 each, for an eighth of the elements at most
+_LOOSE_BYTES = 3  # of parts kept aside: 16 each, for three sixteenths of the elements at most
 _READ_COPIES = 4  # of elements that are read, while they are put in C order
 _BLOCK_COPIES = 3  # of a block's sum: itself moved, what undoes an addition, a part taken
 _BLOCK_BYTES = 400  # what dividing and rounding take, an element

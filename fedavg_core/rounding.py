@@ -48,8 +48,10 @@ _RELATIVE_ERROR = 2.0**-68
 _SHIFT = 2.0**-47  # 32 to 64 last places; a rounded sum times a rounded inverse is off by 5 at most
 _NEAR = 96  # last places; more than this shift and that error together
 _CANCELLED = 2.0**9  # a base this much larger than the result leaves too little of its accuracy
-_WIDE_SHIFT = 2.0**-38  # 2**14 to 2**15 last places; a result with a base is off by 14 * 2**9 + 16
-_WIDE_NEAR = 5 << 13
+_WIDE_SHIFT = 2.0**-38  # 2**14 to 2**15 last places
+# With a base the sum, up to 17 loose parts and their products are each rounded, in all some twenty
+# times, at up to 2**9 + 65 times the size of the result, and there is 2**10 for the limbs' error.
+_WIDE_NEAR = 6 << 13  # last places; more than that shift and 22 * (2**9 + 65) + 2**10
 _WIDE_ERROR = 2.0**42  # what is smaller than this times its error may be off by over 2**10 of them
 _PAIR_ERROR = 2.0**72  # the same for double-doubles; see `leading`
 _SAFE_SCALE = 900
@@ -88,7 +90,7 @@ def quotient(
     """
     with np.errstate(all="ignore"):  # whatever the caller has set
         way = _way(total, weight, number)
-        if base and (way is None or way.unused != _UNUSED_BY_FLOAT32):
+        if base and not (way is not None and _is_float32(way, base)):
             total = _above(total, slice(None), base, weight, scratch)
             base = ()
             way = _way(total, weight, number)
@@ -201,6 +203,8 @@ def _divide_at(
         np.multiply(first + (second - error), 2.0**way.scale, out=values)
         np.multiply(first + (second + error), 2.0**way.scale, out=spare)
         np.not_equal(values, spare, out=doubtful)
+        if not way.are_normal:  # they were rounded twice
+            doubtful |= (np.abs(values) <= 2.0**number.least_exponent) & (first != 0.0)
         least = ldexp(sums.pair_error, way.scale) * _PAIR_ERROR
         where = where[:0]
     doubt: npt.NDArray[np.bool_] | None = None
@@ -221,6 +225,13 @@ def _divide_at(
     doubtful[where] = True
     places: Indices = positions(doubtful) + place.start
     return places
+
+
+def _is_float32(way: _Way, base: Base) -> bool:
+    """Whether a base and the results are float32, as it is."""
+    ((values, exponent), *others) = base
+    is_plain = values.dtype == np.float32 and exponent == 0 and not others
+    return is_plain and way.unused == _UNUSED_BY_FLOAT32
 
 
 def _add_at(
@@ -251,8 +262,8 @@ def _add_at(
     np.add.at(values, at, loose)
     np.add(values, base, out=values)
     np.multiply(values, 1 + _WIDE_SHIFT, out=values)
-    # The sum and its loose parts may have cancelled as well, 16 of them at most.
-    at = at[np.abs(values[at]) < 0.25 * np.abs(loose).max(initial=0.0)]
+    # The sum and its loose parts may have cancelled as well, 17 of them at most.
+    at = at[np.abs(values[at]) < 0.5 * np.abs(loose).max(initial=0.0)]
     midway = scratch.mask[:size]
     _round(values, way.unused, spare, out, midway, _WIDE_NEAR)
     near = positions(midway)
@@ -359,7 +370,9 @@ def _settle(
         added = base[places].astype(np.float64)
         values += added
     cut = values.view(np.int64) & -(1 << unused)
-    divisor = ldexp(numerator >> zeros, zeros - bits - way.scale)  # may be beyond float64 as it is
+    divisor = ldexp(
+        numerator >> zeros, zeros - bits - way.scale
+    )  # the numerator itself may be beyond float64
     midpoint = (cut | 1 << (unused - 1)).view(np.float64)
     fine = lost == 0.0
     if base is None:

@@ -280,6 +280,41 @@ def test_an_addition_that_fails_at_any_step_leaves_the_sum_as_it_was(
         assert values_of(total) == before
 
 
+@pytest.mark.parametrize("weight", [(1 << 40) + 1, (1 << 70) + (1 << 35) + 1])
+@pytest.mark.parametrize("step", range(1, 4))
+def test_what_a_piece_of_a_weight_has_added_is_taken_back_though_buffers_are_used_again(
+    weight: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = summed((np.ones(SIZE, np.float32), weight))
+    real, calls = ExactSum._deposit, [0]
+
+    def failing(self: ExactSum, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == step:
+            raise MemoryError
+        real(self, *args)
+
+    monkeypatch.setattr(ExactSum, "_deposit", failing)
+    with contextlib.suppress(MemoryError):
+        total.add(np.full(SIZE, 3, np.float32), weight, Scratch(SIZE))
+    monkeypatch.undo()
+    assert total.is_whole
+    times = 1 if calls[0] >= step else 4
+    assert values_of(total) == [Fraction(times * weight)] * SIZE
+
+
+def test_there_are_never_more_than_seventeen_lists_of_loose_parts() -> None:
+    rng, scratch = np.random.default_rng(0), Scratch(1 << 13)
+    total = ExactSum(1 << 13)
+    for number in range(60):
+        values = np.full(1 << 13, number % 9 == 0, np.float32)
+        values[number % 3] = np.float32(int(rng.integers(1 << 22, 1 << 23)) | 1) * 2.0**-61
+        values[-1] = 1
+        # A weight of which two pieces leave something each.
+        total.add(values, (1 << 58) + (0 if number % 9 == 0 else (1 << 57) + 1), scratch)
+        assert len(total.loose) <= 17
+
+
 @pytest.mark.parametrize("was_reset", [False, True])
 @pytest.mark.parametrize("method", ["_room", "_deposit", "_cut"])
 @pytest.mark.parametrize("step", [1, 2])
@@ -463,7 +498,7 @@ def test_beside_a_limb_for_them_loose_parts_are_few_as_well() -> None:
     total.tuck()
     for _ in range(79):
         total.add(values, 601, scratch)
-        assert len(total.loose) <= 16
+        assert len(total.loose) <= 17
     assert values_of(total) == [80 * f for f in exactly(values, 601)]
 
 

@@ -221,6 +221,60 @@ def test_a_base_finds_out_where_loose_parts_have_cancelled_the_sum() -> None:
         assert out.tolist() == [rounded(x, 24) for x in exact]
 
 
+def test_a_base_and_sixteen_loose_parts_are_off_by_no_more_than_is_looked_at() -> None:
+    # The roundings of these add up, and the exact result is a tie.
+    weight = 84007781
+    loose = [-2560990, -2207518, -2529264, -3072451, -2121313, -2668666, -2207518, -2982721]
+    loose += [-2382171, -3111227, -2592075, -3000667, -2197263, -2568681, -2781760, -2737239]
+    total = ExactSum(1)
+    total.origin = 0
+    total.limbs = {0: np.array([86191978166.0]), -1: np.array([620677.0])}
+    total.bounds = {0: 1 << 46, -1: 1 << 28}
+    total.loose = [(np.zeros(1, np.intp), np.array([part * 2.0**-STEP])) for part in loose]
+    base = np.array([-float.fromhex("0x1.fffffep+9")], np.float32)
+    out = np.empty(1, np.float32)
+    number = ArraySpec((), out.dtype).number
+    assert quotient(total, weight, number, Scratch(1), out, [(base, 0)]) == -1
+    exact = (86191978166 + (620677 + sum(loose)) * UNIT) / weight + Fraction(float(base[0]))
+    assert out.tolist() == [rounded(exact, 24)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("weight", "units"),
+    [
+        (2**60 - 1, 1),
+        (2**60 + 1, 1),
+        (2**60 + 1, 2**53 - 1),
+        (2**60 - 1, 2**53 - 1),
+        (2**60 - 1, 3),
+    ],
+)
+def test_a_subnormal_float64_is_rounded_once(weight: int, units: int, sign: int) -> None:
+    total = ExactSum(2)
+    total.origin = -823
+    total.limbs = {0: np.array([1.0, 0.0]), -8: np.array([0.0, sign * float(units)])}
+    total.bounds = {0: 1, -8: 1 << 53}
+    out = np.empty(2)
+    number = ArraySpec((), out.dtype).number
+    assert quotient(total, weight, number, Scratch(2), out) == -1
+    exact = Fraction(sign * units, 1 << 1015) / weight
+    assert out[1] == float(exact)  # Python rounds a fraction once
+    assert np.signbit(out[1]) == (sign < 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_base_may_come_in_parts_and_be_scaled(dtype: str) -> None:
+    total = ExactSum(1)
+    total.origin, total.limbs[0], total.bounds[0] = 0, np.array([3.0]), 3
+    out = np.empty(1, dtype)
+    number = ArraySpec((), out.dtype).number
+    for part in (np.ones(1), np.ones(1, np.float32)):
+        for base, expected in (([(part, 3)], 11.0), ([(part, 0), (part, 1)], 6.0)):
+            assert quotient(total, 1, number, Scratch(1), out, base) == -1
+            assert out.tolist() == [expected]
+
+
 def test_a_quotient_and_a_base_may_come_to_a_subnormal_number_beside_a_midpoint() -> None:
     weight = 120718233  # of which 2**51 + 1 is a multiple
     total = ExactSum(SIZE)
