@@ -129,11 +129,12 @@ def _sum(base: object, difference: object) -> npt.NDArray[Any] | None:
     The processor rounds it once. That of two float16 is rounded to float32 before, which changes
     nothing (S. Figueroa, "When is double rounding innocuous?", 1995).
     """
-    if not (type(base) is np.ndarray and type(difference) is np.ndarray):
-        return None
-    if not (base.dtype in _FLOATS and base.dtype == difference.dtype):
-        return None
-    if base.shape != difference.shape:
+    if not (
+        type(base) is type(difference) is np.ndarray
+        and base.dtype == difference.dtype
+        and base.dtype in _FLOATS
+        and base.shape == difference.shape
+    ):
         return None
     with np.errstate(all="ignore"):
         total: npt.NDArray[Any] = np.add(base, difference, out=np.empty(base.shape, base.dtype))

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fedavg_core.exact import STEP, ExactSum, Scratch
+from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
 from fedavg_core.model import ArraySpec
 from fedavg_core.rounding import quotient
 from tests.conftest import THOROUGH
@@ -261,6 +261,18 @@ def test_a_subnormal_float64_is_rounded_once(weight: int, units: int, sign: int)
     exact = Fraction(sign * units, 1 << 1015) / weight
     assert out[1] == float(exact)  # Python rounds a fraction once
     assert np.signbit(out[1]) == (sign < 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_base_that_is_not_finite_is_found(dtype: str, bad: float) -> None:
+    total = ExactSum(SIZE)
+    total.origin, total.limbs[0], total.bounds[0] = 0, np.ones(SIZE), 1
+    base = np.ones(SIZE, dtype)
+    base[[20, 31]] = bad, np.nan
+    out = np.empty(SIZE, dtype)
+    with pytest.raises(NonFiniteError, match="element 20 "):
+        quotient(total, 1, ArraySpec((), out.dtype).number, Scratch(17), out, [(base, 0)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -130,6 +130,18 @@ def test_some_of_the_parameters_may_be_applied_and_no_zero_is_negative(dtype: st
     assert result["c"].tolist() == [2.0, 2.0, 2.0]
 
 
+def test_what_cannot_be_applied_is_told() -> None:
+    base = {"w": np.ones(2, np.float32)}
+    with pytest.raises(fc.RefusedUpdate, match="a mapping from names to arrays"):
+        fc.apply(base, [np.ones(2, np.float32)])  # type: ignore[arg-type]
+    with pytest.raises(fc.UsageError, match=r"shape \(3,\)"):
+        fc.apply(base, {"w": np.ones(3, np.float32)})
+    with pytest.raises(fc.RefusedUpdate, match="names that are strings"):
+        fc.apply(base, {1: np.ones(2, np.float32)})  # type: ignore[dict-item]
+    scalars: dict[str, Any] = {"w": np.float32(1)}
+    assert fc.apply(scalars, scalars)["w"] == 2
+
+
 def test_applying_nothing_copies_the_base() -> None:
     base = {"w": np.ones(2)}
     assert fc.same_bits(fc.apply(base, {}), base)
