@@ -118,28 +118,18 @@ class Pass:
             NotFinite: A value is a NaN or an infinity.
         """
         for block, _, total in self._works:
-            self._add(block, total, values, weight, buffers)
-
-    def _add(
-        self,
-        block: Block,
-        total: ExactSum,
-        values: Mapping[str, Array],
-        weight: Weight,
-        buffers: Buffers,
-    ) -> None:
-        try:
-            for elements, exponent in load(block, values, values.keys(), buffers):
-                total.add(elements, weight * (1 << exponent), buffers.scratch)
-        except NonFiniteError as error:
-            raise NotFinite(*self._locate(block, error.index)) from None
+            try:
+                for elements, exponent in load(block, values, values.keys(), buffers):
+                    total.add(elements, weight * (1 << exponent), buffers.scratch)
+            except NonFiniteError as error:
+                raise NotFinite(*self._locate(block, error.index)) from None
 
     def _locate(self, block: Block, index: int) -> tuple[str, int]:
         key, index = block.locate(index)
         return key, self.runs[key][0] + index
 
     def means(self, base: Mapping[str, Array], buffers: Buffers) -> Iterator[Array]:
-        """What the models that were added come to. To be called once.
+        """What the models that were added come to.
 
         Args:
             base: The runs of the base, in the dtypes of the result; none if there is no base. Only
@@ -159,9 +149,14 @@ class Pass:
                 for segment in block.segments:
                     yield base[segment.key][segment.start : segment.start + segment.size]
                 continue
-            self._add(block, total, base, kind.weight, buffers)
             result = np.empty(block.size, kind.spec.dtype)
-            lost = quotient(total, kind.weight, kind.spec.number, buffers.scratch, result)
+            parts = load(block, base, base.keys(), buffers)
+            try:
+                lost = quotient(
+                    total, kind.weight, kind.spec.number, buffers.scratch, result, parts
+                )
+            except NonFiniteError as error:
+                raise NotFinite(*self._locate(block, error.index)) from None
             if lost >= 0:
                 raise BeyondRange(*self._locate(block, lost))
             for segment in block.segments:

@@ -298,8 +298,8 @@ def _round(
         spare: As many numbers; overwritten.
         out: Overwritten with the rounded values; of those near to a midpoint, with either
             neighbour.
-        midway: Overwritten with which are on a midpoint, or beyond it by up to so many last places:
-        near: How many.
+        midway: Overwritten with which are on a midpoint, or beyond it by up to `near`.
+        near: A number of last places of a value.
     """
     pattern = values.view(np.uint64)
     is_float32 = unused == _UNUSED_BY_FLOAT32

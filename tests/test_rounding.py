@@ -14,6 +14,7 @@ from tests.conftest import THOROUGH
 
 SIZE = 40
 UNIT = Fraction(1, 1 << STEP)
+LAYS = ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1", "deep"]
 
 
 def rounded(number: Fraction, precision: int) -> float:
@@ -94,9 +95,7 @@ def laid(
     return total, sums
 
 
-@pytest.mark.parametrize(
-    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1", "deep"]
-)
+@pytest.mark.parametrize("lay", LAYS)
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 29, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
@@ -127,9 +126,7 @@ def test_a_sum_beside_a_midpoint_is_rounded_to_its_own_side(
             assert out.tolist() == [rounded(s / divisor, number.precision) for s in sums]
 
 
-@pytest.mark.parametrize(
-    "lay", ["loose", "limb -1", "cancelling", "opposite", "both", "two limbs", "limb 1", "deep"]
-)
+@pytest.mark.parametrize("lay", LAYS)
 @pytest.mark.parametrize("weight_bits", [1, 10, 24, 28, 45])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sum_and_a_base_beside_a_midpoint_are_rounded_to_their_own_side(
