@@ -1,8 +1,9 @@
 """Work for several threads, which an error or an interruption ends without leaving one behind.
 
 Threads are worth their start where the work is NumPy's on large arrays: it gives up the
-interpreter's lock. They are made for one call of `share_out` each and end with it, so nothing waits
-between calls, and a process that is forked then has none.
+interpreter's lock. On a Python that has none they are held apart by nothing but what is said here.
+They are made for one call of `share_out` each and end with it, so nothing waits between calls, and
+a process that is forked then has none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -36,7 +38,7 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
             are handed out in order, and each that was handed out is tried. But an interruption
             comes before an error.
     """
-    numbers = iter(range(count))
+    numbers = deque(range(count))  # which any thread may take from; an iterator is for one
     failed: list[tuple[int, BaseException]] = []
     busy: list[None] = []
 
@@ -46,8 +48,9 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
         try:
             with np.errstate(all="ignore"):  # each thread has its own
                 while not failed:
-                    number = next(numbers, None)
-                    if number is None:
+                    try:
+                        number = numbers.popleft()
+                    except IndexError:
                         return
                     work(number, own)
         except BaseException as error:
@@ -83,5 +86,5 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
             # An interruption comes first: a refusal is an answer, and would hide it.
             raise min(failed, key=lambda one: (isinstance(one[1], Exception), one[0]))[1]
     finally:
-        list(numbers)  # a thread that begins this late finds nothing to do
+        numbers.clear()  # a thread that begins this late finds nothing to do
         failed.clear()  # an error that refers to itself would keep the update in memory

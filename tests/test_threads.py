@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -24,6 +25,18 @@ def test_each_piece_is_done_once_however_many_threads_there_are(count: int, thre
     share_out(count, lambda number, _: done.append(number), range(threads))
     assert sorted(done) == list(range(count))
     assert threads > 1 or done == list(range(count))
+
+
+def test_each_piece_is_done_once_where_nothing_keeps_the_threads_apart() -> None:
+    """On a Python without its lock, and on others by its switching as often as it can."""
+    done: list[int] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        share_out(20_000, lambda number, _: done.append(number), range(4))
+    finally:
+        sys.setswitchinterval(before)
+    assert sorted(done) == list(range(20_000))
 
 
 def test_where_there_is_no_work_no_tools_are_needed() -> None:
