@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import signal
 import sys
+from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import fedavg_core
@@ -23,28 +26,78 @@ class Interruption:
 
     def __init__(self, moment: int, *modules: str) -> None:
         self.left = moment
-        self._files = {str(Path(fedavg_core.__file__).with_name(f"{name}.py")) for name in modules}
+        self._modules = modules
 
-    def __enter__(self) -> Interruption:
-        self._before = sys.gettrace()
-        sys.settrace(self._call)
-        return self
+    def _count(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
+    # From Python 3.13 on, `sys.settrace` does not see a function's instructions when it runs for
+    # the first time; before 3.12 there is nothing else.
+    if sys.version_info >= (3, 12):
 
-    def _call(self, frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self._files:
-            return None
-        frame.f_trace_opcodes = True
-        return self._step
+        def __enter__(self) -> Interruption:
+            self._watch(sys.monitoring.events.INSTRUCTION)
+            return self
 
-    def _step(self, frame: Any, event: str, argument: Any) -> Any:
-        if event == "opcode":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self._step
+        def __exit__(self, *_: object) -> None:
+            self._watch(0)
+
+        def _watch(self, events: int) -> None:
+            monitoring = sys.monitoring
+            if events:
+                monitoring.use_tool_id(_TOOL, "interruption")
+                monitoring.register_callback(_TOOL, events, self._count)
+            for module in self._modules:
+                for code in _codes_of(module):
+                    monitoring.set_local_events(_TOOL, code, events)
+            if not events:
+                monitoring.register_callback(_TOOL, monitoring.events.INSTRUCTION, None)
+                monitoring.free_tool_id(_TOOL)
+
+    else:
+
+        def __enter__(self) -> Interruption:
+            self._files = {_file_of(module) for module in self._modules}
+            self._before = sys.gettrace()
+            sys.settrace(self._call)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            sys.settrace(self._before)
+
+        def _call(self, frame: Any, event: str, argument: Any) -> Any:
+            if frame.f_code.co_filename not in self._files:
+                return None
+            frame.f_trace_opcodes = True
+            return self._step
+
+        def _step(self, frame: Any, event: str, argument: Any) -> Any:
+            if event == "opcode":
+                self._count()
+            return self._step
+
+
+_TOOL = 4  # none of the numbers that are meant for debuggers, coverage and profilers
+
+
+def _file_of(module: str) -> str:
+    return str(Path(fedavg_core.__file__).with_name(f"{module}.py"))
+
+
+@cache
+def _codes_of(module: str) -> list[CodeType]:
+    """The code of all functions of a module of the core, and of those inside of them."""
+    file = _file_of(module)
+    found = {one.__code__ for one in gc.get_objects() if isinstance(one, FunctionType)}
+    left = [code for code in found if code.co_filename == file]
+    codes = []
+    while left:
+        codes.append(left.pop())
+        left += [each for each in codes[-1].co_consts if isinstance(each, CodeType)]
+    assert codes
+    return codes
 
 
 class InterruptedOutput(io.StringIO):

@@ -31,7 +31,7 @@ NOT_WHOLE: list[Any] = [
     *(True, False, np.True_, np.False_),
     *(1.0, float("nan"), float("inf"), np.float64(1), np.float16(1), 1 + 0j),
     *(Fraction(1), Decimal(1), "1", b"1", "", None, [1], (), np.array(1), np.array([1])),
-    *(np.timedelta64(1, "s"), np.timedelta64("NaT"), np.datetime64(1, "s"), int, object()),
+    *(np.timedelta64(1, "s"), np.timedelta64("NaT", "s"), np.datetime64(1, "s"), int, object()),
 ]
 
 
