@@ -1,10 +1,10 @@
 """Measures the engine beside its peers: ``python -m benchmarks [NAMES...] [--save DIR] [--quick]``.
 
 Times on a shared machine drift by more than the differences that matter. So nothing here is a time
-to be compared with one from another run. Contestants take turns, A B A B, in one process, on the
-same inputs, and what is reported is how they stand to each other: the ratio of the medians, and the
-quartiles of the ratios of the single laps as its spread. A plain copy of the same bytes runs along
-as the floor.
+to be compared with one from another run. Contestants take turns in one process, lap by lap, in an
+order that is drawn anew for each lap, on the same inputs, and what is reported is how they stand to
+each other: the ratio of the medians, and the quartiles of the ratios of the single laps as its
+spread. A plain copy of the same bytes runs along as the floor.
 
 * `workloads`: the models, in one table
 * `peers`: who averages them, in one table

@@ -1,17 +1,22 @@
 """Times of things done in turn, and how they stand to each other.
 
-One lap of each task, then the next lap of each: A B A B. A disturbance that lasts longer than a lap
-then falls on all of them. What is reported of two tasks is the ratio of their median times; the
-quartiles of the ratios of the single laps tell how far to trust it, and the ratio of the fastest
-laps is what is left when every disturbance, which can only add time, has been escaped once. Beside
-the time that passed, the processor time of all threads is taken: it says nothing of what threads
-gain, and is the better guide while other programs compete for the machine.
+One lap of each task, then the next lap of each: a disturbance that lasts longer than a lap falls on
+all of them. The order is drawn anew for each lap, and is the same in every run. In one order for
+all laps somebody would always come after a task that has just given its memory back, which he is
+then given at once, and who comes after one that keeps its memory would wait for the system's.
+
+What is reported of two tasks is the ratio of their median times; the quartiles of the ratios of the
+single laps tell how far to trust it, and the ratio of the fastest laps is what is left when every
+disturbance, which can only add time, has been escaped once. Beside the time that passed, the
+processor time of all threads is taken: it says nothing of what threads gain, and is the better
+guide while other programs compete for the machine.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,11 +156,12 @@ def take_turns(
         look: Is given each task's name and what its first lap has returned, while no clock runs.
 
     Returns:
-        The laps of each task, as many for each.
+        The laps of each task, as many for each, in the order of the tasks.
     """
     laps: dict[str, list[float]] = {name: [] for name in tasks}
     cpu: dict[str, list[float]] = {name: [] for name in tasks}
     out: set[str] = set()
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -167,10 +173,10 @@ def take_turns(
             if lap == _TRIAL and rivals:
                 best = min(min(laps[name]) for name in rivals)
                 out = {name for name in rivals if min(laps[name]) > _FAR_BEHIND * best}
-            for name, task in tasks.items():
+            for name in order.sample(list(tasks), len(tasks)):
                 passed, used = math.nan, math.nan
                 if name not in out:
-                    passed, used, found = _timed(task)
+                    passed, used, found = _timed(tasks[name])
                     if look is not None and lap == 0:
                         look(name, found)
                     del found

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, NoReturn
@@ -216,7 +217,8 @@ def test_tasks_take_turns_and_rivals_far_behind_sit_out(monkeypatch: pytest.Monk
     }
     monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: clock[0] / 2)
     taken = take_turns(tasks, Pace(least=4, most=9, budget=55.0), rivals=["b", "c", "d"])
-    assert "".join(order) == "abcdabcdabdabd"
+    laps = ["".join(order[at:end]) for at, end in [(0, 4), (4, 8), (8, 11), (11, 14)]]
+    assert ["".join(sorted(lap)) for lap in laps] == ["abcd", "abcd", "abd", "abd"]
     assert taken["a"].laps == (9.0,) * 4
     assert taken["a"].cpu == (4.5,) * 4
     assert taken["c"].laps[:2] == (4.0, 4.0)
@@ -226,14 +228,30 @@ def test_tasks_take_turns_and_rivals_far_behind_sit_out(monkeypatch: pytest.Monk
 
 
 def test_what_a_first_lap_gives_is_looked_at_once() -> None:
-    given = iter(range(10))
+    given = {"a": iter("123"), "b": iter("456")}
     seen: list[object] = []
     take_turns(
-        {"a": lambda: next(given), "b": lambda: -next(given)},
+        {name: partial(next, each) for name, each in given.items()},
         Pace(least=3, most=3),
         look=lambda name, found: seen.append((name, found)),
     )
-    assert seen == [("a", 0), ("b", -1)]
+    assert sorted(map(str, seen)) == ["('a', '1')", "('b', '4')"]
+
+
+def test_tasks_take_turns_in_an_order_that_differs_from_lap_to_lap_and_not_from_run_to_run() -> (
+    None
+):
+    def order() -> list[str]:
+        began: list[str] = []
+        tasks = {name: partial(began.append, name) for name in "abc"}
+        assert list(take_turns(tasks, Pace(least=60, most=60))) == list("abc")
+        laps = ["".join(began[at : at + 3]) for at in range(0, 180, 3)]
+        assert {"".join(sorted(lap)) for lap in laps} == {"abc"}
+        return laps
+
+    laps = order()
+    assert len(set(laps)) == 6
+    assert order() == laps
 
 
 def test_the_budget_ends_the_laps_after_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
