@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import signal
 import sys
+from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from inspect import unwrap
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import fedavg_core
@@ -89,15 +91,23 @@ def _file_of(module: str) -> str:
 @cache
 def _codes_of(module: str) -> list[CodeType]:
     """The code of all functions of a module of the core, and of those inside of them."""
-    file = _file_of(module)
-    found = {one.__code__ for one in gc.get_objects() if isinstance(one, FunctionType)}
-    left = [code for code in found if code.co_filename == file]
+    left = [each.__code__ for each in _functions(import_module(f"fedavg_core.{module}"))]
     codes = []
     while left:
         codes.append(left.pop())
         left += [each for each in codes[-1].co_consts if isinstance(each, CodeType)]
-    assert codes
-    return codes
+    return [code for code in codes if code.co_filename == _file_of(module)]
+
+
+def _functions(owner: ModuleType | type) -> Iterator[FunctionType]:
+    """The functions of a module or a class, and of the classes in it."""
+    for one in list(vars(owner).values()):
+        if isinstance(one, type) and one.__module__ == getattr(owner, "__module__", owner.__name__):
+            yield from _functions(one)
+        one = getattr(one, "fget", one)  # a property
+        one = unwrap(getattr(one, "__func__", one))  # a static method; a decorated one
+        if isinstance(one, FunctionType):
+            yield one
 
 
 class InterruptedOutput(io.StringIO):
