@@ -123,6 +123,13 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
             writer.write(array)
 
 
+class _Archive(zipfile.ZipFile):
+    """One that does not go on writing when it is collected: by then the file may be closed."""
+
+    def __del__(self) -> None:
+        pass
+
+
 class NpzWriter:
     """Writes an npz file whose arrays come in pieces.
 
@@ -223,7 +230,7 @@ class NpzWriter:
         return True
 
     def __enter__(self) -> NpzWriter:
-        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._archive = _Archive(self._file, "w", zipfile.ZIP_STORED)
         self._seal = Seal(self._file)
         try:
             self._archive.comment = UNSEALED
@@ -251,7 +258,7 @@ class NpzWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Have all forget the file; `zipfile` would else go on writing to it when collected."""
+        """Have all forget the file."""
         for part in (self._member, self._archive, self._seal):
             if part is not None:
                 with suppress(OSError, ValueError):

@@ -23,7 +23,7 @@ pytest.importorskip("rich")
 import fedavg_core as fc
 from fedavg_core.cli.run_log import read_log, read_settings
 from fedavg_core.cli.watch import Watch, _covered, _Training
-from fedavg_core.cli.workers import Workers, work
+from fedavg_core.cli.workers import Workers, _Worker, work
 from fedavg_core.outcome import Failure
 from tests.test_cli_files import Capture, closed, run
 from tests.test_cli_run import TRAINING, final, written
@@ -254,7 +254,17 @@ def test_after_the_end_nothing_is_begun(tmp_path: Path) -> None:
     assert told == Failure("site-1", 4, "the run has ended")
 
 
-def test_the_end_does_not_wait_for_what_is_under_way(tmp_path: Path) -> None:
+def test_the_end_does_not_wait_for_what_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[_Worker] = []
+    ending = _Worker.ending
+
+    def noted(worker: _Worker) -> str:
+        ended.append(worker)
+        return ending(worker)
+
+    monkeypatch.setattr(_Worker, "ending", noted)
     begun = tmp_path / "begun"
     training = written(
         tmp_path,
@@ -275,6 +285,8 @@ def test_the_end_does_not_wait_for_what_is_under_way(tmp_path: Path) -> None:
     problem = "the process that it trained in ended by signal 9"
     assert future.result() == Failure("site-1", 4, problem)
     assert multiprocessing.active_children() == []
+    # Not when they are collected, where a Ctrl-C would end in a trace and nothing else.
+    assert [one.connection.closed for one in ended] == [True]
 
 
 ENDLESS = """

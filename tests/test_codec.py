@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import math
@@ -947,3 +948,28 @@ def test_a_file_that_lacks_elements_is_not_finished(count: int) -> None:
     writer = NpzWriter(io.BytesIO(), ModelSpec.of(ARRAYS))
     with pytest.raises(UsageError, match="some did not come"), writer:
         writer.write(ARRAYS["w"].reshape(-1)[:count])
+
+
+@pytest.mark.parametrize("moment", ["zipfile.ZipFile.writestr", "NpzWriter._abandon"])
+def test_what_an_interruption_leaves_of_a_writer_never_writes_again(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = []
+
+    def interrupted(*_: object) -> None:
+        reached.append(moment)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fedavg_core.codec.{moment}", interrupted)
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    path = tmp_path / "x.npz"
+    try:
+        with open(path, "w+b", buffering=0) as file, NpzWriter(file, ModelSpec.of(ARRAYS)):
+            raise ZeroDivisionError
+    except KeyboardInterrupt:
+        size = path.stat().st_size
+    gc.collect()
+    assert reached
+    assert not unraisable
+    assert path.stat().st_size == size

@@ -153,6 +153,7 @@ class _Worker:
 
     def ending(self) -> str:
         """Wait for its end, and not for ever; how it came."""
+        self.connection.close()  # when it is collected, a Ctrl-C could not be told from an error
         self.process.join(_PATIENCE)
         self.process.kill()
         self.process.join()
