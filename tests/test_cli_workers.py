@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -346,8 +347,17 @@ def test_an_interrupted_end_ends_the_processes_all_the_same(
     answer = workers.train(never, {}, context, fc.TransferType.FULL, 0)
     assert isinstance(answer, fc.Update)
     monkeypatch.setattr(workers._threads, "shutdown", shutdown)
+    idle = weakref.ref(workers._idle[0])
+    hear, forgotten = signal.signal, []
+
+    def noted(number: int, handler: Any) -> Any:
+        forgotten.append(idle() is None)
+        return hear(number, handler)
+
+    monkeypatch.setattr(signal, "signal", noted)
     with pytest.raises(KeyboardInterrupt):
         workers.__exit__(None, None, None)
+    assert forgotten == [False, True]  # before a Ctrl-C is heard again
     assert multiprocessing.active_children() == []
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -122,13 +122,20 @@ class Workers:
             self._threads.shutdown(cancel_futures=True)
         finally:
             try:
-                for worker in self._idle:
-                    worker.connection.close()
-                for worker in self._idle:
-                    worker.ending()
+                self._end_idle()
             finally:
                 if self._hears:  # pragma: no branch  (else in another thread)
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _end_idle(self) -> None:
+        """End those that have nothing to do, and forget them.
+
+        While no Ctrl-C is heard: one that comes when they are forgotten ends in a trace.
+        """
+        for worker in self._idle:
+            worker.connection.close()
+        while self._idle:
+            self._idle.pop().ending()
 
 
 class _Worker:
