@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from math import frexp, ldexp
 from operator import methodcaller
 from typing import Any, NamedTuple, TypeAlias, overload
@@ -211,7 +211,8 @@ class ExactSum:
         def deposit() -> None:
             if values.dtype == np.float32:
                 for piece, exponent in _pieces(odd, shift, _FAST_WEIGHT_BITS):
-                    self._steps = [step.kept_from(scratch) for step in self._steps]
+                    if self._steps:  # of the piece before
+                        self._steps = [step.kept_from(scratch) for step in self._steps]
                     if not self._add_float32(values, piece, exponent, scratch):
                         self._add_general(None, values, piece, exponent, scratch)
                 return
@@ -342,32 +343,44 @@ class ExactSum:
             if where is None:  # zeros are whole units as well
                 where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
         factor = ldexp(odd, shift - unit)
-        largest = float(np.uint32(top_bits >> 1).view(np.float32))
+        fraction = top_bits & ((1 << 24) - 1) | (1 << 24 if top_bits >> 24 else 0)
+        largest = ldexp(fraction, max(top_bits >> 24, 1) - 151)
         bound = int(abs(largest * factor)) + 1
         product = scratch.product[:n]
-        if where is not None and where.size and k:
-            where = None  # what is loose belongs to limb -1
-        # The first products are written where they are to stay.
-        target = product if where is None else self._blank(k, product)
-        product = np.multiply(values, factor, out=target, dtype=np.float64)
-        if has_zeros and self.is_zero:
-            product += 0.0  # of which none may stay -0.0
+        lowest = 0
+        if where is not None and where.size:
+            if k:
+                where = None  # what is loose belongs to limb -1
+            else:
+                lowest = int(np.minimum.reduce(bits[where]))
+        # The first products are written where they are to stay: as such, none may be -0.0.
+        is_first = where is not None and self.is_zero
+        product = np.multiply(
+            values, factor, out=self._limb(k) if is_first else product, dtype=np.float64
+        )
+        if is_first and has_zeros:
+            product += 0.0
         if where is None:
             self._cut(k, None, product, 1, bound)
         elif not where.size:
             self._deposit(k, None, product, bound)
         else:
             rest = product[where]
-            whole = np.rint(rest) + 0.0
+            whole = np.rint(rest)
+            if is_first:
+                whole += 0.0
             product[where] = whole
             self._deposit(0, None, product, bound)
             rest -= whole
             left = rest.nonzero()[0]  # zeros and other whole units are small as well
             where, rest = where[left], rest[left]
-            below = rest * 2.0**STEP
-            if (np.rint(below) != below).any():
-                self._cut(-1, where, below, 1, _SETTLED)
-            elif left.size:
+            # In the same way these are whole units of limb -1.
+            if lowest < (least - STEP + 127) << 24:
+                below = rest * 2.0**STEP
+                if (np.rint(below) != below).any():
+                    self._cut(-1, where, below, 1, _SETTLED)
+                    return True
+            if left.size:
                 self._steps.append(_Step(-1, where, rest, _LOOSE))
                 self._done.extend(map(self.loose.append, ((where, rest),)))
         return True
@@ -479,10 +492,6 @@ class ExactSum:
         moved.add_sum(self)
         fields = ("origin", "limbs", "bounds")
         list(map(setattr, (self,) * 3, fields, (moved.origin, moved.limbs, moved.bounds)))
-
-    def _blank(self, k: int, spare: Floats) -> Floats:
-        """Where to write what goes to limb k: its own memory if the sum is zero, else the spare."""
-        return self._limb(k) if self.is_zero else spare
 
     def _limb(self, k: int) -> Floats:
         """Limb k, made if need be."""
@@ -598,7 +607,8 @@ def positions(mask: npt.NDArray[np.bool_], most: int | None = None) -> Indices |
     return found if found.size <= most else None
 
 
-def _pieces(odd: int, shift: int, width: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=64)  # the blocks of an update have one weight
+def _pieces(odd: int, shift: int, width: int) -> tuple[tuple[int, int], ...]:
     """Numbers of so many bits, and exponents: ``Σ piece · 2**exponent``, the largest first."""
     sign, rest = (-1, -odd) if odd < 0 else (1, odd)
     pieces = []
@@ -608,9 +618,10 @@ def _pieces(odd: int, shift: int, width: int) -> list[tuple[int, int]]:
             pieces.append((sign * piece, shift))
         rest >>= width
         shift += width
-    return pieces[::-1]
+    return tuple(reversed(pieces))
 
 
+@lru_cache(maxsize=64)
 def _dyadic(weight: int | Fraction) -> tuple[int, int]:
     """The odd integer and the exponent whose product ``odd · 2**exponent`` is the weight."""
     numerator, denominator = weight.numerator, weight.denominator

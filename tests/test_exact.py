@@ -169,6 +169,22 @@ def test_elements_below_limb_zero_are_added_wherever_they_are(small: int) -> Non
     assert values_of(total) == exactly(values, 607)
 
 
+@pytest.mark.parametrize("weight", [1, 653, -(1 << 29) + 1])
+def test_an_element_of_any_size_beside_a_large_one_is_added_whole(weight: int) -> None:
+    for exponent in range(-149, 1):
+        values = np.ones(320, np.float32)
+        values[9] = 2.0**-20 * (1 + 2.0**-23)
+        values[5] = np.float32(2.0**exponent) * np.float32(1 + 2.0**-23)  # its last bit is set
+        total = summed((values, weight), (values, weight))
+        assert values_of(total) == exactly(values, 2 * weight)
+
+
+def test_what_no_element_of_a_limb_exceeds_is_told_of_the_least_numbers_as_well() -> None:
+    for largest in [1, 2, (1 << 23) - 1, 1 << 23, (1 << 24) - 1]:  # in units of the least float32
+        values = np.full(320, largest * 2.0**-149, np.float32)
+        assert values_of(summed((values, 653))) == exactly(values, 653)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_found_and_nothing_is_added(dtype: type, bad: float) -> None:
