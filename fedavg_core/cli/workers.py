@@ -128,9 +128,9 @@ class Workers:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _end_idle(self) -> None:
-        """End those that have nothing to do, and forget them.
+        """End those that have nothing to do, and forget them while no Ctrl-C is heard.
 
-        While no Ctrl-C is heard: one that comes when they are forgotten ends in a trace.
+        One that comes while they are collected would end in a trace, and in nothing else.
         """
         for worker in self._idle:
             worker.connection.close()
@@ -160,7 +160,7 @@ class _Worker:
 
     def ending(self) -> str:
         """Wait for its end, and not for ever; how it came."""
-        self.connection.close()  # when it is collected, a Ctrl-C could not be told from an error
+        self.connection.close()  # and not when it is collected, where a Ctrl-C would be lost
         self.process.join(_PATIENCE)
         self.process.kill()
         self.process.join()
