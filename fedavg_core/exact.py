@@ -343,6 +343,7 @@ class ExactSum:
             if where is None:  # zeros are whole units as well
                 where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
         factor = ldexp(odd, shift - unit)
+        # The bits, one place further left than in a float32, are an exponent and its fraction.
         fraction = top_bits & ((1 << 24) - 1) | (1 << 24 if top_bits >> 24 else 0)
         largest = ldexp(fraction, max(top_bits >> 24, 1) - 151)
         bound = int(abs(largest * factor)) + 1
@@ -374,7 +375,8 @@ class ExactSum:
             rest -= whole
             left = rest.nonzero()[0]  # zeros and other whole units are small as well
             where, rest = where[left], rest[left]
-            # In the same way these are whole units of limb -1.
+            # In the same way those of the others that are not STEP binades smaller yet are whole
+            # units of limb -1.
             if lowest < (least - STEP + 127) << 24:
                 below = rest * 2.0**STEP
                 if (np.rint(below) != below).any():

@@ -133,7 +133,7 @@ class Workers:
         One that comes while they are collected would end in a trace, and in nothing else.
         """
         for worker in self._idle:
-            worker.connection.close()
+            worker.connection.close()  # they end at the same time
         while self._idle:
             self._idle.pop().ending()
 
