@@ -52,7 +52,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Accumulator: TypeAlias = Literal["exact", "float64", "float32"]
 State: TypeAlias = "tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]"
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 20  # larger ones leave the cache, with smaller ones threads wait for each other
 _STATE_FORMAT = 1
 
 
