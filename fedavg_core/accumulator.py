@@ -41,6 +41,7 @@ from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ModelSpec, Params, copy_params, new_in
+from fedavg_core.plain import plain_list
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import Sums
 from fedavg_core.weight import exact_weight, weight_text
@@ -447,20 +448,20 @@ def weighted_mean(
         RefusedUpdate: A model is not fit to be averaged; the contributor is ``models[number]``.
         OutOfRange: See `WeightedMean.mean`.
     """
-    if isinstance(models, Mapping) or not isinstance(models, Iterable):
+    listed = None if isinstance(models, Mapping) else plain_list(models)
+    if listed is None:
         raise UsageError(f"models: expected a list of them, got {a_type(models)}")
-    models = list(models)
     try:
         count = len(weights)
     except TypeError:
         raise UsageError(
-            f"weights: expected a list of {len(models)}, got {quoted(weights)}"
+            f"weights: expected a list of {len(listed)}, got {quoted(weights)}"
         ) from None
-    if len(models) != count:
-        raise UsageError(f"weights: expected one for each of the {len(models)} models, got {count}")
+    if len(listed) != count:
+        raise UsageError(f"weights: expected one for each of the {len(listed)} models, got {count}")
     result = WeightedMean(None if base is None else base_spec(base), accumulator=accumulator)
     try:
-        result.add_many(zip(models, weights, strict=True))
+        result.add_many(zip(listed, weights, strict=True))
     except RefusedUpdate as refusal:
         name = refusal.contributor or "updates[0]"
         raise refusal.placed(contributor=name.replace("updates", "models")) from None

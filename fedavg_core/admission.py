@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fedavg_core.bad_element import not_finite
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
+from fedavg_core.plain import plain_list
 
 __all__ = ["base_spec", "check_base", "check_finite", "check_model", "check_update", "pairs"]
 
@@ -33,17 +34,17 @@ def pairs(updates: Iterable[tuple[Params, float]]) -> list[tuple[Params, float]]
     Raises:
         UsageError: They are not.
     """
-    if not isinstance(updates, Iterable):
+    listed = plain_list(updates)
+    if listed is None:
         raise UsageError(f"updates: expected pairs of params and weight, got {a_type(updates)}")
-    updates = list(updates)
-    for number, pair in enumerate(updates):
+    for number, pair in enumerate(listed):
         got = a_type(pair)
         if isinstance(pair, tuple | list):
             if len(pair) == 2 and not isinstance(pair[1], Mapping):
                 continue
             got = f"{got} of {' and '.join(map(a_type, pair)) or 'nothing'}"
         raise UsageError(f"updates[{number}]: expected a pair of params and weight, got {got}")
-    return updates
+    return listed
 
 
 def check_update(params: Params, spec: Mapping[str, ArraySpec], fixed: bool) -> dict[str, Array]:

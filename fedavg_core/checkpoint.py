@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from fedavg_core.archive import Damaged, require
 from fedavg_core.atomic_file import replacing
 from fedavg_core.codec import damage_told, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
+from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import Params
 from fedavg_core.whole_number import whole_number
 
@@ -62,7 +62,7 @@ class Checkpoint:
     best: bool = False
 
 
-def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: PathLike, checkpoint: Checkpoint) -> None:
     """Write a checkpoint to a file, in one commit.
 
     Args:
@@ -72,13 +72,13 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     Raises:
         CheckpointError: It could not be written; an old file is as it was, unless the message says
             that the new one is in place.
-        UsageError: It is no checkpoint, or holds what one cannot: arrays that are not of numbers or
-            bool, names that are no strings, a round that is no whole number, a metric that float64
-            cannot hold, what JSON cannot hold, or more than `load_checkpoint` reads. Nothing is
-            written then.
+        UsageError: The path is none; or it is no checkpoint, or holds what one cannot: arrays that
+            are not of numbers or bool, names that are no strings, a round that is no whole number,
+            a metric that float64 cannot hold, what JSON cannot hold, or more than `load_checkpoint`
+            reads. Nothing is written then.
     """
     number = round_of(checkpoint)
-    target = Path(path)
+    target = file_path("path", path)
     for field_name in ("model", "arrays", "metrics", "extra"):
         held: object = getattr(checkpoint, field_name)
         if not isinstance(held, Mapping):
@@ -96,7 +96,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         write_npz(file, arrays, meta)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(path: PathLike) -> Checkpoint:
     """Read a checkpoint from a file.
 
     Args:
@@ -108,8 +108,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         CheckpointError: The file is not there, is no regular file, is damaged, or is no checkpoint.
+        UsageError: The path is none.
     """
-    target = Path(path)
+    target = file_path("path", path)
     try:
         with open(target, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

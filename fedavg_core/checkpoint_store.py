@@ -29,6 +29,7 @@ from typing import NamedTuple
 from fedavg_core.atomic_file import make_folder, meant_for
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, round_of, save_checkpoint
 from fedavg_core.errors import CheckpointError, UsageError
+from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.whole_number import whole_number
 
 if sys.platform == "win32":  # pragma: no cover
@@ -65,11 +66,11 @@ class CheckpointStore:
             in addition.
 
     Raises:
-        UsageError: Fewer than one is to be kept.
+        UsageError: The folder is no path, or fewer than one is to be kept.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: PathLike, keep: int = 3) -> None:
+        self._folder = file_path("folder", folder)
         self._keep = whole_number("keep", keep, 1)
         self._lock: int | None = None
 

@@ -37,15 +37,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import partial
 from math import frexp, ldexp
 from operator import methodcaller
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LOOSE_BOUND", "STEP", "ExactSum", "NonFiniteError", "Scratch", "positions"]
+from fedavg_core.positions import positions
+from fedavg_core.weight import dyadic, pieces
+
+__all__ = ["LOOSE_BOUND", "STEP", "ExactSum", "NonFiniteError", "Scratch"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -63,7 +66,6 @@ _ONE = np.uint32(1)
 _INFINITY_BITS = 0xFF << 24  # a float32 infinity, its sign shifted out
 _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
-_FEW = 1 << 16  # places that are looked at one by one
 _PIECE = 1 << 12  # elements that are carried in one go
 _MOST_LOOSE = 16  # and one: two pieces of a weight, 29 bits apart, may leave something each
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
@@ -200,7 +202,7 @@ class ExactSum:
         Raises:
             NonFiniteError: An element is NaN or infinite.
         """
-        odd, shift = _dyadic(weight)
+        odd, shift = dyadic(weight)
         most = self.size >> _SPARSE
         if len(self.loose) >= _MOST_LOOSE or self._loose_size() > most:
             if not self.bounds.get(-1):
@@ -210,7 +212,7 @@ class ExactSum:
 
         def deposit() -> None:
             if values.dtype == np.float32:
-                for piece, exponent in _pieces(odd, shift, _FAST_WEIGHT_BITS):
+                for piece, exponent in pieces(odd, shift, _FAST_WEIGHT_BITS):
                     if self._steps:  # of the piece before
                         self._steps = [step.kept_from(scratch) for step in self._steps]
                     if not self._add_float32(values, piece, exponent, scratch):
@@ -416,7 +418,7 @@ class ExactSum:
                 return
         if largest == 0.0:
             return
-        for piece, exponent in _pieces(odd, shift, STEP):
+        for piece, exponent in pieces(odd, shift, STEP):
             self._add_slices(where, values, reach, piece, exponent, rest)
 
     def _add_slices(
@@ -576,56 +578,3 @@ class ExactSum:
 def _do_both(first: Callable[[], object], second: Callable[[], object]) -> None:
     """Do two things in one call: nothing can come between them."""
     list(map(methodcaller("__call__"), (first, second)))
-
-
-@overload
-def positions(mask: npt.NDArray[np.bool_]) -> Indices: ...
-@overload
-def positions(mask: npt.NDArray[np.bool_], most: int) -> Indices | None: ...
-def positions(mask: npt.NDArray[np.bool_], most: int | None = None) -> Indices | None:
-    """Where a mask is true, fast if that is in few places.
-
-    Args:
-        mask: One dimension, contiguous; only read.
-        most: How many places the caller cares for; None for all.
-
-    Returns:
-        The positions, ascending; None if they are more than that.
-    """
-    if most is None:
-        most = mask.size
-    if mask.size <= _FEW:
-        found: Indices = mask.nonzero()[0]
-    else:
-        whole = mask.size & -8
-        eights = mask[:whole].view(np.uint64)
-        hits = positions(eights != 0, most)
-        if hits is None:
-            return None
-        inside = eights[hits].view(np.bool_).nonzero()[0]
-        found = (hits[inside >> 3] << 3) + (inside & 7)
-        if whole < mask.size:
-            found = np.concatenate([found, whole + np.flatnonzero(mask[whole:])])
-    return found if found.size <= most else None
-
-
-@lru_cache(maxsize=64)  # the blocks of an update have one weight
-def _pieces(odd: int, shift: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Numbers of so many bits, and exponents: ``Σ piece · 2**exponent``, the largest first."""
-    sign, rest = (-1, -odd) if odd < 0 else (1, odd)
-    pieces = []
-    while rest:
-        piece = rest & ((1 << width) - 1)
-        if piece:
-            pieces.append((sign * piece, shift))
-        rest >>= width
-        shift += width
-    return tuple(reversed(pieces))
-
-
-@lru_cache(maxsize=64)
-def _dyadic(weight: int | Fraction) -> tuple[int, int]:
-    """The odd integer and the exponent whose product ``odd · 2**exponent`` is the weight."""
-    numerator, denominator = weight.numerator, weight.denominator
-    zeros = (numerator & -numerator).bit_length() - 1
-    return numerator >> zeros, zeros - (denominator.bit_length() - 1)

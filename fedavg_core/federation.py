@@ -31,8 +31,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, Literal
@@ -52,10 +51,12 @@ from fedavg_core.client import (
 )
 from fedavg_core.dispatch import Dispatch
 from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome, evaluation_of
+from fedavg_core.plain import plain_list
 from fedavg_core.progress import Best, Progress
 from fedavg_core.robust import kind_of
 from fedavg_core.robust_mean import RobustMean
@@ -159,7 +160,7 @@ class Federation:
         audit: bool = False,
         server_optimizer: ServerOptimizer | None = None,
         observers: Sequence[Observer] = (),
-        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint: PathLike | None = None,
         checkpoint_every: int = 1,
         keep: int = 3,
         resume: bool = False,
@@ -187,8 +188,8 @@ class Federation:
             )
         if evaluate is not None and not callable(evaluate):
             raise UsageError(f"evaluate: expected a function or None, got {quoted(evaluate)}")
-        told = tuple(observers) if isinstance(observers, Iterable) else (observers,)
-        if isinstance(observers, Observer) or not all(isinstance(one, Observer) for one in told):
+        told = plain_list(observers)
+        if told is None or not all(isinstance(one, Observer) for one in told):
             raise UsageError(f"observers: expected a list of observers, got {quoted(observers)}")
         if not isinstance(resume, bool):
             raise UsageError(f"resume: expected True or False, got {quoted(resume)}")
@@ -232,7 +233,8 @@ class Federation:
             )
         self._model = copy_params(model or {})
         self._next = 0
-        self._store = None if checkpoint is None else CheckpointStore(_folder(checkpoint), keep)
+        folder = None if checkpoint is None else file_path("checkpoint", checkpoint)
+        self._store = None if folder is None else CheckpointStore(folder, keep)
         if self._store is None and resume:
             raise UsageError("resume: expected the folder of the run as well, as checkpoint")
         if self._store is not None:
@@ -429,12 +431,6 @@ class Federation:
             raise CheckpointError(store.paths()[-1], str(error)) from None
         self._optimizer_state = found.arrays
         self._progress.take_up(store, found)
-
-
-def _folder(path: object) -> str | os.PathLike[str]:
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
-        raise UsageError(f"checkpoint: expected the path of a folder, got {quoted(path)}")
-    return path
 
 
 def _shown(spec: ModelSpec, key: str) -> str:

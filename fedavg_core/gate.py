@@ -28,7 +28,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_n
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
 from fedavg_core.npy import fits
-from fedavg_core.plain import plain_number, plain_text
+from fedavg_core.plain import plain_list, plain_number, plain_text
 from fedavg_core.update import TransferType, Update
 from fedavg_core.whole_number import is_whole_number
 
@@ -95,8 +95,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.roster is not None:
             given: object = self.roster
-            one = isinstance(given, str) or not isinstance(given, Iterable)
-            names = [None] if one else [plain_text(name) for name in self.roster]
+            listed = None if isinstance(given, str) else plain_list(given)
+            names = [None] if listed is None else [plain_text(name) for name in listed]
             if not all(map(is_name, names)):
                 raise UsageError(
                     f"roster: expected a collection of contributors' names, got {quoted(given)}"

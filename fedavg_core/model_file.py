@@ -46,6 +46,7 @@ from fedavg_core.archive import Damaged, check_archive, require
 from fedavg_core.checkpoint import MODEL, Checkpoint, described
 from fedavg_core.codec import Entry, damage_told, list_npz
 from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted
+from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import check_array
 from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
 from fedavg_core.safetensors import list_safetensors
@@ -337,7 +338,7 @@ class ModelFile:
         return Unpacked(path, array.layout)
 
 
-def load_model(path: str | os.PathLike[str]) -> dict[str, Array]:
+def load_model(path: PathLike) -> dict[str, Array]:
     """Read a model whole, from an npz, npy or safetensors file, or out of a checkpoint.
 
     Args:
@@ -349,14 +350,15 @@ def load_model(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     Raises:
         CheckpointError: It is not there, is no file of these kinds, or is damaged.
-        UsageError: It holds something else than arrays of real numbers.
+        UsageError: The path is none, or it holds something else than arrays of real numbers.
     """
     result = {}
+    target = file_path("path", path)
     with Allowance(Path(tempfile.gettempdir()), inflaters=1) as allowance:
         try:
-            file = ModelFile(Path(path), allowance)
+            file = ModelFile(target, allowance)
         except RefusedUpdate as refusal:
-            raise UsageError(f"{path}: {refusal}") from None
+            raise UsageError(f"{target}: {refusal}") from None
         for key, array in file.arrays().items():
             shape, dtype = array.layout.shape, array.layout.dtype
             size = math.prod(shape)

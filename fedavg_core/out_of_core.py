@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,18 +43,19 @@ from fedavg_core.atomic_file import replacing
 from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.blocks import Buffers
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.model_writer import check_suffix, write_order, writer
-from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, exponents, sum_bytes
+from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, sum_bytes
+from fedavg_core.plain import plain_list
 from fedavg_core.stored_array import INFLATER_BYTES
-from fedavg_core.weight import Weight, exact_weight
+from fedavg_core.weight import Weight, dyadic, exact_weight
 from fedavg_core.whole_number import whole_number
 
 __all__ = ["aggregate_files"]
 
 Array: TypeAlias = npt.NDArray[Any]
-PathLike: TypeAlias = "str | os.PathLike[str]"
 _Progress: TypeAlias = "Callable[[int, int], None]"
 
 _PASS_SHARE = 2
@@ -124,10 +125,9 @@ def aggregate_files(
         What was written: names, shapes and dtypes.
 
     Raises:
-        UsageError: There are no files, or not as many weights; the output's suffix is another, or
-            its format has no such dtype; the memory limit is no whole number of at least 1, or too
-            small for the names and shapes;
-            the base is not finite.
+        UsageError: There are no files, or not as many weights, or a path is none; the output's
+            suffix is another, or its format has no such dtype; the memory limit is no whole number
+            of at least 1, or too small for the names and shapes; the base is not finite.
         RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`, or
             lacks a parameter that it may not lack (MISSING_KEYS). The contributor is the name of
             the file (its whole path where two have the same name).
@@ -135,15 +135,13 @@ def aggregate_files(
             written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
     """
-    if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable):
+    listed = None if isinstance(paths, (str, os.PathLike)) else plain_list(paths)
+    if listed is None:
         raise UsageError(f"paths: expected a list of files, got {quoted(paths)}")
-    names = [*paths, output]
-    for name in names:
-        if not isinstance(name, (str, os.PathLike)):
-            raise UsageError(f"expected the name of a file, got {quoted(name)}")
+    inputs = [file_path(f"paths[{number}]", path) for number, path in enumerate(listed)]
+    target = file_path("output", output)
     if not isinstance(weights, Sized):
         raise UsageError(f"weights: expected one for each file, got {quoted(weights)}")
-    *inputs, target = map(Path, names)
     if not inputs or len(inputs) != len(weights):
         raise UsageError(
             f"expected files, and one weight for each, got {len(inputs)} files and "
@@ -152,13 +150,13 @@ def aggregate_files(
     check_suffix(target)
     memory_limit = whole_number("memory_limit", memory_limit, 1)
     allowance = Allowance(
-        target.parent if scratch is None else Path(scratch),
+        target.parent if scratch is None else file_path("scratch", scratch),
         inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,
         places=memory_limit // _PLACES_SHARE,
         header=memory_limit // _HEADER_SHARE,
     )
     with allowance:
-        start = None if base is None else Path(base)
+        start = None if base is None else file_path("base", base)
         aggregation = _Aggregation(inputs, weights, start, allowance)
         if not allow_missing:
             aggregation.check_none_missing()
@@ -189,7 +187,7 @@ class _Aggregation:
             except RefusedUpdate as refusal:
                 raise refusal.placed(contributor=name) from None
             self._files.append((name, file, weight))
-        self._least = min(exponents(weight)[0] for _, _, weight in self._files)
+        self._least = min(dyadic(weight)[1] for _, _, weight in self._files)
 
     def _open_base(self, path: Path, allowance: Allowance) -> ModelFile:
         try:

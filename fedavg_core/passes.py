@@ -24,9 +24,9 @@ from fedavg_core.blocks import Block, Buffers, is_alone, load, pack
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError
 from fedavg_core.model import ArraySpec, NumberFormat
 from fedavg_core.rounding import quotient
-from fedavg_core.weight import Weight
+from fedavg_core.weight import Weight, dyadic
 
-__all__ = ["BeyondRange", "Kind", "NotFinite", "Pass", "Run", "cut", "exponents", "sum_bytes"]
+__all__ = ["BeyondRange", "Kind", "NotFinite", "Pass", "Run", "cut", "sum_bytes"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Run: TypeAlias = "tuple[int, int]"
@@ -210,7 +210,9 @@ def sum_bytes(dtypes: Collection[np.dtype[Any]], total: Weight, least: int) -> i
     numbers = [ArraySpec((), dtype).number for dtype in dtypes]
     lowest = min(_last_place(number) for number in numbers)
     highest = max(math.frexp(number.largest)[1] for number in numbers)
-    bits = highest + exponents(total)[1] + 1 - lowest - least  # 1: with a base it is twice the sum
+    odd, exponent = dyadic(total)
+    reach = highest + odd.bit_length() + exponent + 1  # 1: with a base it is twice the sum
+    bits = reach - lowest - least
     limbs = bits // STEP + _EDGE_LIMBS
     return limbs * np.dtype(np.float64).itemsize + _LOOSE_BYTES
 
@@ -218,10 +220,3 @@ def sum_bytes(dtypes: Collection[np.dtype[Any]], total: Weight, least: int) -> i
 def _last_place(number: NumberFormat) -> int:
     """The exponent of the smallest number above zero."""
     return number.least_exponent - (number.precision - 1) if number.kind == "float" else 0
-
-
-def exponents(weight: Weight) -> tuple[int, int]:
-    """Exponents low and high, such that a weight is a multiple of 2**low and below 2**high."""
-    numerator, denominator = weight.numerator, weight.denominator.bit_length() - 1
-    low = (numerator & -numerator).bit_length() - 1
-    return low - denominator, numerator.bit_length() - denominator

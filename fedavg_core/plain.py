@@ -1,4 +1,4 @@
-"""The plain string or number that a foreign object is.
+"""The plain string, number or list that a foreign object is.
 
 An object of a subclass may answer anything when it is asked for its length, its hash or its text,
 or raise; and `isinstance` asks an object for its ``__class__``, which is no safer. Its type can be
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_float", "plain_number", "plain_text"]
+__all__ = ["as_float", "plain_list", "plain_number", "plain_text"]
 
 
 def plain_text(value: object) -> str | None:
@@ -25,6 +25,22 @@ def plain_text(value: object) -> str | None:
         It; None if this is no string.
     """
     return str.__str__(value) if issubclass(type(value), str) else None
+
+
+def plain_list(values: object) -> list[Any] | None:
+    """The list of what can be gone through.
+
+    Args:
+        values: Anything; whatever going through it raises is let through.
+
+    Returns:
+        What came, in order; None if this is nothing of the kind, as an array of no dimension.
+    """
+    try:
+        entries = iter(values)  # type: ignore[call-overload]
+    except TypeError:
+        return None
+    return list(entries)
 
 
 def plain_number(value: object) -> int | float | None:

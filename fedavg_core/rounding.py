@@ -32,9 +32,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum, NonFiniteError, Scratch, positions
+from fedavg_core.exact import ExactSum, NonFiniteError, Scratch
 from fedavg_core.model import NumberFormat
+from fedavg_core.positions import positions
 from fedavg_core.readout import Nearest, extent, leading, nearest, sign, two_sum
+from fedavg_core.weight import dyadic
 
 __all__ = ["quotient"]
 
@@ -353,9 +355,9 @@ def _settle(
     """
     unused, sums = way.unused, way.sums
     numerator, bits, _ = _scaled(weight, 0)
-    zeros = (numerator & -numerator).bit_length() - 1
+    odd, _ = dyadic(weight)
     are_normal = way.are_normal or base is not None  # those that are not are not asked for
-    if not places.size or not are_normal or bits - zeros >= unused or sums.error:
+    if not places.size or not are_normal or odd.bit_length() >= unused or sums.error:
         return places  # else a midpoint times the weight is exact
     upper, lower = sums.limbs[0][places], np.zeros(places.size)
     for limb, unit in zip(sums.limbs[1:], sums.units[1:], strict=True):
@@ -370,9 +372,7 @@ def _settle(
         added = base[places].astype(np.float64)
         values += added
     cut = values.view(np.int64) & -(1 << unused)
-    divisor = ldexp(
-        numerator >> zeros, zeros - bits - way.scale
-    )  # the numerator itself may be beyond float64
+    divisor = ldexp(odd, -odd.bit_length() - way.scale)  # as the numerator may be beyond float64
     midpoint = (cut | 1 << (unused - 1)).view(np.float64)
     fine = lost == 0.0
     if base is None:

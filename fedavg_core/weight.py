@@ -7,6 +7,7 @@ is a power of two. Sums of weights are kept as such, so that no denominator of a
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from math import isfinite
 from typing import Any, TypeAlias
 
@@ -15,7 +16,15 @@ import numpy as np
 from fedavg_core.errors import Reason, RefusedUpdate, quoted
 from fedavg_core.plain import plain_number
 
-__all__ = ["Weight", "exact_weight", "extent_of", "weight_from_text", "weight_text"]
+__all__ = [
+    "Weight",
+    "dyadic",
+    "exact_weight",
+    "extent_of",
+    "pieces",
+    "weight_from_text",
+    "weight_text",
+]
 
 Weight: TypeAlias = "int | Fraction"
 
@@ -61,6 +70,44 @@ def extent_of(weight: Weight) -> tuple[int, int]:
     """
     below = weight.denominator.bit_length() - 1
     return -_DEPTH - below, weight.numerator.bit_length() - below + _REACH
+
+
+@lru_cache(maxsize=64)  # the blocks of an update have one weight
+def dyadic(weight: Weight) -> tuple[int, int]:
+    """A weight as an odd integer and a power of two.
+
+    Args:
+        weight: Any weight but zero; it may be negative.
+
+    Returns:
+        ``(odd, exponent)``: it is ``odd · 2**exponent``.
+    """
+    numerator, denominator = weight.numerator, weight.denominator
+    zeros = (numerator & -numerator).bit_length() - 1
+    return numerator >> zeros, zeros - (denominator.bit_length() - 1)
+
+
+@lru_cache(maxsize=64)
+def pieces(odd: int, exponent: int, width: int) -> tuple[tuple[int, int], ...]:
+    """A weight in pieces of few bits.
+
+    Args:
+        odd: See `dyadic`.
+        exponent: See there.
+        width: The most bits of a piece.
+
+    Returns:
+        Integers of its sign, and exponents, the largest first: it is ``Σ piece · 2**exponent``.
+    """
+    sign, rest = (-1, -odd) if odd < 0 else (1, odd)
+    found = []
+    while rest:
+        piece = rest & ((1 << width) - 1)
+        if piece:
+            found.append((sign * piece, exponent))
+        rest >>= width
+        exponent += width
+    return tuple(reversed(found))
 
 
 def weight_text(weight: Weight) -> str:

@@ -1511,6 +1511,7 @@ def test_of_several_models_the_refusal_says_which_is_unfit(number: int) -> None:
         ([(GOOD, 1), 3], r"updates\[1\]: .*, got an int"),
         (3, "updates: expected pairs of params and weight, got an int"),
         (None, "updates: expected pairs of params and weight, got a NoneType"),
+        (np.array(3), "updates: expected pairs of params and weight, got a ndarray"),
     ],
 )
 def test_updates_that_come_without_their_weights_are_a_mistake(
@@ -1529,6 +1530,7 @@ def test_updates_that_come_without_their_weights_are_a_mistake(
         ([GOOD, GOOD], 3, "weights: expected a list of 2, got 3"),
         (GOOD, [1], "models: expected a list of them, got a dict"),
         (None, [1], "models: expected a list of them, got a NoneType"),
+        (np.array(3), [1], "models: expected a list of them, got a ndarray"),
         ([GOOD], np.array(1), r"weights: expected a list of 1, got array\(1\)"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedavg_core.exact as exact_module
-from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch, positions
+from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
 from fedavg_core.readout import digits, from_digits, leading, sign
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
@@ -361,30 +361,6 @@ def test_the_first_addition_that_fails_leaves_zero(
     if calls[0] >= step:
         total.add(values, 3, Scratch(values.size))
         assert values_of(total) == exactly(values, 3)
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 40))
-def test_positions_are_where_the_mask_is_true(mask: list[bool], most: int) -> None:
-    expected = [i for i, chosen in enumerate(mask) if chosen]
-    with pytest.MonkeyPatch.context() as patch:
-        for few in (0, 8, 1 << 14):
-            patch.setattr(exact_module, "_FEW", few)
-            found = positions(np.array(mask), most)
-            assert (None if found is None else found.tolist()) == (
-                expected if len(expected) <= most else None
-            )
-
-
-def test_positions_in_a_large_mask_are_found_or_told_to_be_too_many() -> None:
-    rng = np.random.default_rng(0)
-    for size, share in ((1 << 18, 1e-3), ((1 << 18) + 5, 1e-2), ((1 << 17) - 1, 0.3)):
-        mask = rng.random(size) < share
-        expected = np.flatnonzero(mask)
-        found = positions(mask, expected.size)
-        assert found is not None
-        assert np.array_equal(found, expected)
-        assert positions(mask, expected.size - 1) is None
-        assert positions(mask, 50) is None
 
 
 def test_what_is_taken_back_after_a_carry_is_within_the_bounds(

@@ -389,6 +389,7 @@ class TestLimits:
                 "max_norm: expected a finite number above 0, got Fr",
             ),
             ({"roster": 5}, "roster: expected a collection of contributors' names, got 5"),
+            ({"roster": np.array("a")}, "roster: expected a collection of contributors' names"),
             ({"exclude": ""}, "exclude: expected a regular expression, got '' .* every parameter"),
             ({"exclude": b"w"}, "exclude: expected a regular expression, got b'w'"),
             ({"exclude": 5}, "exclude: expected a regular expression, got 5"),
