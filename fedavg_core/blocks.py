@@ -92,7 +92,7 @@ class Buffers:
 
 def is_alone(size: int, capacity: int) -> bool:
     """Whether `pack` gives an array of so many elements blocks of its own."""
-    return size > capacity // 4
+    return size > capacity // 8
 
 
 def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
@@ -103,7 +103,7 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
         capacity: The most elements of a block, at least 1.
 
     Yields:
-        Blocks that cover each element once. An array of more than a quarter of the capacity has
+        Blocks that cover each element once. An array of more than an eighth of the capacity has
         blocks of its own, of like sizes, larger ones first; the others share, in their order. A
         shared block is at most three quarters of the capacity, as the copy that it is read from
         takes its part of the cache.

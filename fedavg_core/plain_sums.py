@@ -145,13 +145,14 @@ class PlainSums(Sums[PlainSum]):
 
     def _rest_of(self, terms: Sequence[Term]) -> Callable[[int, Buffers], None]:
         """The second pass: what it has to do, or has left to do, for a block."""
+        factors = [self._factor(weight) for _, weight in terms]
 
         def work(number: int, buffers: Buffers) -> None:
             block, total = self._blocks[number]
             if total.in_place and not total.made:
-                ((params, weight),) = terms
+                ((params, _),), (factor,) = terms, factors
                 ((values, exponent),) = load(block, params, params, buffers)
-                total.add(self._product(values, self._factor(weight), exponent, buffers))
+                total.add(self._product(values, factor, exponent, buffers))
             total.current = total.following
 
         return work

@@ -39,11 +39,19 @@ def test_every_element_is_in_one_block_and_no_block_is_too_large(
 def test_small_arrays_share_a_block_and_a_large_one_has_its_own() -> None:
     shapes = [("a", (2, 2)), ("big", (9,)), ("b", (3,)), ("c", ()), ("d", (4,)), ("e", (1,))]
     spec = {key: ArraySpec(shape, FLOAT32) for key, shape in shapes}
-    blocks = list(pack(spec, 16))
-    keys = [[segment.key for segment in block.segments] for block in blocks]
-    assert keys == [["big"], ["a", "b", "c", "d"], ["e"]]
-    keys = [[segment.key for segment in block.segments] for block in pack(spec, 6)]
-    assert keys == [["a"], ["big"], ["big"], ["b"], ["d"], ["c", "e"]]
+
+    def packed(capacity: int) -> list[list[str]]:
+        return [[part.key for part in block.segments] for block in pack(spec, capacity)]
+
+    assert packed(32) == [["big"], ["a", "b", "c", "d", "e"]]
+    assert packed(31) == [["a"], ["big"], ["d"], ["b", "c", "e"]]
+    assert packed(8) == [["a"], ["big"], ["big"], ["b"], ["d"], ["c", "e"]]
+
+
+def test_arrays_share_three_quarters_of_a_block() -> None:
+    spec = {key: ArraySpec((4,), FLOAT32) for key in "abcdefgh"}
+    sizes = [block.size for block in pack(spec, 32)]
+    assert sizes == [24, 8]
 
 
 @given(st.integers(1, 200), st.integers(1, 30))
@@ -85,9 +93,9 @@ def test_a_contiguous_array_is_read_where_it_lies() -> None:
 
 def test_missing_arrays_count_as_zero_and_a_block_of_none_is_empty() -> None:
     spec = {"a": ArraySpec((2,), FLOAT32), "b": ArraySpec((1,), FLOAT32)}
-    (block,) = pack(spec, 8)
+    (block,) = pack(spec, 16)
     params = {"b": np.array([5.0])}
-    buffers = Buffers(8)
+    buffers = Buffers(16)
     buffers.wide.fill(9)
     ((values, _),) = load(block, params, params, buffers)
     assert values.tolist() == [0.0, 0.0, 5.0]
@@ -97,8 +105,8 @@ def test_missing_arrays_count_as_zero_and_a_block_of_none_is_empty() -> None:
 def test_large_integers_are_split_in_two_exact_parts() -> None:
     params = {"n": np.array([2**63 - 1, -(2**63), -1]), "x": np.array([0.5, 2.0])}
     spec = {key: ArraySpec(array.shape, array.dtype) for key, array in params.items()}
-    (block,) = pack(spec, 16)
-    parts = load(block, params, params, Buffers(16))
+    (block,) = pack(spec, 32)
+    parts = load(block, params, params, Buffers(32))
     assert [exponent for _, exponent in parts] == [0, 32]
     totals = [
         int(low) + (int(high) << 32) for low, high in zip(parts[0][0], parts[1][0], strict=True)
