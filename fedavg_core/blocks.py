@@ -13,6 +13,7 @@ that do not fit into a float64 are split in two, the upper part counting 2**32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,14 +105,19 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
 
     Yields:
         Blocks that cover each element once. An array of more than an eighth of the capacity has
-        blocks of its own, of like sizes, larger ones first; the others share, in their order. A
-        shared block is at most three quarters of the capacity, as the copy that it is read from
-        takes its part of the cache.
+        blocks of its own, of like sizes, larger ones first; the others share, in their order, also
+        to like sizes. A shared block is at most three quarters of the capacity, as the copy that it
+        is read from takes its part of the cache.
     """
+    sizes = {key: math.prod(array.shape) for key, array in spec.items()}
+    shared = sum(size for size in sizes.values() if not is_alone(size, capacity))
+    most = enough = capacity * 3 // 4
+    if shared > most:  # as threads come in twos, so do blocks, of like sizes
+        pairs = -(-shared // (2 * most))
+        enough = -(-shared // (2 * pairs))
     gathered: list[Segment] = []
     filled = 0
-    for key, array in spec.items():
-        size = int(np.prod(array.shape, dtype=object))
+    for key, size in sizes.items():
         if is_alone(size, capacity):
             pieces = -(-size // capacity)
             each, more = divmod(size, pieces)
@@ -119,7 +125,7 @@ def pack(spec: Mapping[str, ArraySpec], capacity: int) -> Iterator[Block]:
                 start, stop = (each * n + min(n, more) for n in (number, number + 1))
                 yield Block((Segment(key, start, stop - start, 0),), stop - start)
         elif size:
-            if filled + size > capacity * 3 // 4:
+            if filled >= enough or filled + size > most:
                 yield Block(tuple(gathered), filled)
                 gathered, filled = [], 0
             gathered.append(Segment(key, 0, size, filled))

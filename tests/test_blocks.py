@@ -48,10 +48,14 @@ def test_small_arrays_share_a_block_and_a_large_one_has_its_own() -> None:
     assert packed(8) == [["a"], ["big"], ["big"], ["b"], ["d"], ["c", "e"]]
 
 
-def test_arrays_share_three_quarters_of_a_block() -> None:
-    spec = {key: ArraySpec((4,), FLOAT32) for key in "abcdefgh"}
-    sizes = [block.size for block in pack(spec, 32)]
-    assert sizes == [24, 8]
+@pytest.mark.parametrize(
+    ("arrays", "sizes"), [(6, [24]), (7, [16, 12]), (12, [24, 24]), (13, [16, 16, 16, 4])]
+)
+def test_small_arrays_share_one_block_or_an_even_number_of_like_sizes(
+    arrays: int, sizes: list[int]
+) -> None:
+    spec = {str(number): ArraySpec((4,), FLOAT32) for number in range(arrays)}
+    assert [block.size for block in pack(spec, 32)] == sizes
 
 
 @given(st.integers(1, 200), st.integers(1, 30))
