@@ -110,7 +110,8 @@ def read_training_file(path: Path) -> TrainingFile:
         UsageError: It is no Python file, failed, or has no ``train``.
     """
     if path.suffix != ".py" or not path.is_file():
-        raise UsageError(f"expected a Python file that exists, got {path}")
+        absent = "" if path.exists() else ", which is not there"
+        raise UsageError(f"expected a Python file, got {path}{absent}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

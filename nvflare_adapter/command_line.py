@@ -138,7 +138,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --alpha: expected only without TRAIN.py, got both")
     read.path = _DIGITS if read.train_script is None else Path(read.train_script)
     if not read.path.is_file() or read.path.suffix != ".py":
-        parser.error(f"TRAIN.py: expected a Python file that exists, got {quoted(str(read.path))}")
+        absent = "" if read.path.exists() else ", which is not there"
+        parser.error(f"TRAIN.py: expected a Python file, got {quoted(str(read.path))}{absent}")
     for name in ("start_from", "deadline", "external") if read.backend == "in-process" else ():
         if getattr(read, name):
             parser.error(f"argument --{name.replace('_', '-')}: expected none in this process")

@@ -313,6 +313,12 @@ def test_a_run_in_which_nothing_was_learned_is_an_error(tmp_path: Path, capsys: 
         "the model keeps its values\n"
     )
     assert len(read_log(tmp_path / "run")) == 2
+    assert run(capsys, "run", training, *given, "--resume") == (
+        2,
+        "",
+        "fedavg: all 2 rounds are done; a larger --rounds adds to them\n" + err,
+    )
+    assert not (tmp_path / "run" / "model.npz").exists()
 
 
 def test_a_run_that_goes_on_and_learns_nothing_more_keeps_what_it_had(
@@ -952,8 +958,8 @@ def test_a_file_for_nvflare_runs_as_it_is(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["nowhere.py"], "expected a Python file that exists, got nowhere.py"),
-        (["."], "expected a Python file that exists, got ."),
+        (["nowhere.py"], "expected a Python file, got nowhere.py, which is not there"),
+        (["."], "expected a Python file, got ."),
         (["t.py", "--clients", "0"], "argument --clients: expected a whole number of at least 1, "),
         (["t.py", "--rounds", "ten"], "argument --rounds: expected a whole number of at least 1, "),
         (

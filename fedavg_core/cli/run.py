@@ -39,8 +39,10 @@ from fedavg_core.cli.run_folder import (
     updates_folder,
 )
 from fedavg_core.cli.run_log import (
+    LOG,
     RoundRecord,
     append_round,
+    read_log,
     start_log,
     write_settings,
 )
@@ -199,15 +201,27 @@ def _play(
                 f"interrupted; {done} of {read.rounds} rounds are done, and the same command goes "
                 f"on with them, with --checkpoint {typed(folder)} --resume"
             ) from None
-    records = recorder.records
-    trouble = None
-    if records and all(one.problem for one in records):
-        if before == 0:
-            raise FedAvgError(f"no round changed the model: {records[-1].problem}")
-        trouble = f"no round since round {before - 1} changed it: {records[-1].problem}"
-    elif records and all(one.evaluation_problem for one in records):
-        trouble = f"no round could be evaluated: {records[-1].evaluation_problem}"
-    return federation.model, federation.round, trouble
+    return federation.model, federation.round, _trouble(folder, before)
+
+
+def _trouble(folder: Path, before: int) -> str | None:
+    """What is wrong with the model after a run, or the part of one after some rounds.
+
+    Raises:
+        FedAvgError: It is the one that the run began with.
+    """
+    records = read_log(folder) if (folder / LOG).exists() else []
+    if not records:
+        return None
+    last = records[-1]
+    if all(one.problem for one in records):
+        raise FedAvgError(f"no round changed the model: {last.problem}")
+    recent = records[before:] or records
+    if all(one.problem for one in recent):
+        return f"no round since round {before - 1} changed it: {last.problem}"
+    if all(one.evaluation_problem for one in recent):
+        return f"no round could be evaluated: {last.evaluation_problem}"
+    return None
 
 
 def _say_where(read: argparse.Namespace, folder: Path, done: int) -> None:

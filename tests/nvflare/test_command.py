@@ -143,8 +143,8 @@ WRONG = [
         "argument --start-from: expected none in this process",
     ),
     (["--start-from", "no/such"], "argument --start-from: expected a folder, got no/such"),
-    (["no/such.py"], "TRAIN.py: expected a Python file that exists, got 'no/such.py'"),
-    ([str(FILES)], f"TRAIN.py: expected a Python file that exists, got '{FILES}'"),
+    (["no/such.py"], "TRAIN.py: expected a Python file, got 'no/such.py', which is not there"),
+    ([str(FILES)], f"TRAIN.py: expected a Python file, got '{FILES}'"),
     (
         [str(FILES / "mixed.py"), "--alpha", "1"],
         "argument --alpha: expected only without TRAIN.py, got both",
