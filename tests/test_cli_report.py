@@ -139,9 +139,9 @@ def test_a_folder_that_is_none_of_a_run_is_told(tmp_path: Path, capsys: Capture)
     assert fails(capsys, "report", tmp_path) == (
         f"{tmp_path}: this folder is not from fedavg run; a report needs one"
     )
-    for other in (tmp_path / "nowhere", Path(__file__)):
+    for other, got in ((tmp_path / "nowhere", "there is none"), (Path(__file__), "got a file")):
         assert fails(capsys, "report", other) == (
-            f"{other}: expected the folder of a fedavg run, there is none"
+            f"{other}: expected the folder of a fedavg run, {got}"
         )
     assert list(tmp_path.iterdir()) == []
 

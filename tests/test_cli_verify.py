@@ -78,6 +78,9 @@ def test_the_updates_of_a_round_give_its_model(
     assert (code, err) == (0, "")
     told = json.loads(out)
     assert (told["round"], told["same_bits"], told["missing"]) == (3, True, [])
+    assert fails(capsys, "verify", audit, tmp_path) == (
+        f"expected the files of updates, got a folder; {tmp_path}/*.npz names some"
+    )
 
 
 def test_a_checkpoint_is_the_model_in_it(
@@ -202,6 +205,8 @@ def test_an_audit_that_is_not_there_or_without_end_is_one_line(
     audit = tmp_path / "audit.json"
     problem = f"{audit}: expected the file of an audit, there is none"
     assert fails(capsys, "verify", audit, *files) == problem
+    problem = f"{tmp_path}: expected the file of an audit, got a folder"
+    assert fails(capsys, "verify", tmp_path, *files) == problem
     audit.touch()
     os.truncate(audit, 1 << 40)
     assert fails(capsys, "verify", audit, *files) == f"{audit}: it is too long for an audit"

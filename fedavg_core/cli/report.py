@@ -41,7 +41,8 @@ def _report(read: argparse.Namespace) -> int:
         raise UsageError(
             f"{read.folder}: this folder is not from fedavg run; a report needs one"
             if read.folder.is_dir()
-            else f"{read.folder}: expected the folder of a fedavg run, there is none"
+            else f"{read.folder}: expected the folder of a fedavg run, "
+            f"{'got a file' if read.folder.exists() else 'there is none'}"
         )
     output = read.folder / "report.html" if read.output is None else read.output
     check_new(output, read.force)

@@ -66,6 +66,11 @@ def add_commands(commands: Subparsers) -> None:
 
 def _verify(read: argparse.Namespace) -> int:
     audit = _read_audit(read.audit)
+    for path in read.updates:
+        if path.is_dir():
+            raise UsageError(
+                f"expected the files of updates, got a folder; {path}/*.npz names some"
+            )
     if read.base is None:
         _check_without_base(audit)
     base = None if read.base is None else _read_base(read.base)
@@ -131,7 +136,8 @@ def _read_base(path: Path) -> Checkpoint:
 def _read_audit(path: Path) -> Audit:
     try:
         if not path.is_file():
-            raise CheckpointError(path, "expected the file of an audit, there is none")
+            got = "got a folder" if path.is_dir() else "there is none"
+            raise CheckpointError(path, f"expected the file of an audit, {got}")
         if path.stat().st_size > _MOST_BYTES:
             raise CheckpointError(path, "it is too long for an audit")
         return Audit.from_text(path.read_bytes())
