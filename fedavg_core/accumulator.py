@@ -31,7 +31,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ModelSpec, Params, copy_params, new_in
-from fedavg_core.plain import plain_list
+from fedavg_core.plain import plain_list, plain_text
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import Sums
 from fedavg_core.weight import exact_weight, weight_text
@@ -84,7 +84,8 @@ class WeightedMean:
         block: int = _BLOCK,
         threads: int | None = None,
     ) -> None:
-        if accumulator not in get_args(Accumulator):
+        kind = plain_text(accumulator)
+        if kind not in get_args(Accumulator):
             raise UsageError(
                 "expected accumulator 'exact', 'float64' or 'float32' (or, in a round, a robust "
                 f"mean, such as TrimmedMean()), got {quoted(accumulator)}"
@@ -95,14 +96,14 @@ class WeightedMean:
                 f"expected a ModelSpec (ModelSpec.of(model) makes one), got {a_type(spec)}"
             )
         threads = min(4, _processors()) if threads is None else whole_number("threads", threads, 1)
-        self._accumulator: Accumulator = accumulator
+        self._accumulator = cast(Accumulator, kind)
         self._fixed = spec is not None
         self._books = Books(dict(spec or {}), {})
         self._broken = False
         self._sums: Sums[Any] = (
             ExactSums(block, threads)
-            if accumulator == "exact"
-            else PlainSums(np.dtype(accumulator), block, threads)
+            if kind == "exact"
+            else PlainSums(np.dtype(kind), block, threads)
         )
         if spec is not None:
             self._sums.grow(spec)

@@ -34,10 +34,12 @@ __all__ = [
     "a_type",
     "one_line",
     "quoted",
+    "shown_path",
     "type_name",
 ]
 
 _NAME_LIMIT = 80
+_PATH_LIMIT = 4096
 _ERROR_LIMIT = 200
 
 
@@ -114,6 +116,21 @@ def quoted(value: object, limit: int = _NAME_LIMIT) -> str:
         if not shown.isprintable():  # an array's repr has several lines
             shown = ascii(shown)[1:-1]
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def shown_path(path: Path | str) -> str:
+    """A path fit to stand in one line of text.
+
+    Args:
+        path: A path.
+
+    Returns:
+        It as it is, to be found and to be typed; with escapes if that is not printable, and cut
+        if it is longer than paths are.
+    """
+    text = str(path)
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= _PATH_LIMIT else shown[: _PATH_LIMIT - 3] + "..."
 
 
 def type_name(value: object) -> str:
@@ -283,8 +300,12 @@ class CheckpointError(FedAvgError):
         self.path = Path(path)
         self.problem = problem
         self.newest_good = newest_good
-        hint = f"; the newest good checkpoint is {newest_good}" if newest_good is not None else ""
-        super().__init__(f"{path}: {problem}{hint}")
+        hint = (
+            ""
+            if newest_good is None
+            else f"; the newest good checkpoint is {shown_path(newest_good)}"
+        )
+        super().__init__(f"{shown_path(path)}: {problem}{hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointError, (self.path, self.problem, self.newest_good)

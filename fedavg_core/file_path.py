@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedavg_core.errors import UsageError, quoted
+from fedavg_core.plain import plain_text
 
 __all__ = ["PathLike", "file_path"]
 
@@ -26,10 +27,12 @@ def file_path(name: str, value: object) -> Path:
     Raises:
         UsageError: It is none, is empty, or has characters that no path has.
     """
-    if isinstance(value, (str, os.PathLike)):
-        given = os.fspath(value)
-        if given and isinstance(given, str) and _can_be(given):
-            return Path(given)
+    try:
+        given = plain_text(os.fspath(value))  # type: ignore[call-overload]
+    except Exception:  # a foreign object's method may do anything
+        given = None
+    if given and _can_be(given):
+        return Path(given)
     raise UsageError(f"{name}: expected a path, got {quoted(value)}")
 
 

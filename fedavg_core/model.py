@@ -138,7 +138,7 @@ def dtype_named(name: str) -> np.dtype[Any]:
             extension: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
         except (ImportError, AttributeError):
             raise UsageError(
-                f"an array of {name} needs the package ml_dtypes, as new as that dtype"
+                f"an array of {name} needs the package ml_dtypes, in a version that has it"
             ) from None
         return extension
     integers = (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))

@@ -45,7 +45,7 @@ import numpy.typing as npt
 from fedavg_core.archive import Damaged, check_archive, require
 from fedavg_core.checkpoint import MODEL, Checkpoint, described
 from fedavg_core.codec import Entry, damage_told, list_npz
-from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted, shown_path
 from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import check_array
 from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
@@ -358,7 +358,7 @@ def load_model(path: PathLike) -> dict[str, Array]:
         try:
             file = ModelFile(target, allowance)
         except RefusedUpdate as refusal:
-            raise UsageError(f"{target}: {refusal}") from None
+            raise UsageError(f"{shown_path(target)}: {refusal}") from None
         for key, array in file.arrays().items():
             shape, dtype = array.layout.shape, array.layout.dtype
             size = math.prod(shape)

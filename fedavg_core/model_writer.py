@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from fedavg_core.codec import NpzWriter
-from fedavg_core.errors import UsageError
+from fedavg_core.errors import UsageError, shown_path
 from fedavg_core.model import ModelSpec
 from fedavg_core.safetensors import SafetensorsWriter, aligned
 
@@ -25,7 +25,9 @@ def check_suffix(path: Path) -> None:
         UsageError: It does not.
     """
     if path.suffix.lower() not in (_NPZ, _SAFETENSORS):
-        raise UsageError(f"expected an output with suffix {_NPZ} or {_SAFETENSORS}, got {path}")
+        raise UsageError(
+            f"expected an output with suffix {_NPZ} or {_SAFETENSORS}, got {shown_path(path)}"
+        )
 
 
 def write_order(path: Path, spec: ModelSpec) -> ModelSpec:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,7 +42,7 @@ import numpy.typing as npt
 from fedavg_core.atomic_file import replacing
 from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.blocks import Buffers
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, shown_path
 from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
@@ -140,12 +140,18 @@ def aggregate_files(
         raise UsageError(f"paths: expected a list of files, got {quoted(paths)}")
     inputs = [file_path(f"paths[{number}]", path) for number, path in enumerate(listed)]
     target = file_path("output", output)
-    if not isinstance(weights, Sized):
-        raise UsageError(f"weights: expected one for each file, got {quoted(weights)}")
-    if not inputs or len(inputs) != len(weights):
+    try:
+        count = len(weights)
+    except TypeError:
+        raise UsageError(f"weights: expected one for each file, got {quoted(weights)}") from None
+    for name, choice in (("allow_missing", allow_missing), ("replace", replace)):
+        if not isinstance(choice, (bool, np.bool_)):
+            raise UsageError(f"{name}: expected True or False, got {quoted(choice)}")
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress: expected a function or None, got {quoted(progress)}")
+    if not inputs or len(inputs) != count:
         raise UsageError(
-            f"expected files, and one weight for each, got {len(inputs)} files and "
-            f"{len(weights)} weights"
+            f"expected files, and one weight for each, got {len(inputs)} files and {count} weights"
         )
     check_suffix(target)
     memory_limit = whole_number("memory_limit", memory_limit, 1)
@@ -193,7 +199,7 @@ class _Aggregation:
         try:
             file = ModelFile(path, allowance)
         except RefusedUpdate as refusal:
-            raise UsageError(f"the base, {path}: {refusal}") from None
+            raise UsageError(f"the base, {shown_path(path)}: {refusal}") from None
         for key, array in file.arrays().items():
             layout = array.layout
             self._parameters[key] = _Parameter(

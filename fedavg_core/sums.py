@@ -132,7 +132,7 @@ class Sums(ABC, Generic[Total]):
         """Make room for further arrays, whose sums are zero."""
         size = sum(math.prod(array.shape) for array in spec.values())
         if size > sys.maxsize // 8:
-            raise MemoryError(f"sums of {size} elements")
+            raise MemoryError("sums of more elements than can be addressed")
         np.empty(size, np.float32)  # if there is no memory for it, not even for its blocks
         # What takes longest comes first, so that no thread waits for it at the end: blocks of
         # several arrays, which are copied to be read, then the larger ones. Those of one array stay

@@ -117,7 +117,7 @@ def apply(base: Params, difference: Params) -> dict[str, npt.NDArray[Any]]:
                 sums[key] = total
         difference = {key: array for key, array in difference.items() if key not in sums}
     mean = WeightedMean()
-    if difference:
+    if not isinstance(difference, Mapping) or difference:
         mean.add(difference, 1)
     others = mean.mean({key: array for key, array in base.items() if key not in sums})
     return {key: sums[key] if key in sums else others[key] for key in base}

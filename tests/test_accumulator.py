@@ -183,6 +183,7 @@ BAD_UPDATES: list[tuple[Any, Any, fc.Reason, str]] = [
     ({"w": np.ones(2)}, True, fc.Reason.BAD_WEIGHT, "got True"),
     ({"w": np.ones(2)}, "3", fc.Reason.BAD_WEIGHT, "got '3'"),
     ({"w": np.ones(2)}, None, fc.Reason.BAD_WEIGHT, "got None"),
+    ({"w": np.ones(2)}, Fraction(1, 3), fc.Reason.BAD_WEIGHT, "got Fraction(1, 3)"),
     ({"w": np.ones(2)}, np.timedelta64(5, "s"), fc.Reason.BAD_WEIGHT, "timedelta64(5,'s')"),
     ({"w": np.ones(3)}, 1, fc.Reason.SHAPE, "(key 'w'): expected shape (2,), got (3,)"),
     ({"w": np.ones((1,))}, 1, fc.Reason.SHAPE, "expected shape (2,), got (1,)"),
@@ -859,6 +860,8 @@ def test_a_state_goes_through_json_and_comes_back(kind: Accumulator) -> None:
     [
         ({"format": 99}, "expected a state of format 1, got 99"),
         ({"accumulator": "float16"}, "expected accumulator 'exact', 'float64' or 'float32'"),
+        ({"accumulator": np.array("float32")}, "expected accumulator 'exact', .* got array"),
+        ({"accumulator": np.array(["exact", "x"])}, "expected accumulator 'exact', .* got array"),
         ({"keys": 3}, "expected the state of an accumulator, got TypeError"),
         ({"count": None}, "count: expected a whole number of at least 0, got None"),
         ({"count": -1}, "count: expected a whole number of at least 0, got -1"),

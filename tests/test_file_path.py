@@ -53,6 +53,51 @@ def test_what_is_no_path_is_told_and_nothing_is_written(
     assert os.listdir(tmp_path) == ["model.npz"]
 
 
+class Odd:
+    """Says that it is a path, and gives something else, or fails."""
+
+    def __init__(self, given: object) -> None:
+        self.given = given
+
+    def __fspath__(self) -> Any:
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+class OddText(str):
+    def __bool__(self) -> bool:
+        raise RuntimeError
+
+    def encode(self, *_: object) -> bytes:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("path", [Odd(3), Odd(b"a.npz"), Odd(RuntimeError("no"))])
+def test_what_only_says_that_it_is_a_path_is_told(path: object) -> None:
+    with pytest.raises(fc.UsageError, match="path: expected a path, got "):
+        fc.load_model(path)  # type: ignore[arg-type]
+
+
+def test_text_that_answers_oddly_is_read_as_text() -> None:
+    assert file_path("path", OddText("a.npz")) == Path("a.npz")
+
+
+@pytest.mark.parametrize("path", ["a\nforged: line.npz", "x" * 5000 + ".npz"])
+def test_a_path_does_not_make_a_message_long_or_of_several_lines(path: str) -> None:
+    odd: list[Callable[[], object]] = [
+        lambda: fc.load_model(path),
+        lambda: fc.load_checkpoint(path),
+        lambda: fc.aggregate_files([path], [1], "out.npz"),
+        lambda: fc.aggregate_files(["no.npz"], [1], path + ".txt"),
+    ]
+    for one in odd:
+        with pytest.raises(fc.FedAvgError) as caught:
+            one()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 4200
+
+
 def test_a_path_is_taken_as_it_is() -> None:
     odd = os.fsdecode(b"\xff\n.npz")  # a name that is no text, as a folder may hold
     assert file_path("path", odd) == Path(odd)

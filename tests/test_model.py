@@ -78,7 +78,10 @@ def test_a_missing_package_is_named() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "an array of bfloat16 needs the package ml_dtypes, as new as that dtype\n"
+    assert (
+        done.stdout
+        == "an array of bfloat16 needs the package ml_dtypes, in a version that has it\n"
+    )
 
 
 def test_a_dtype_that_its_package_does_not_have_yet_is_named(

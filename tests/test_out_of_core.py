@@ -407,6 +407,13 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
         ({"paths": np.array(5)}, "paths: expected a list of files, got array(5)"),
         ({"paths": ["a.npz", None]}, "paths[1]: expected a path, got None"),
         ({"weights": None}, "weights: expected one for each file, got None"),
+        ({"weights": np.array(1.0)}, "weights: expected one for each file, got array(1.)"),
+        ({"progress": 3}, "progress: expected a function or None, got 3"),
+        ({"replace": "no"}, "replace: expected True or False, got 'no'"),
+        (
+            {"allow_missing": np.ones(2)},
+            "allow_missing: expected True or False, got array([1., 1.])",
+        ),
         ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weights"),
         ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
         ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),

@@ -247,7 +247,7 @@ class TestWhatIsAmiss:
         )
         assert not verdict.same_bits
         assert verdict.unread == verdict.missing == ("site-1", "site-2")
-        assert verdict.lines[0] == "'site-1': not read, CheckpointError: a\\nb: damaged"
+        assert verdict.lines[0] == "'site-1': not read, CheckpointError: a\\\\nb: damaged"
         assert verdict.lines[1].startswith("'site-2': not read, RefusedUpdate: DTYPE (key 'w')")
         assert all(line.isprintable() and line.isascii() for line in verdict.lines)
 

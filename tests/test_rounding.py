@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from fedavg_core.accumulator import weighted_mean
 from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
 from fedavg_core.model import ArraySpec
 from fedavg_core.rounding import quotient
@@ -216,6 +217,22 @@ def test_a_base_finds_out_where_loose_parts_have_cancelled_the_sum() -> None:
         assert quotient(total, weight, number, Scratch(SIZE), out, [(base, 0)]) == -1
         exact = [k / weight + Fraction(float(b)) for k, b in zip(left, base, strict=True)]
         assert out.tolist() == [rounded(x, 24) for x in exact]
+
+
+@pytest.mark.parametrize(
+    ("value", "weight", "base", "result"),
+    [
+        ("0x1.eb91380000080p+28", 0.47016109476444623, "-0x1.eb912cp+28", "0x1.8p+7"),  # a tie
+        ("0x1.efc9f40001p-1", 2**53 - 1, "-0x1.efc8f4p-1", "0x1p-17"),  # and one
+    ],
+)
+def test_a_base_that_cancels_most_of_the_quotient_leaves_it_rounded_once(
+    value: str, weight: float, base: str, result: str
+) -> None:
+    model = {"w": np.array([float.fromhex(value)])}
+    start = {"w": np.array([float.fromhex(base)], np.float32)}
+    mean = weighted_mean([model], [weight], base=start)["w"]
+    assert mean.tolist() == [float.fromhex(result)]
 
 
 def test_a_base_and_sixteen_loose_parts_are_off_by_no_more_than_is_looked_at() -> None:

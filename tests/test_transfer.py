@@ -147,6 +147,12 @@ def test_applying_nothing_copies_the_base() -> None:
     assert fc.same_bits(fc.apply(base, {}), base)
 
 
+@pytest.mark.parametrize("nothing", [None, 0, "", [], False, np.ones(2)])
+def test_what_is_no_difference_is_refused(nothing: Any) -> None:
+    with pytest.raises(fc.RefusedUpdate, match="DTYPE: expected a mapping from names to arrays"):
+        fc.apply({"w": np.ones(2)}, nothing)
+
+
 def test_a_sum_is_rounded_once_to_the_dtype_of_the_base() -> None:
     base = {"w": np.array([1.0], np.float32)}
     result = fc.apply(base, {"w": np.array([2.0**-24 + 2.0**-60])})
