@@ -125,9 +125,10 @@ def aggregate_files(
         What was written: names, shapes and dtypes.
 
     Raises:
-        UsageError: There are no files, or not as many weights, or a path is none; the output's
-            suffix is another, or its format has no such dtype; the memory limit is no whole number
-            of at least 1, or too small for the names and shapes; the base is not finite.
+        UsageError: An argument is nothing of its kind; there are no files, or not as many weights;
+            the output's suffix is another, or its format has no such dtype; the memory limit is no
+            whole number of at least 1, or too small for the names and shapes; the base is not
+            finite.
         RefusedUpdate: A model is not fit to be averaged, for the reasons of `WeightedMean.add`, or
             lacks a parameter that it may not lack (MISSING_KEYS). The contributor is the name of
             the file (its whole path where two have the same name).

@@ -660,6 +660,14 @@ class TestResuming:
         assert (code, out) == (0, "")
         assert err == "fedavg: all 4 rounds are done; a larger --rounds adds to them\n"
 
+    def test_a_run_that_is_done_and_lost_its_log_still_gives_its_model(
+        self, training: Path, whole: Path, capsys: Capture
+    ) -> None:
+        before = final(whole)
+        (whole / LOG).unlink()
+        assert run(capsys, "run", training, "--checkpoint", whole, "--resume")[0] == 0
+        assert fc.same_bits(final(whole), before)
+
     def test_a_training_file_that_has_changed_is_told(
         self, training: Path, whole: Path, capsys: Capture
     ) -> None:

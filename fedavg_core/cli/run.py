@@ -211,16 +211,13 @@ def _trouble(folder: Path, before: int) -> str | None:
         FedAvgError: It is the one that the run began with.
     """
     records = read_log(folder) if (folder / LOG).exists() else []
-    if not records:
-        return None
-    last = records[-1]
-    if all(one.problem for one in records):
-        raise FedAvgError(f"no round changed the model: {last.problem}")
     recent = records[before:] or records
-    if all(one.problem for one in recent):
-        return f"no round since round {before - 1} changed it: {last.problem}"
-    if all(one.evaluation_problem for one in recent):
-        return f"no round could be evaluated: {last.evaluation_problem}"
+    if records and all(one.problem for one in records):
+        raise FedAvgError(f"no round changed the model: {records[-1].problem}")
+    if recent and all(one.problem for one in recent):
+        return f"no round since round {before - 1} changed it: {recent[-1].problem}"
+    if recent and all(one.evaluation_problem for one in recent):
+        return f"no round could be evaluated: {recent[-1].evaluation_problem}"
     return None
 
 
