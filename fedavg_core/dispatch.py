@@ -27,6 +27,7 @@ from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
 from fedavg_core.plain import as_float
 from fedavg_core.transfer import change
+from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
 from fedavg_core.whole_number import whole_number
 
@@ -74,8 +75,7 @@ class Dispatch:
                 raise UsageError("deadline: expected an executor as well; in line nothing is late")
             if not 0 < as_float(deadline) < math.inf:
                 raise UsageError(f"deadline: expected seconds above 0, got {quoted(deadline)}")
-        if not isinstance(first_come, bool):
-            raise UsageError(f"first_come: expected True or False, got {quoted(first_come)}")
+        first_come = truth("first_come", first_come)
         if first_come and executor is None:
             raise UsageError("first_come: expected an executor as well; in line all come in order")
         self._executor = executor

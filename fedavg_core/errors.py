@@ -300,11 +300,9 @@ class CheckpointError(FedAvgError):
         self.path = Path(path)
         self.problem = problem
         self.newest_good = newest_good
-        hint = (
-            ""
-            if newest_good is None
-            else f"; the newest good checkpoint is {shown_path(newest_good)}"
-        )
+        hint = ""
+        if newest_good is not None:
+            hint = f"; the newest good checkpoint is {shown_path(newest_good)}"
         super().__init__(f"{shown_path(path)}: {problem}{hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:

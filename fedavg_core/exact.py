@@ -36,7 +36,6 @@ A negative weight undoes an addition exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from functools import partial
 from math import frexp, ldexp
 from operator import methodcaller
@@ -46,7 +45,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.positions import positions
-from fedavg_core.weight import dyadic, pieces
+from fedavg_core.weight import Weight, dyadic, pieces
 
 __all__ = ["LOOSE_BOUND", "STEP", "ExactSum", "NonFiniteError", "Scratch"]
 
@@ -191,7 +190,7 @@ class ExactSum:
         # In one call: a limb is never both in use and to be had.
         list(map(setattr, (self,) * len(fields), fields, (memory, {}, {}, [], None, True)))
 
-    def add(self, values: npt.NDArray[Any], weight: int | Fraction, scratch: Scratch) -> None:
+    def add(self, values: npt.NDArray[Any], weight: Weight, scratch: Scratch) -> None:
         """Add ``weight · values``, exactly; with any error nothing is added.
 
         Args:

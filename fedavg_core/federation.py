@@ -63,6 +63,7 @@ from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
+from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
 from fedavg_core.whole_number import whole_number
 
@@ -191,8 +192,7 @@ class Federation:
         told = plain_list(observers)
         if told is None or not all(isinstance(one, Observer) for one in told):
             raise UsageError(f"observers: expected a list of observers, got {quoted(observers)}")
-        if not isinstance(resume, bool):
-            raise UsageError(f"resume: expected True or False, got {quoted(resume)}")
+        resume = truth("resume", resume)
         if model is not None:
             check_model(model, "model")
         self._clients = clients

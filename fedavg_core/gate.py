@@ -41,6 +41,7 @@ from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
 from fedavg_core.npy import fits
 from fedavg_core.plain import plain_list, plain_number, plain_text
+from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
 from fedavg_core.whole_number import is_whole_number
 
@@ -103,10 +104,7 @@ class Limits:
                 )
             object.__setattr__(self, "roster", frozenset(names))
         for choice in ("allow_missing", "allow_unexpected"):
-            chosen: object = getattr(self, choice)
-            if not isinstance(chosen, (bool, np.bool_)):
-                raise UsageError(f"{choice}: expected True or False, got {quoted(chosen)}")
-            object.__setattr__(self, choice, bool(chosen))
+            object.__setattr__(self, choice, truth(choice, getattr(self, choice)))
         for limit in ("max_norm", "max_weight"):
             value: object = getattr(self, limit)
             if value is None:

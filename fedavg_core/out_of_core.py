@@ -50,6 +50,7 @@ from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, sum_bytes
 from fedavg_core.plain import plain_list
 from fedavg_core.stored_array import INFLATER_BYTES
+from fedavg_core.truth import truth
 from fedavg_core.weight import Weight, dyadic, exact_weight
 from fedavg_core.whole_number import whole_number
 
@@ -145,9 +146,7 @@ def aggregate_files(
         count = len(weights)
     except TypeError:
         raise UsageError(f"weights: expected one for each file, got {quoted(weights)}") from None
-    for name, choice in (("allow_missing", allow_missing), ("replace", replace)):
-        if not isinstance(choice, (bool, np.bool_)):
-            raise UsageError(f"{name}: expected True or False, got {quoted(choice)}")
+    allow_missing, replace = truth("allow_missing", allow_missing), truth("replace", replace)
     if progress is not None and not callable(progress):
         raise UsageError(f"progress: expected a function or None, got {quoted(progress)}")
     if not inputs or len(inputs) != count:

@@ -61,6 +61,7 @@ from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
+from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
 from fedavg_core.whole_number import whole_number
 
@@ -141,8 +142,7 @@ class Round:
             raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
         if not isinstance(limits, Limits):
             raise UsageError(f"limits: expected a Limits, got {quoted(limits)}")
-        if not isinstance(audit, bool):
-            raise UsageError(f"audit: expected True or False, got {quoted(audit)}")
+        audit = truth("audit", audit)
         self._model: Params = {} if model is None else model
         self._gate = Gate(self._model, self._number, limits)
         self._optimizer = server_optimizer

@@ -36,7 +36,7 @@ from fedavg_core.exact import ExactSum, NonFiniteError, Scratch
 from fedavg_core.model import NumberFormat
 from fedavg_core.positions import positions
 from fedavg_core.readout import Nearest, extent, leading, nearest, sign, two_sum
-from fedavg_core.weight import dyadic
+from fedavg_core.weight import Weight, dyadic
 
 __all__ = ["quotient"]
 
@@ -66,7 +66,7 @@ _SPLITTER = 2.0**27 + 1
 
 def quotient(
     total: ExactSum,
-    weight: int | Fraction,
+    weight: Weight,
     number: NumberFormat,
     scratch: Scratch,
     out: Array,
@@ -143,7 +143,7 @@ class _Way(NamedTuple):
     are_normal: bool
 
 
-def _way(total: ExactSum, weight: int | Fraction, number: NumberFormat) -> _Way | None:
+def _way(total: ExactSum, weight: Weight, number: NumberFormat) -> _Way | None:
     """How to divide the sums in float64; None if that cannot be."""
     if number.kind == "integer":
         return None
@@ -167,7 +167,7 @@ def _way(total: ExactSum, weight: int | Fraction, number: NumberFormat) -> _Way 
 def _divide_at(
     place: slice,
     way: _Way,
-    weight: int | Fraction,
+    weight: Weight,
     number: NumberFormat,
     scratch: Scratch,
     out: Array,
@@ -240,7 +240,7 @@ def _add_at(
     place: slice,
     way: _Way,
     base: Floats32,
-    weight: int | Fraction,
+    weight: Weight,
     scratch: Scratch,
     out: Floats32,
 ) -> tuple[Indices, Indices]:
@@ -325,7 +325,7 @@ def _above(
     total: ExactSum,
     where: Indices | slice,
     base: Base,
-    weight: int | Fraction,
+    weight: Weight,
     scratch: Scratch,
 ) -> ExactSum:
     """Some of the sums, and a base times the weight; a new sum."""
@@ -340,7 +340,7 @@ def _above(
 def _settle(
     way: _Way,
     places: Indices,
-    weight: int | Fraction,
+    weight: Weight,
     out: Array,
     base: Floats32 | None = None,
 ) -> Indices:
@@ -397,7 +397,7 @@ def _careful(
     low: Floats,
     exponent: int,
     exact: bool,
-    weight: int | Fraction,
+    weight: Weight,
     number: NumberFormat,
     out: Array,
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
@@ -423,7 +423,7 @@ def _careful(
     return values.astype(out.dtype), lost
 
 
-def _scaled(weight: int | Fraction, exponent: int) -> tuple[int, int, int]:
+def _scaled(weight: Weight, exponent: int) -> tuple[int, int, int]:
     """The numerator n of a weight, its length b, and the scale s of ``x · 2**exponent / weight``.
 
     That is ``x / (n / 2**b) · 2**s``, with a divisor between 1/2 and 1.
@@ -433,7 +433,7 @@ def _scaled(weight: int | Fraction, exponent: int) -> tuple[int, int, int]:
 
 
 def _divide(
-    high: Floats, low: Floats, exponent: int, exact: bool, weight: int | Fraction
+    high: Floats, low: Floats, exponent: int, exact: bool, weight: Weight
 ) -> tuple[Floats, Floats, Floats, int]:
     """The quotient as ``(first + second) · 2**scale``, and a bound on the error of second."""
     numerator, bits, scale = _scaled(weight, exponent)
