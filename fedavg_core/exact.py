@@ -18,12 +18,16 @@ such products (`_anchor`). Then
   weight all but the smallest elements are multiples of limb 0's unit already: they are added in one
   operation. Of the few that are not (below about 2**-13 of the largest) the whole units are added
   with the others, and the rest is kept aside, loose, with its position: until that is so in so many
-  places that a limb pays (`tuck`), no addition and no mean has to pass over one. A longer weight is
-  taken in pieces, and products that are not whole units are cut as follows.
-* **The general way** cuts the array at the limbs' units, from the top (`rint`, subtract, scale by
-  2**STEP, again), as the Ozaki scheme does (Ozaki, Ogita, Oishi and Rump, 2012). A slice is an
-  integer of few enough bits that its product with a STEP-bit piece of the weight is exact. It ends
-  when nothing is left, so it is right for every finite input and every weight.
+  places that a limb pays (`tuck`), no addition and no mean has to pass over one.
+* **Products of more bits** are had as exact sums of two float64: a float32 times both parts of a
+  weight of up to 53 bits, or both halves of a float64 (Dekker, 1971) times a piece of the weight.
+  The two are added, and the whole units of limb 0 cut off (`rint`); what that leaves of them is one
+  float64 again, and whole units of limb -2 but for the smallest elements (`_add_cut`).
+* **The general way** is for those, and for values too far apart. It cuts an array at the limbs'
+  units, from the top (`rint`, subtract, scale by 2**STEP, again), as the Ozaki scheme does (Ozaki,
+  Ogita, Oishi and Rump, 2012). A slice is an integer of few enough bits that its product with a
+  STEP-bit piece of the weight is exact. It ends when nothing is left, so it is right for every
+  finite input and every weight.
 
 An addition is made whole or not at all, whatever interrupts it. Python delivers a signal between
 two of its instructions, so what belongs together is done by one call into C: `map` over the
@@ -67,6 +71,10 @@ _FAST_WEIGHT_BITS = 29
 _SPARSE = 4  # up to n / 2**4 elements are picked out one by one
 _PIECE = 1 << 12  # elements that are carried in one go
 _MOST_LOOSE = 16  # and one: two pieces of a weight, 29 bits apart, may leave something each
+_CUTS = (1, 2)
+_HALF = np.uint64(1 << 26)
+_UPPER = np.uint64((1 << 64) - (1 << 27))  # of a float64's 53 bits the upper 26
+_SPLITS = 2.0**1023  # what is larger may not be rounded to those
 _LOOSE = 0  # in place of a bound: the step was to keep something aside
 _SAFE_RANGE = 900  # exponents further apart than this are never scaled together
 
@@ -103,7 +111,9 @@ class Scratch:
     def __init__(self, size: int) -> None:
         self.product = np.empty(size, np.float64)
         self.spare = np.empty(size, np.float64)
+        self.whole = np.empty(size, np.float64)
         self.mask = np.empty(size, np.bool_)
+        self.buffers = self.product, self.spare, self.whole
         # The less memory in use, the more of it stays in the cache.
         self.bits = self.product.view(np.uint32)[:size]
         self.small = self.product.view(np.bool_)[4 * size : 5 * size]
@@ -126,7 +136,7 @@ class _Step(NamedTuple):
 
     def kept_from(self, scratch: Scratch) -> _Step:
         """The same, with nothing in buffers that are about to be used again."""
-        if self.part.base is scratch.product:
+        if any(self.part.base is buffer for buffer in scratch.buffers):
             return self._replace(part=self.part.copy())
         return self
 
@@ -209,15 +219,15 @@ class ExactSum:
             if self.bounds.get(-1) or self._loose_size() > most >> 1:
                 self.tuck()
 
+        narrow = values.dtype == np.float32
+        add, width = (self._add_float32, 53) if narrow else (self._add_float64, 27)
+
         def deposit() -> None:
-            if values.dtype == np.float32:
-                for piece, exponent in pieces(odd, shift, _FAST_WEIGHT_BITS):
-                    if self._steps:  # of the piece before
-                        self._steps = [step.kept_from(scratch) for step in self._steps]
-                    if not self._add_float32(values, piece, exponent, scratch):
-                        self._add_general(None, values, piece, exponent, scratch)
-                return
-            self._add_general(None, values, odd, shift, scratch)
+            for piece, exponent in pieces(odd, shift, width):
+                if self._steps:  # of the piece before
+                    self._steps = [step.kept_from(scratch) for step in self._steps]
+                if not add(values, piece, exponent, scratch):
+                    self._add_general(None, values, piece, exponent, scratch)
 
         self._whole_or_not_at_all(deposit)
 
@@ -316,7 +326,17 @@ class ExactSum:
     def _add_float32(
         self, values: npt.NDArray[np.float32], odd: int, shift: int, scratch: Scratch
     ) -> bool:
-        """Add the fast way; False, and nothing done, if these values ask for the general way."""
+        """Add ``odd · 2**shift`` times float32 values, if no more than a few go their own way.
+
+        Args:
+            values: The values.
+            odd: An integer of at most 53 bits.
+            shift: An exponent.
+            scratch: Buffers.
+
+        Returns:
+            Whether it was done; if not, nothing was.
+        """
         n = self.size
         bits = np.left_shift(values.view(np.uint32), _ONE, out=scratch.bits[:n])
         top_bits = int(np.maximum.reduce(bits))
@@ -326,67 +346,128 @@ class ExactSum:
             return True
         weight_bits = odd.bit_length()
         reach = (top_bits >> 24) - 126 if top_bits >> 24 else -126  # every |value| < 2**reach
-        high = reach + weight_bits + shift
-        if high - self._anchor(high) > 52:
-            self._rebase(high)
-        k = min(0, self._limb_for(high))
-        unit = self._anchor(high) + STEP * k
-        # A float32 ≥ 2**e is a multiple of 2**(e - 23): from this e on products are whole units.
-        least = unit - shift + 23
-        if least > 127:
-            return False
-        where: Indices | None = _NOWHERE
-        has_zeros = True
-        if least > -126:
-            small = np.less(bits, np.uint32((least + 127) << 24), out=scratch.small[:n])
-            where = positions(small, n >> _SPARSE)
-            has_zeros = where is None  # at places that are not looked at
-            if where is None:  # zeros are whole units as well
-                where = positions(np.logical_and(small, bits, out=small), n >> _SPARSE)
-        factor = ldexp(odd, shift - unit)
+        k, unit = self._place_for(reach + weight_bits + shift)
         # The bits, one place further left than in a float32, are an exponent and its fraction.
         fraction = top_bits & ((1 << 24) - 1) | (1 << 24 if top_bits >> 24 else 0)
         largest = ldexp(fraction, max(top_bits >> 24, 1) - 151)
-        bound = int(abs(largest * factor)) + 1
-        product = scratch.product[:n]
-        lowest = 0
-        if where is not None and where.size:
-            if k:
-                where = None  # what is loose belongs to limb -1
-            else:
-                lowest = int(np.minimum.reduce(bits[where]))
+        bound = int(abs(largest * ldexp(odd, shift - unit))) + 1
+        # A float32 ≥ 2**e is a multiple of 2**(e - 23): from this e on products are whole units.
+        least = unit - shift + 23
+        where, has_zeros = None, True
+        if weight_bits <= _FAST_WEIGHT_BITS:
+            where, has_zeros = _below(bits, least, scratch.small[:n])
+        if where is None or (where.size and k):  # what is loose belongs to limb -1
+            for cuts in _CUTS:
+                where, _ = _below(bits, least - STEP * (cuts + 1), scratch.small[:n])
+                if where is not None:
+                    products = _products(values, odd, shift - unit, scratch)
+                    self._add_cut(k, products, bound, where, cuts)
+                    self._add_general(where, values[where], odd, shift)
+                    return True
+            return False
+        lowest = int(np.minimum.reduce(bits[where])) if where.size else 0
         # The first products are written where they are to stay: as such, none may be -0.0.
-        is_first = where is not None and self.is_zero
+        is_first = self.is_zero
         product = np.multiply(
-            values, factor, out=self._limb(k) if is_first else product, dtype=np.float64
+            values,
+            ldexp(odd, shift - unit),
+            out=self._limb(k) if is_first else scratch.product[:n],
+            dtype=np.float64,
         )
         if is_first and has_zeros:
             product += 0.0
-        if where is None:
-            self._cut(k, None, product, 1, bound)
-        elif not where.size:
+        if not where.size:
             self._deposit(k, None, product, bound)
-        else:
-            rest = product[where]
-            whole = np.rint(rest)
-            if is_first:
-                whole += 0.0
-            product[where] = whole
-            self._deposit(0, None, product, bound)
-            rest -= whole
-            left = rest.nonzero()[0]  # zeros and other whole units are small as well
-            where, rest = where[left], rest[left]
-            # In the same way those of the others that are not STEP binades smaller yet are whole
-            # units of limb -1.
-            if lowest < (least - STEP + 127) << 24:
-                below = rest * 2.0**STEP
-                if (np.rint(below) != below).any():
-                    self._cut(-1, where, below, 1, _SETTLED)
-                    return True
-            if left.size:
-                self._steps.append(_Step(-1, where, rest, _LOOSE))
-                self._done.extend(map(self.loose.append, ((where, rest),)))
+            return True
+        rest = product[where]
+        whole = np.rint(rest)
+        if is_first:
+            whole += 0.0
+        product[where] = whole
+        self._deposit(0, None, product, bound)
+        rest -= whole
+        left = rest.nonzero()[0]  # zeros and other whole units are small as well
+        where, rest = where[left], rest[left]
+        # In the same way those of the others that are not STEP binades smaller yet are whole units
+        # of limb -1.
+        if lowest < (least - STEP + 127) << 24:
+            below = rest * 2.0**STEP
+            if (np.rint(below) != below).any():
+                self._cut(-1, where, below, 1, _SETTLED)
+                return True
+        if left.size:
+            self._steps.append(_Step(-1, where, rest, _LOOSE))
+            self._done.extend(map(self.loose.append, ((where, rest),)))
         return True
+
+    def _add_float64(self, values: Floats, odd: int, shift: int, scratch: Scratch) -> bool:
+        """The same for float64 values, and an integer of at most 27 bits."""
+        n = self.size
+        magnitude = np.abs(values, out=scratch.product[:n])
+        largest = float(np.maximum.reduce(magnitude))
+        if not largest < np.inf:
+            raise NonFiniteError(int(np.argmin(np.isfinite(values))))
+        if largest == 0.0:
+            return True
+        k, unit = self._place_for(frexp(largest)[1] + odd.bit_length() + shift)
+        if abs(shift - unit) > _SAFE_RANGE or largest > _SPLITS:
+            return False
+        bound = int(abs(largest * ldexp(odd, shift - unit))) + 1
+        # A float64 ≥ 2**e is a multiple of 2**(e - 52), and each of 2**-1074.
+        for cuts in _CUTS:
+            where: Indices | None = _NOWHERE
+            least = unit - shift - STEP * (cuts + 1)
+            if least > -1074:
+                small = np.less(magnitude, ldexp(1.0, least + 52), out=scratch.mask[:n])
+                where = positions(small, n >> _SPARSE)
+                if where is None:
+                    where = positions(np.logical_and(small, magnitude, out=small), n >> _SPARSE)
+            if where is not None:
+                products = _products(values, odd, shift - unit, scratch)
+                self._add_cut(k, products, bound, where, cuts)
+                self._add_general(where, values[where], odd, shift)
+                return True
+        return False
+
+    def _add_cut(
+        self,
+        k: int,
+        products: tuple[Floats, Floats | None, Floats],
+        bound: int,
+        where: Indices,
+        cuts: int,
+    ) -> None:
+        """Add products of more bits than a float64 has, cut at the units of limb k and lower ones.
+
+        Args:
+            k: The limb to begin with.
+            products: See `_products`, in units of limb k; overwritten.
+            bound: What no product exceeds.
+            where: Positions whose products do not count.
+            cuts: How often they are cut. What is left is whole units of the second limb below the
+                last, and is added there.
+        """
+        high, low, whole = products
+        high[where] = 0.0
+        if low is not None:
+            low[where] = 0.0
+        for cut in range(cuts):
+            if cut:
+                k, whole = k - 1, np.empty_like(high)
+                high *= 2.0**STEP
+                if low is not None:
+                    low *= 2.0**STEP
+            np.rint(high if low is None else np.add(high, low, out=whole), out=whole)
+            high -= whole
+            self._deposit(k, None, whole, bound + 1)
+            # The sum of two is rounded: what it leaves, which is not, may be over one half.
+            excess = bound.bit_length() - 54
+            bound = (1 << (STEP - 1)) + (1 << max(excess + STEP, 0))
+        if low is not None:
+            high += low
+        if high.any():
+            high *= 2.0 ** (2 * STEP)
+            self._deposit(k - 2, None, high, bound << STEP)
 
     def _add_general(
         self,
@@ -488,6 +569,13 @@ class ExactSum:
         """The limb that has the head-room of limb 0 over 2**high."""
         return -((self._anchor(high) + 53 - _HEADROOM - high) // STEP)
 
+    def _place_for(self, high: int) -> tuple[int, int]:
+        """The limb, 0 at most, that takes values below 2**high, and its unit's exponent."""
+        if high - self._anchor(high) > 52:
+            self._rebase(high)
+        k = min(0, self._limb_for(high))
+        return k, self._anchor(high) + STEP * k
+
     def _rebase(self, high: int) -> None:
         """Move the origin up, to where values below 2**high fit into limb 0."""
         moved = ExactSum(self.size)
@@ -572,6 +660,69 @@ class ExactSum:
             lower = upper * -(2.0**STEP)
             list(map(np.add, pair, (upper, lower), pair))
         self.bounds[k] = _SETTLED
+
+
+def _below(
+    bits: npt.NDArray[np.uint32], least: int, small: npt.NDArray[np.bool_]
+) -> tuple[Indices | None, bool]:
+    """Which float32 values are less than a power of two.
+
+    Args:
+        bits: The values' bits, their signs shifted out.
+        least: The power's exponent.
+        small: As many places; overwritten.
+
+    Returns:
+        Their positions, and whether there may be zeros in other places; no positions if they are
+        too many to be picked out, zeros aside.
+    """
+    if least <= -126:
+        return _NOWHERE, True
+    most = bits.size >> _SPARSE
+    if least > 127:
+        return None, True
+    np.less(bits, np.uint32((least + 127) << 24), out=small)
+    where = positions(small, most)
+    if where is not None:
+        return where, False
+    return positions(np.logical_and(small, bits, out=small), most), True
+
+
+def _products(
+    values: npt.NDArray[Any], odd: int, exponent: int, scratch: Scratch
+) -> tuple[Floats, Floats | None, Floats]:
+    """Values times ``odd · 2**exponent``, exactly, as sums of two.
+
+    Of float32 values the weight is taken in two parts, of 24 and 29 bits; float64 values are, of 26
+    bits each (Dekker, 1971), for weights of up to 27.
+
+    Args:
+        values: The values; only read.
+        odd: See there.
+        exponent: See there.
+        scratch: Buffers.
+
+    Returns:
+        The two, the second less than the first by some 2**22, or None; and a third array. All of
+        them are buffers.
+    """
+    n = values.size
+    high, low, other = scratch.product[:n], scratch.spare[:n], scratch.whole[:n]
+    if values.dtype == np.float32:
+        upper, *lower = pieces(odd, exponent, _FAST_WEIGHT_BITS)
+        np.multiply(values, ldexp(*upper), out=high, dtype=np.float64)
+        if not lower:
+            return high, None, other
+        np.multiply(values, ldexp(*lower[0]), out=low, dtype=np.float64)
+        return high, low, other
+    factor = ldexp(odd, exponent)
+    bits = high.view(np.uint64)
+    np.add(values.view(np.uint64), _HALF, out=bits)
+    bits &= _UPPER
+    np.subtract(values, high, out=low)
+    high *= factor
+    low *= factor
+    return high, low, other
 
 
 def _do_both(first: Callable[[], object], second: Callable[[], object]) -> None:
