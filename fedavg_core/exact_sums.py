@@ -17,7 +17,8 @@ from fedavg_core.bad_element import base_not_finite, not_finite
 from fedavg_core.blocks import Block, Buffers, Segment, load
 from fedavg_core.books import Term
 from fedavg_core.errors import RefusedUpdate, quoted
-from fedavg_core.exact import STEP, ExactSum, NonFiniteError
+from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.limbs import STEP
 from fedavg_core.model import ArraySpec, Params
 from fedavg_core.readout import digits, from_digits, sign
 from fedavg_core.rounding import quotient

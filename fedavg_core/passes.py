@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.blocks import Block, Buffers, is_alone, load, pack
-from fedavg_core.exact import STEP, ExactSum, NonFiniteError
+from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.limbs import STEP
 from fedavg_core.model import ArraySpec, NumberFormat
 from fedavg_core.rounding import quotient
 from fedavg_core.weight import Weight, dyadic

@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import LOOSE_BOUND, STEP, ExactSum
+from fedavg_core.exact import ExactSum
+from fedavg_core.limbs import LOOSE_BOUND, STEP
 
 __all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign", "two_sum"]
 

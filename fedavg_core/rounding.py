@@ -32,9 +32,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum, NonFiniteError, Scratch
+from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import NumberFormat
 from fedavg_core.positions import positions
+from fedavg_core.products import Scratch
 from fedavg_core.readout import Nearest, extent, leading, nearest, sign, two_sum
 from fedavg_core.weight import Weight, dyadic
 

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fedavg_core.exact as exact_module
-from fedavg_core.exact import STEP, ExactSum, NonFiniteError, Scratch
+import fedavg_core.limbs as limbs_module
+from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.limbs import STEP
+from fedavg_core.products import Scratch
 from fedavg_core.readout import digits, from_digits, leading, sign
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
@@ -80,6 +82,73 @@ def test_a_sum_is_the_rational_sum_of_its_terms(
         expected = [a + b for a, b in zip(expected, exactly(values, weight), strict=True)]
     assert values_of(total) == expected
     assert [int(s) for s in sign(total)] == [(v > 0) - (v < 0) for v in expected]
+
+
+def beside_few_small_ones(seed: int, dtype: type, size: int = 320) -> npt.NDArray[Any]:
+    """Numbers of like size, one in forty of them smaller by up to 120 binades, or zero."""
+    rng = np.random.default_rng(seed)
+    values: npt.NDArray[Any] = rng.standard_normal(size)
+    values[:: 40 + seed % 3] *= 2.0 ** -rng.integers(1, 120) * (seed % 5 > 0)
+    return values.astype(dtype)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1 << 30), st.sampled_from([np.float32, np.float64]), any_weight()),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(-8, 8),
+)
+def test_products_of_more_bits_than_a_float64_has_are_added_exactly(
+    terms: list[tuple[int, type, int | Fraction]], scale: int
+) -> None:
+    total = ExactSum(320)
+    expected = [Fraction(0)] * 320
+    for number, (seed, dtype, weight) in enumerate(terms):
+        values = beside_few_small_ones(seed, dtype) * dtype(2.0 ** (number * scale))
+        total.add(values, weight, Scratch(320))
+        expected = [a + b for a, b in zip(expected, exactly(values, weight), strict=True)]
+    assert values_of(total) == expected
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(np.float32, 53), (np.float64, 27)])
+def test_what_a_rounded_sum_of_two_products_leaves_is_within_the_bounds(
+    dtype: type, bits: int
+) -> None:
+    rng, size = np.random.default_rng(0), 1600
+    values: npt.NDArray[Any] = (1 + rng.random(size)).astype(dtype)
+    weight = (1 << bits) - 1
+    for larger in range(8):  # until limb 0 has no head-room over the second
+        total = summed((np.ones(size, np.float32), 1 << (bits - 1)))
+        total.add(values * dtype(2.0**larger), weight, Scratch(size))
+        assert values_of(total)[1:] == [
+            Fraction(1 << (bits - 1)) + exact
+            for exact in exactly(values[1:] * dtype(2.0**larger), weight)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1, 2.0**-15, 2.0**20])
+def test_an_addition_in_parts_is_made_or_taken_back_at_any_moment(
+    dtype: type, scale: float
+) -> None:
+    def before() -> ExactSum:
+        return summed((beside_few_small_ones(1, dtype, 64), Fraction(0.1)))
+
+    values = beside_few_small_ones(2, dtype, 64) * dtype(scale)
+    without, weight = values_of(before()), Fraction(0.7)
+    made = [a + b for a, b in zip(without, exactly(values, weight), strict=True)]
+    modules = "exact", "limbs", "products"
+    total = before()
+    with Interruption(-1, *modules) as all_of_it:
+        total.add(values, weight, Scratch(64))
+    assert values_of(total) == made
+    for moment in range(1, -all_of_it.left, 1 if THOROUGH else 13):
+        total = before()
+        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, *modules):
+            total.add(values, weight, Scratch(64))
+        assert values_of(total) == (made if total.additions == 2 else without)
 
 
 @given(st.integers(0, 1 << 30), st.booleans(), any_weight())
@@ -179,6 +248,40 @@ def test_an_element_of_any_size_beside_a_large_one_is_added_whole(weight: int) -
         assert values_of(total) == exactly(values, 2 * weight)
 
 
+@pytest.mark.parametrize("weight", [653, (1 << 53) - 1, Fraction(0.1), Fraction(0.7)])
+@pytest.mark.parametrize(
+    ("dtype", "reach"), [(np.float32, 0), (np.float32, -100), (np.float64, 0), (np.float64, -990)]
+)
+def test_elements_of_all_sizes_beside_many_large_ones_are_added_whole(
+    dtype: type, reach: int, weight: int | Fraction
+) -> None:
+    values: npt.NDArray[Any] = np.full(4096, 2.0**reach, dtype)
+    for below in range(200):  # the last bit of each is set
+        values[7 * below] = np.nextafter(dtype(2.0 ** (reach - below)), dtype(np.inf))
+    assert values_of(summed((values, weight), (values, weight))) == exactly(values, 2 * weight)
+
+
+@pytest.mark.parametrize("weight", [1, 653, Fraction(0.1), (1 << 40) + 1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_least_normal_number_beside_large_ones_is_added_whole(
+    dtype: type, weight: int | Fraction
+) -> None:
+    least = np.nextafter(np.finfo(dtype).smallest_normal, dtype(1))
+    for larger in range(1, 110):
+        values = np.full(32, least)
+        values[2:] *= dtype(2.0**larger)
+        assert values_of(summed((values, weight))) == exactly(values, weight)
+
+
+@pytest.mark.parametrize("weight", [3, Fraction(0.1), Fraction(2.0**-900), 1 << 900])
+@pytest.mark.parametrize("value", [np.finfo(np.float64).max, 2.0**1023, 1.1, 2.0**-1022, 5e-324])
+def test_float64_values_of_any_size_are_added_with_weights_of_any_size(
+    value: float, weight: int | Fraction
+) -> None:
+    values = np.full(32, value)
+    assert values_of(summed((values, weight), (-values, 3))) == exactly(values, weight - 3)
+
+
 def test_what_no_element_of_a_limb_exceeds_is_told_of_the_least_numbers_as_well() -> None:
     for largest in [1, 2, (1 << 23) - 1, 1 << 23, (1 << 24) - 1]:  # in units of the least float32
         values = np.full(320, largest * 2.0**-149, np.float32)
@@ -236,11 +339,11 @@ def test_after_an_interrupted_reset_another_makes_it_zero_with_limbs_of_their_ow
         total.add(np.array([1, 1e-30, 1e30]), 1, Scratch(3))
         return total
 
-    with Interruption(-1, "exact") as all_of_it:
+    with Interruption(-1, "limbs") as all_of_it:
         some().reset()
     for moment in range(1, -all_of_it.left):
         total = some()
-        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, "exact"):
+        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, "limbs"):
             total.reset()
         total.reset()
         total.add(np.array([1, 1e-30, 1e30]), 3, Scratch(3))
@@ -523,17 +626,17 @@ def test_what_loose_parts_add_to_limb_0_is_within_its_bound() -> None:
 def test_putting_a_sum_in_order_leaves_its_value_whenever_it_is_interrupted(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact_module, "_PIECE", 100)
+    monkeypatch.setattr(limbs_module, "_PIECE", 100)
     total = full_of_loose_parts()
     value = values_of(total)
-    with Interruption(-1, "exact") as all_of_it:
+    with Interruption(-1, "limbs") as all_of_it:
         getattr(total, step)()
     assert values_of(total) == value
     count = -1 - all_of_it.left
     assert count > 100
     for moment in range(1, count + 1, 3 if THOROUGH else 17):
         total = full_of_loose_parts()
-        with pytest.raises(KeyboardInterrupt), Interruption(moment, "exact"):
+        with pytest.raises(KeyboardInterrupt), Interruption(moment, "limbs"):
             getattr(total, step)()
         assert values_of(total) == value
         total.add(np.ones(320, np.float32), 3, Scratch(320))
