@@ -282,18 +282,16 @@ class ExactSum(Limbs):
             magnitude, rest = scratch.product[: values.size], scratch.spare[: values.size]
         magnitude = np.abs(values, out=magnitude)
         largest = float(magnitude.max(initial=0.0))
-        if not largest < np.inf:
-            raise NonFiniteError(int(np.flatnonzero(~np.isfinite(values))[0]))
         reach = frexp(largest)[1]
         if values.dtype == np.float64 and (magnitude < ldexp(1.0, reach - _SAFE_RANGE)).any():
             # Values of exponents too far apart to be scaled together go in groups.
             far = (magnitude < ldexp(1.0, reach - _SAFE_RANGE)) & (magnitude > 0)
             if far.any():
-                below = np.flatnonzero(far)
+                apart = np.flatnonzero(far)
                 near = np.where(far, 0.0, values)
                 self._add_general(where, near, odd, shift)
-                where = below if where is None else where[below]
-                self._add_general(where, values[below], odd, shift)
+                where = apart if where is None else where[apart]
+                self._add_general(where, values[apart], odd, shift)
                 return
         if largest == 0.0:
             return

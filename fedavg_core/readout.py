@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedavg_core.exact import ExactSum
 from fedavg_core.limbs import LOOSE_BOUND, STEP
 
-__all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign", "two_sum"]
+__all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -39,7 +39,7 @@ class Nearest(NamedTuple):
         part: What is to be added there.
         exponent: What all of it is to be scaled by, as a power of two.
         error: What `at` may be off by, beside a relative error below 2**-52; exact with one limb.
-        pair_error: What `pair` may be off by, without what is loose.
+        pair_error: What `pair` may be off by, beside a relative error below 2**-100.
     """
 
     limbs: Sequence[Floats]
@@ -62,35 +62,29 @@ class Nearest(NamedTuple):
         """
         return _folded([limb[place] for limb in self.limbs], self.units, out)
 
-    def pair(self, place: slice) -> tuple[Floats, Floats]:
-        """Some of the sums as double-doubles, with what is loose.
+    def pair(self, place: slice, high: Floats, low: Floats, spare: Floats) -> None:
+        """Some of the sums as sums of two float64, with what is loose.
 
         Args:
             place: Which.
-
-        Returns:
-            ``(high, low)``, whose sums they are, with ``high`` the nearest float64; new memory.
+            high: As many numbers; overwritten with the sums of the first two limbs, rounded.
+            low: Overwritten with what is missing.
+            spare: Overwritten.
         """
         top, *lower = (limb[place] for limb in self.limbs)
-        low, rest = np.zeros((2, top.size))
-        high = top
         if lower:
-            high, low = two_sum(top, lower[0] * self.units[1])
+            # What the sum loses is had exactly, as one is a multiple of the other's last place.
+            np.multiply(lower[0], self.units[1], out=low)
+            np.add(top, low, out=high)
+            np.subtract(high, top, out=spare)
+            low -= spare
+        else:
+            high[:], low[:] = top, 0.0
         if lower[1:]:
-            low, rest = two_sum(low, lower[1] * self.units[2])
-        if lower[2:]:
-            rest += self.units[3] * _folded(lower[2:], self.units[3:], np.empty(top.size))
+            np.multiply(_folded(lower[1:], self.units[2:], spare), self.units[2], out=spare)
+            low += spare
         here = (place.start <= self.where) & (self.where < place.stop)
-        np.add.at(rest, self.where[here] - place.start, self.part[here])
-        high, low = two_sum(high, low)
-        return two_sum(high, low + rest)
-
-
-def two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    """The sum a + b as an exact sum of two float64 (Knuth, 1969)."""
-    total = a + b
-    shift = total - a
-    return total, (a - (total - shift)) + (b - shift)
+        np.add.at(low, self.where[here] - place.start, self.part[here])
 
 
 def _folded(limbs: Sequence[Floats], units: Sequence[float], out: Floats) -> Floats:
@@ -154,20 +148,18 @@ def nearest(total: ExactSum) -> Nearest | None:
     if total.loose:
         where, part = map(np.concatenate, zip(*total.loose, strict=True))
         part *= 2.0 ** (-STEP * top)
-    # Up to what the limbs come from the second on, from the third, from the fourth.
-    second, third, fourth = (
-        sum(total.bounds[k] * 2.0 ** (STEP * (k - top)) for k in used[number:])
-        for number in (1, 2, 3)
+    # Up to what the limbs come from the second on, and from the third.
+    second, third = (
+        sum(total.bounds[k] * 2.0 ** (STEP * (k - top)) for k in used[number:]) for number in (1, 2)
     )
     # What is added up loses 2**-53 of that at each rounding. The last one is relative, and of two
     # lower limbs there is none, if between them there are at most 53 bits.
     fits = used[1:] == [top - 1, top - 2] and second * 2.0**STEP <= 1 << (52 - STEP)
     error = 0.0 if len(used) < 3 or fits else len(used) * second * 2.0**-53
-    pair_error = 0.0
-    if len(used) > 2 or total.loose:
-        loose = len(total.loose) * 2.0 ** (-STEP * top) if total.loose else 0.0
-        rest = fourth + loose + (third + (total.bounds[top] + second) * 2.0**-53) * 2.0**-53
-        pair_error = (len(used) + len(total.loose)) * rest * 2.0**-53
+    # Of a pair only the smaller one is not exact, and no larger than what it is rounded from; the
+    # four are for what it is used for.
+    loose = len(total.loose) * 2.0 ** (-STEP * top) if total.loose else 0.0
+    pair_error = (len(used) + len(total.loose) + 4) * (third + loose) * 2.0**-53
     return Nearest(
         limbs=[total.limbs[k] for k in used],
         units=[2.0 ** (STEP * (k - top)) for k in used],

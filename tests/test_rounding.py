@@ -190,6 +190,49 @@ def test_a_sum_beside_a_midpoint_of_float64_is_rounded_to_its_own_side(
             assert quotient(total, divisor, number, Scratch(17), out, parts) == -1
             exact = [s / divisor + Fraction(b) for s, b in zip(sums, base, strict=True)]
             assert out.tolist() == [rounded(x, 53) for x in exact]
+            if not has_base and total.origin is not None:
+                total.origin -= 1005  # near to the least normal number
+                assert quotient(total, divisor, number, Scratch(17), out) == -1
+                assert out.tolist() == [rounded(x, 53) * 2.0**-1005 for x in exact]
+
+
+@pytest.mark.parametrize("weights", [[100] * 3, [1, 2, 3], [1, 1, 1 << 54], [7, 13, (1 << 60) + 1]])
+def test_ties_of_float64_go_to_the_even_one(weights: list[int]) -> None:
+    rng, divisor = np.random.default_rng(0), sum(weights)
+    for reach in (3, 30, 53):
+        means = 2 * rng.integers(1 << 52, 1 << 53, SIZE) + 1  # in half units of the last place
+        # Two of any size, and a third such that the sum is very near to a tie, or one.
+        sums = [int(mean) * divisor for mean in means]
+        small = rng.integers(-(1 << reach), 1 << reach, (2, SIZE))
+        off = rng.integers(-1, 2, SIZE)
+        total, exact = ExactSum(SIZE), []
+        for column, weight in zip(small, weights[:2], strict=True):
+            total.add(column.astype(np.float64), weight, Scratch(SIZE))
+        for place, (whole, aside) in enumerate(zip(sums, off, strict=True)):
+            whole += int(aside)
+            rest = whole - sum(
+                int(n) * w for n, w in zip(small[:, place], weights[:2], strict=True)
+            )
+            exact.append(Fraction(whole, divisor))
+            for part in (rest >> 104 << 104, (rest >> 52 << 52) % (1 << 104), rest % (1 << 52)):
+                alone = np.zeros(SIZE)
+                alone[place] = part
+                total.add(alone, 1, Scratch(SIZE))
+        out = np.empty(SIZE)
+        assert quotient(total, divisor, ArraySpec((), out.dtype).number, Scratch(SIZE), out) == -1
+        assert out.tolist() == [rounded(x, 53) for x in exact]
+
+
+@pytest.mark.parametrize("weight", [3, 4])
+def test_a_float64_result_beyond_the_largest_number_is_told(weight: int) -> None:
+    largest = np.finfo(np.float64).max
+    base = np.array([1.0, largest, -largest, largest])
+    total = ExactSum(4)
+    total.add(np.array([1.0, 2.0**969, -(2.0**971), 1.0]), weight, Scratch(4))
+    out = np.empty(4)
+    number = ArraySpec((), out.dtype).number
+    assert quotient(total, weight, number, Scratch(4), out, [(base, 0)]) == 2
+    assert out.tolist() == [2.0, largest, 0.0, largest]
 
 
 def test_loose_parts_alone_may_come_to_a_subnormal_number() -> None:
