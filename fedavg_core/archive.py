@@ -243,7 +243,7 @@ def _check_member(member: zipfile.ZipInfo, sealed: bool) -> None:
         require(
             member.file_size <= _MOST_INFLATION * max(member.compress_size, 1024),
             f"{shown}: {member.compress_size} bytes declare to inflate to {member.file_size}, "
-            f"more than {_MOST_INFLATION}-fold",
+            f"more than {_MOST_INFLATION}-fold; numpy.savez stores such arrays as they are",
         )
 
 

@@ -286,7 +286,9 @@ def read_npz(
     with damage_told(str(getattr(file, "name", "<bytes>"))):
         sealed = check_archive(file, limit)
         require(
-            sealed or not own, "damaged, or not written by fedavg-core: its checksum is missing"
+            sealed or not own,
+            "damaged, or no checkpoint of fedavg-core: its checksum is missing (load_model reads "
+            "other models)",
         )
         with zipfile.ZipFile(file) as archive:
             entries, meta = list_npz(archive, sealed)

@@ -32,6 +32,7 @@ __all__ = [
     "RefusedUpdate",
     "UsageError",
     "a_type",
+    "counted",
     "one_line",
     "quoted",
     "shown_path",
@@ -307,3 +308,16 @@ class CheckpointError(FedAvgError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointError, (self.path, self.problem, self.newest_good)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words that fit it.
+
+    Args:
+        number: How many.
+        noun: What one of them is called; more have an s.
+
+    Returns:
+        As in ``1 file`` and ``2,000 files``.
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

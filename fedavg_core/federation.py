@@ -140,7 +140,7 @@ class Federation:
         clients: Mapping[str, Client],
         rounds: int,
         *,
-        transfer: TransferType = TransferType.FULL,
+        transfer: TransferType | str = TransferType.FULL,
         seed: int = 0,
         min_updates: int = 1,
         participation: int | float | None = None,
@@ -199,7 +199,6 @@ class Federation:
         self._order = contributor_order(clients)
         self._index = {name: index for index, name in enumerate(self._order)}
         self._selection = Selection(self._order, participation, over_selection, seed)
-        self._transfer = transfer
         self._dispatch = Dispatch(executor, in_flight, retries, deadline, first_come)
         self._evaluate = evaluate
         self._progress = Progress(monitor, mode, patience, stop_when)
@@ -211,7 +210,7 @@ class Federation:
         self._mean: WeightedMean | None = None
         self._observers = told
         # A round that is never used checks the model and the settings once, before anything runs.
-        Round(
+        first = Round(
             model,
             0,
             min_updates=min_updates,
@@ -221,6 +220,7 @@ class Federation:
             audit=audit,
             server_optimizer=server_optimizer,
         )
+        self._transfer = first.transfer or TransferType.FULL
         if isinstance(accumulator, RobustMean) and accumulator.least > self._selection.wanted:
             raise UsageError(
                 f"accumulator: a {accumulator.name} needs at least {accumulator.least} updates a "

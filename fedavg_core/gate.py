@@ -42,7 +42,7 @@ from fedavg_core.norm import norm_above
 from fedavg_core.npy import fits
 from fedavg_core.plain import plain_list, plain_number, plain_text
 from fedavg_core.truth import truth
-from fedavg_core.update import TransferType, Update
+from fedavg_core.update import TransferType, Update, transfer_named
 from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["Contribution", "Gate", "Limits", "is_name", "shown_name"]
@@ -281,8 +281,7 @@ class Gate:
         )
 
     def _transfer(self, sent: object, wanted: TransferType | None) -> TransferType:
-        text = plain_text(sent)
-        kind = next((kind for kind in TransferType if text == kind.value), None)
+        kind = transfer_named(sent)
         if kind is TransferType.DIFF and not self._has_model:
             expected = "FULL, for there is no model yet to differ from"
         elif kind is not None and wanted in (None, kind):

@@ -272,7 +272,9 @@ class ModelFile:
             except CheckpointError as error:
                 if not suffix:
                     raise
-                got = f"got suffix {quoted(suffix)} ({error.problem})"
+                # What begins like none of them may be anything.
+                told = "" if kind == ".safetensors" else f" ({error.problem})"
+                got = f"got suffix {quoted(suffix)}{told}"
                 raise Damaged(f"expected npz, npy or safetensors, {got}") from None
 
     def _list_as(self, kind: str, file: IO[bytes]) -> dict[str, StoredArray]:

@@ -42,7 +42,7 @@ import numpy.typing as npt
 from fedavg_core.atomic_file import replacing
 from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.blocks import Buffers
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, shown_path
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, counted, quoted, shown_path
 from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
@@ -151,7 +151,8 @@ def aggregate_files(
         raise UsageError(f"progress: expected a function or None, got {quoted(progress)}")
     if not inputs or len(inputs) != count:
         raise UsageError(
-            f"expected files, and one weight for each, got {len(inputs)} files and {count} weights"
+            f"expected files, and one weight for each, got "
+            f"{counted(len(inputs), 'file')} and {counted(count, 'weight')}"
         )
     check_suffix(target)
     memory_limit = whole_number("memory_limit", memory_limit, 1)
@@ -263,8 +264,9 @@ class _Aggregation:
         lacking = _BLOCK_SHARE * _SMALLEST_BLOCK * per_element - free
         if lacking > 0:
             raise UsageError(
-                f"memory_limit: expected at least {memory_limit + lacking} bytes for {len(spec)} "
-                f"parameters in {len(self._files)} files, got {memory_limit}"
+                f"memory_limit: expected at least {memory_limit + lacking} bytes for "
+                f"{counted(len(spec), 'parameter')} in {counted(len(self._files), 'file')}, "
+                f"got {memory_limit}"
             )
         capacity = min(_LARGEST_BLOCK, free // _BLOCK_SHARE // per_element)
         buffers = Buffers(capacity)

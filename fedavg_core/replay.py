@@ -30,7 +30,7 @@ from typing import TypeAlias
 
 from fedavg_core.audit import Audit
 from fedavg_core.digest import Fingerprint, digest, fingerprints
-from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, one_line, quoted
+from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, counted, one_line, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
 from fedavg_core.next_model import mean_change
 from fedavg_core.robust import accumulator_for
@@ -129,7 +129,8 @@ def verify(
             differing = _differing("model", audit.output, model)
             differing += _differing("state", audit.output_state, state)
             same = not differing
-            told = "the same bits" if same else f"other bits in {len(differing)} parameters"
+            others = counted(len(differing), "parameter")
+            told = "the same bits" if same else f"other bits in {others}"
     lines += [line for _, line in differing]
     lines.append(
         f"round {audit.round}: {told} (updates: {len(audit.accepted)}, "

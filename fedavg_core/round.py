@@ -62,7 +62,7 @@ from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.truth import truth
-from fedavg_core.update import TransferType, Update
+from fedavg_core.update import TransferType, Update, transfer_named
 from fedavg_core.whole_number import whole_number
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
@@ -105,7 +105,8 @@ class Round:
             first one.
         number: The round's number.
         min_updates: How many accepted updates it takes to change the model.
-        transfer: What the updates' arrays are; None to let the first accepted update say.
+        transfer: What the updates' arrays are, or its name; None to let the first accepted update
+            say.
         limits: What is asked of an update.
         accumulator: How to add: ``"exact"``, ``"float64"`` or ``"float32"``; or a `WeightedMean`
             for models like this one, which is reset and used, so that its memory serves many
@@ -129,7 +130,7 @@ class Round:
         number: int,
         *,
         min_updates: int = 1,
-        transfer: TransferType | None = None,
+        transfer: TransferType | str | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         accumulator: Accumulator | WeightedMean | RobustMean = "exact",
         audit: bool = False,
@@ -138,8 +139,10 @@ class Round:
     ) -> None:
         self._number = whole_number("number", number, 0)
         self._min_updates = whole_number("min_updates", min_updates, 1)
-        if transfer is not None and not isinstance(transfer, TransferType):
-            raise UsageError(f"transfer: expected a TransferType or None, got {quoted(transfer)}")
+        wanted = transfer_named(transfer)
+        if wanted is None and transfer is not None:
+            raise UsageError(f"transfer: expected FULL, DIFF or None, got {quoted(transfer)}")
+        transfer = wanted
         if not isinstance(limits, Limits):
             raise UsageError(f"limits: expected a Limits, got {quoted(limits)}")
         audit = truth("audit", audit)
@@ -285,12 +288,11 @@ class Round:
                     f"expected a round's state of format {_STATE_FORMAT}, "
                     f"got {quoted(meta['format'])}"
                 )
-            transfer = meta["transfer"]
             round = cls(
                 model,
                 meta["number"],
                 min_updates=meta["min_updates"],
-                transfer=None if transfer is None else TransferType(transfer),
+                transfer=meta["transfer"],
                 limits=Limits(**meta["limits"]),
                 audit=meta.get("audit", False),
                 server_optimizer=server_optimizer,

@@ -12,8 +12,9 @@ from enum import Enum
 from typing import Any
 
 from fedavg_core.model import Params
+from fedavg_core.plain import plain_text
 
-__all__ = ["TransferType", "Update"]
+__all__ = ["TransferType", "Update", "transfer_named"]
 
 
 class TransferType(str, Enum):
@@ -49,3 +50,16 @@ class Update:
     weight: float
     transfer: TransferType = TransferType.FULL
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def transfer_named(given: object) -> TransferType | None:
+    """The transfer type that is meant.
+
+    Args:
+        given: One of them, or the text that it is; or anything.
+
+    Returns:
+        It; None if this is none.
+    """
+    text = plain_text(given)
+    return next((kind for kind in TransferType if text == kind.value), None)

@@ -21,6 +21,7 @@ from typing import Any
 
 import fedavg_core as fc
 from fedavg_core.cli.console import open_console, typed, uninterrupted
+from fedavg_core.cli.round_table import RoundTable
 from fedavg_core.errors import one_line
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import evaluation_of
@@ -34,8 +35,6 @@ from nvflare_adapter.report import report_of_outcome, round_checkpoint
 __all__ = ["main"]
 
 _GOAL = 0.9
-_COLUMNS = ("round", "accepted", "weight", "train loss", "test accuracy")
-_WIDTHS = (5, 8, 9, 10, 13)
 _INDENT = " " * 7
 
 
@@ -80,22 +79,6 @@ def _job(read: argparse.Namespace, initial: dict[str, Any]) -> Job:
     )
 
 
-def _row(checkpoint: fc.Checkpoint, clients: int, evaluation: dict[str, float]) -> list[str]:
-    report = checkpoint.extra["report"]
-    loss, accuracy = report["metrics"].get("loss"), evaluation.get("accuracy")
-    return [
-        str(report["round"]),
-        f"{len(report['accepted'])} of {clients}",
-        f"{report['total_weight']:g}",
-        "-" if loss is None else f"{loss:.4f}",
-        "-" if accuracy is None else f"{accuracy:.2%}",
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "  ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
-
-
 def _evaluate(training: TrainingFile, model: fc.Params) -> dict[str, float]:
     if training.evaluate is None or not model:
         return {}
@@ -125,7 +108,7 @@ def _run(
     console.print(f"{read.path.name}: {read.clients} clients, rounds {done} to {last}, {where}")
     if not initial:
         console.print("without an initial_model(seed), the clients start from their own models")
-    console.print(_line(_COLUMNS), style="bold")
+    table = RoundTable(console)
     shown = fc.Checkpoint(model=initial, round=done)
     accuracies, problems = {}, []
 
@@ -133,11 +116,14 @@ def _run(
         nonlocal shown
         evaluation = _evaluate(training, checkpoint.model)
         with uninterrupted():
-            console.print(_line(_row(checkpoint, read.clients, evaluation)))
-            for note in _notes(checkpoint.extra["report"]):
+            report = checkpoint.extra["report"]
+            accepted, weight = len(report["accepted"]), report["total_weight"]
+            metrics = report["metrics"]
+            table.round(report["round"], accepted, read.clients, weight, metrics, evaluation)
+            for note in _notes(report):
                 console.print(f"{_INDENT}{note}", style="yellow")
             accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
-            problems.append(checkpoint.extra["report"]["problem"])
+            problems.append(report["problem"])
             shown = checkpoint
 
     with console.status(f"round {done} of {done} to {last}") as status:

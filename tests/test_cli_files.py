@@ -559,11 +559,11 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["inspect", "no\nwhere\udcff\u20ac"], r"no\nwhere\udcff\u20ac: could not be read ("),
         (
             ["inspect", __file__],
-            f"{__file__}: expected npz, npy or safetensors, got suffix '.py' (",
+            f"{__file__}: expected npz, npy or safetensors, got suffix '.py'",
         ),
         (
             ["aggregate", __file__, "-o", "b.npz"],
-            f"{__file__}: expected npz, npy or safetensors, got suffix '.py' (",
+            f"{__file__}: expected npz, npy or safetensors, got suffix '.py'",
         ),
         (["inspect", "."], ".: expected a file, got a folder or a device"),
         (["inspect", "/dev/null"], "/dev/null: expected a file, got a folder or a device"),
@@ -630,7 +630,7 @@ def test_the_memory_limit_is_kept_to(
     command: str, tmp_path: Path, sites: list[Path], capsys: Capture
 ) -> None:
     given = [command, sites[0], sites[1], "-o", tmp_path / "o.npz", "--memory-limit"]
-    assert fails(capsys, *given, "64KiB").startswith("memory_limit: expected at least ")
+    assert fails(capsys, *given, "64KiB").startswith("argument --memory-limit: expected at least ")
     assert run(capsys, *given, "4MB")[0] == 0
 
 

@@ -959,7 +959,7 @@ def test_a_file_for_nvflare_runs_as_it_is(
         ]
         rounds = [line.split()[:6] for line in lines if line[0].isdecimal()]
         assert rounds[0][:5] == ["0", "2", "of", "4", "2"]
-        assert rounds[1] == ["1", "2", "of", "4", "2", "0.5000"]
+        assert rounds[1] == ["1", "2", "of", "4", "2", "50.00%"]
         assert final(folder)["w"].tolist() == [2, 2, 2]
 
 
@@ -993,20 +993,23 @@ def test_a_file_for_nvflare_runs_as_it_is(
         ),
         (
             ["t.py", "--accumulator", "krum", "--clients", "3"],
-            "accumulator: a krum needs at least 5 updates a round, got 3 clients",
+            "argument --accumulator: a krum needs at least 5 updates a round, got 3 clients",
         ),
         (
             ["t.py", "--accumulator", "multi-krum:faulty=2,keep=1", "--fraction", ".2"],
-            "accumulator: a multi-krum needs at least 7 updates a round, got 2 clients",
+            "argument --accumulator: a multi-krum needs at least 7 updates a round, got 2 clients",
         ),
         (["t.py", "--accumulator", "krum:x=1"], "argument --accumulator: robust mean krum: expec"),
-        (["t.py", "--accumulator", "clipped-mean"], "accumulator: a clipped-mean is of differenc"),
+        (
+            ["t.py", "--accumulator", "clipped-mean"],
+            "argument --accumulator: a clipped-mean is of ",
+        ),
         (["t.py", "--accumulator", "krum:name=3"], "argument --accumulator: expected settings as"),
         (["t.py", "--accumulator", "krum:spec=3"], "argument --accumulator: expected settings as"),
         (["t.py", "--resume"], "--resume: expected --checkpoint DIR as well"),
         (["t.py", "--checkpoint", "t.py"], "--checkpoint: expected a folder, got t.py"),
         (["t.py", "--checkpoint", "t.py", "--resume"], "--checkpoint: expected a folder, got t.py"),
-        (["t.py", "--transfer", "diff"], "transfer: "),
+        (["t.py", "--transfer", "diff"], "argument --transfer: "),
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_one_line(

@@ -271,7 +271,7 @@ class TestOtherProgramsFiles:
     def test_they_are_refused_where_only_our_own_will_do(self) -> None:
         file = io.BytesIO()
         np.savez(file, **ARRAYS)  # type: ignore[arg-type]
-        with pytest.raises(CheckpointError, match="not written by fedavg-core"):
+        with pytest.raises(CheckpointError, match="no checkpoint of fedavg-core"):
             read_npz(file, own=True)
 
     def test_a_file_of_no_arrays_is_read(self) -> None:

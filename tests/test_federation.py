@@ -930,7 +930,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
         ({"checkpoint": ""}, "checkpoint: expected a path, got ''"),
         ({"checkpoint": 3}, "checkpoint: expected a path, got 3"),
         ({"model": None, "transfer": DIFF}, "differences need a model"),
-        ({"transfer": "FULL"}, "transfer: expected a TransferType"),
+        ({"transfer": "HALF"}, "transfer: expected FULL, DIFF or None, got 'HALF'"),
         ({"clients": {"a": 3}}, "clients: expected a function for each name, got 3 for 'a'"),
         ({"evaluate": 3}, "evaluate: expected a function or None, got 3"),
         ({"monitor": 3}, "monitor: expected the name of a metric, got 3"),

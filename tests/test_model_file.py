@@ -264,11 +264,12 @@ def folder_of(folder: Path) -> Path:
         (lambda folder: folder / "m.npz", "could not be read (No such file or directory)"),
         (folder_of, "expected a file, got a folder or a device"),
         (raw("m.npz", b""), "damaged, or no npz file: no end of a zip archive at its end"),
-        (raw("m.bin", b""), "unreadable ('expected 8 more bytes, got 0')"),
+        (raw("m.bin", b""), "m.bin: expected npz, npy or safetensors, got suffix '.bin'"),
         (raw("m.npy", b""), "unreadable ('expected 8 more bytes, got 0')"),
         (raw("m", b"PK"), "damaged, or no npz file: no end of a zip archive at its end"),
+        (raw("m.txt", b"PK"), "got suffix '.txt' (damaged, or no npz file: no end of a zip "),
         (
-            raw("m.txt", b"hello, this is no model"),
+            raw("m.safetensors", b"hello, this is no model"),
             "no safetensors file, or damaged: it begins with a header length of",
         ),
         (

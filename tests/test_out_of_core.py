@@ -414,7 +414,7 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
             {"allow_missing": np.ones(2)},
             "allow_missing: expected True or False, got array([1., 1.])",
         ),
-        ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weights"),
+        ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weight"),
         ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
         ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),
     ],

@@ -306,7 +306,7 @@ class TestWhatIsAmiss:
         assert verdict.lines[0] == (
             f"model, key '{key}': recorded {other}, found {audit.output[key]}"
         )
-        assert last(verdict) == f"round {ROUND}: other bits in 1 parameters"
+        assert last(verdict) == f"round {ROUND}: other bits in 1 parameter"
 
     def test_another_weight_than_was_recorded(self) -> None:
         audit = audited(three(), model())

@@ -443,7 +443,7 @@ class TestAnAccumulatorOfTheCaller:
         ({"min_updates": 0}, "min_updates: expected a whole number of at least 1, got 0"),
         ({"min_updates": 1.0}, r"min_updates: expected a whole number of at least 1, got 1\.0"),
         ({"min_updates": True}, "min_updates: expected a whole number of at least 1, got True"),
-        ({"transfer": "FULL"}, "transfer: expected a TransferType or None, got 'FULL'"),
+        ({"transfer": "HALF"}, "transfer: expected FULL, DIFF or None, got 'HALF'"),
         ({"limits": {}}, "limits: expected a Limits, got {}"),
         ({"accumulator": "double"}, "expected accumulator 'exact', .* got 'double'"),
         ({"model": {"w": [1.0]}}, "the model of round 0: DTYPE"),
@@ -496,6 +496,13 @@ class TestGoingOnAfterARestart:
         round = self.restarted(open_round(), model())
         assert round.offer(good("site-1")).reason is Reason.DUPLICATE
 
+    @pytest.mark.parametrize("transfer", [DIFF, "DIFF"])
+    def test_the_transfer_type_may_be_given_by_its_name(self, transfer: Any) -> None:
+        round = Round(model(), ROUND, transfer=transfer)
+        assert round.transfer is DIFF
+        assert round.offer(good(transfer=FULL)).reason is Reason.TRANSFER
+        assert round.offer(good(transfer=transfer)).accepted
+
     def test_the_transfer_type_holds(self) -> None:
         round = self.restarted(open_round(), model())
         assert round.offer(good(transfer=DIFF)).reason is Reason.TRANSFER
@@ -525,7 +532,7 @@ class TestGoingOnAfterARestart:
         [
             (lambda meta: meta.pop("format"), "no state of a round"),
             (lambda meta: meta.update(format=2), "expected a round's state of format 1, got 2"),
-            (lambda meta: meta.update(transfer="HALF"), "no state of a round"),
+            (lambda meta: meta.update(transfer="HALF"), "transfer: expected FULL, DIFF or None"),
             (lambda meta: meta.update(limits=5), "no state of a round"),
             (lambda meta: meta.update(limits={"max_norm": -1}), "max_norm: expected"),
             (lambda meta: meta.pop("receipts"), "no state of a round"),

@@ -28,6 +28,7 @@ from fedavg_core.cli.console import (
 )
 from fedavg_core.cli.model_stream import opened, pieces, spec_of
 from fedavg_core.comparison import KeyDifference, compare
+from fedavg_core.errors import counted
 from fedavg_core.model import ArraySpec
 
 __all__ = ["add_commands"]
@@ -172,7 +173,7 @@ def _inspect(read: argparse.Namespace) -> int:
         ],
         words=3,
     )
-    count = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
+    count = counted(len(spec), "array")
     others = f"{nan + infinite:,} of them not finite" if nan + infinite else "all finite"
     length = f"norm {norm:.6g}" if has_norm else "no norm"
     left_out = " without what is not finite" if has_norm and nan + infinite else ""
@@ -194,7 +195,7 @@ def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _checkpoint_told(checkpoint: Checkpoint) -> str:
-    rounds = f"{checkpoint.round:,} {'round' if checkpoint.round == 1 else 'rounds'}"
+    rounds = counted(checkpoint.round, "round")
     best = ", the best until then" if checkpoint.best else ""
     metrics = [
         f"{name_shown(name)} {value:.6g}"

@@ -21,6 +21,12 @@ from fedavg_core.errors import FedAvgError, one_line
 
 __all__ = ["main"]
 
+_OPTIONS = {
+    "accumulator": "--accumulator",
+    "memory_limit": "--memory-limit",
+    "transfer": "--transfer",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drop_output()
         return 2
     except FedAvgError as error:
-        return _failed(str(error))
+        return _failed(_in_options(str(error)))
     except (OSError, MemoryError) as error:
         return _failed(one_line(error))
     except Exception as error:
@@ -64,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{Path(place.filename).name}, line {place.lineno}"
         return _failed(f"a fault in this program: {one_line(error)} ({where})")
     return code
+
+
+def _in_options(problem: str) -> str:
+    """What is wrong with an argument of Python's, told of the option that it was given as."""
+    name, _, rest = problem.partition(":")
+    return f"argument {_OPTIONS[name]}:{rest}" if name in _OPTIONS else problem
 
 
 def _told(interruption: BaseException | None) -> str:

@@ -21,7 +21,7 @@ from fedavg_core.bad_element import shown_place
 from fedavg_core.cli.arguments import MODEL_HELP, Subparsers, byte_count, check_new, weights
 from fedavg_core.cli.console import byte_progress, print_line
 from fedavg_core.cli.model_stream import opened, pieces, spec_of
-from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import Reason, RefusedUpdate, UsageError, counted, quoted
 from fedavg_core.model import ModelSpec
 from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.out_of_core import aggregate_files
@@ -125,7 +125,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _aggregate(read: argparse.Namespace) -> int:
     count = len(read.files)
-    files = f"{count} {'file' if count == 1 else 'files'}"
     given = [1] * count if read.weights is None else read.weights
     if len(given) != count:
         raise UsageError(f"--weights: expected {count}, one for each file, got {len(given)}")
@@ -150,7 +149,7 @@ def _aggregate(read: argparse.Namespace) -> int:
         raise UsageError(
             f"{refusal}; --partial averages each array over the files that have it"
         ) from None
-    _written(read.output, spec, f"the mean of {files}")
+    _written(read.output, spec, f"the mean of {counted(count, 'file')}")
     return 0
 
 
@@ -212,5 +211,5 @@ def _check_finite(
 
 def _written(path: Path, spec: ModelSpec, what: str) -> None:
     elements = sum(math.prod(array.shape) for array in spec.values())
-    arrays = f"{len(spec):,} {'array' if len(spec) == 1 else 'arrays'}"
+    arrays = counted(len(spec), "array")
     print_line(f"{path}: {what}, {arrays} of {elements:,} elements")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator
 
-from fedavg_core.cli.console import name_shown, open_console, print_json, printable
+from fedavg_core.cli.console import open_console, print_json, printable
+from fedavg_core.cli.round_table import RoundTable
 from fedavg_core.cli.run_log import Contribution, RoundRecord
 from fedavg_core.errors import quoted
 
 __all__ = ["Lines", "Table"]
 
-_MOST_MEASURED = 4
 _MOST_NOTES = 10
-_WIDTH = 8
 _INDENT = " " * 7
 
 
@@ -54,8 +51,7 @@ class Table(contextlib.ExitStack):
         self._bar.disable = not self._bar.console.is_terminal
         self._task = self._bar.add_task("", total=None)
         self._last = rounds - 1
-        self._measured: dict[str, tuple[str, str]] = {}
-        self._columns: dict[str, Callable[[RoundRecord], str]] = {}
+        self._table = RoundTable(self._bar.console)
         self.enter_context(self._bar)
 
     def progress(self, round: int, done: int, selected: int) -> None:
@@ -69,46 +65,17 @@ class Table(contextlib.ExitStack):
 
     def round(self, record: RoundRecord) -> None:
         """Print a round."""
-        self._measured.update(_measured(record))
-        columns = _columns(self._measured)
-        if columns.keys() != self._columns.keys():
-            self._columns = columns
-            self._bar.console.print(self._line(list(self._columns)), style="bold")
-        self._bar.console.print(self._line([cell(record) for cell in self._columns.values()]))
+        self._table.round(
+            record.round,
+            record.count("accepted"),
+            len(record.contributions),
+            record.total_weight or 0,
+            record.metrics,
+            record.evaluation,
+            sum(record.seconds.values()),
+        )
         for note in _notes(record):
             self._bar.console.print(f"{_INDENT}{printable(note)}", style="yellow")
-
-    def _line(self, cells: Sequence[str]) -> str:
-        return "  ".join(
-            cell.rjust(max(_WIDTH, len(title)))
-            for title, cell in zip(self._columns, cells, strict=True)
-        )
-
-
-def _measured(record: RoundRecord) -> dict[str, tuple[str, str]]:
-    """What a round has metrics of: title, and where it is."""
-    measured = {f"train {name}": ("metrics", name) for name in record.metrics}
-    measured.update({f"test {name}": ("evaluation", name) for name in record.evaluation})
-    return measured
-
-
-def _columns(measured: Mapping[str, tuple[str, str]]) -> dict[str, Callable[[RoundRecord], str]]:
-    """What to show of each round: title, and how to get it."""
-    return {
-        "round": lambda one: str(one.round),
-        "accepted": lambda one: f"{one.count('accepted')} of {len(one.contributions)}",
-        "weight": lambda one: f"{one.total_weight or 0:,.6g}",
-        **{
-            name_shown(title): partial(_cell, field, name)
-            for title, (field, name) in islice(measured.items(), _MOST_MEASURED)
-        },
-        "seconds": lambda one: f"{sum(one.seconds.values()):.2f}",
-    }
-
-
-def _cell(field: str, name: str, record: RoundRecord) -> str:
-    value = getattr(record, field).get(name)
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _notes(record: RoundRecord) -> Iterator[str]:

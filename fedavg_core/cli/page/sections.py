@@ -16,6 +16,7 @@ from fedavg_core.cli.page.metric import Metric, find_metrics, left_out
 from fedavg_core.cli.page.unit import MEMORY, TIME, Unit, written
 from fedavg_core.cli.run_log import PARTS, STATES, Contribution, RoundRecord
 from fedavg_core.client import contributor_order
+from fedavg_core.errors import counted
 from fedavg_core.robust import ROBUST_MEANS
 
 __all__ = [
@@ -59,8 +60,7 @@ def tiles(settings: dict[str, Any], records: Sequence[RoundRecord]) -> Element:
         _tile(
             "updates averaged",
             f"{count['accepted']:,}",
-            f"{count['refused']:,} refused, {count['failed']:,} "
-            f"client{'' if count['failed'] == 1 else 's'} failed",
+            f"{count['refused']:,} refused, {counted(count['failed'], 'client')} failed",
         )
     )
     parts = {part: sum(record.seconds.get(part, 0.0) for record in records) for part in PARTS}
