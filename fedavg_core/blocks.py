@@ -169,11 +169,12 @@ def load(
         if not present:
             return []
     arrays = list(map(params.__getitem__, present))
-    narrow = all(map(fits_float32, {array.dtype for array in arrays}))
+    dtypes = {array.dtype for array in arrays}
+    narrow = all(map(fits_float32, dtypes))
     values: Array = (buffers.narrow if narrow else buffers.wide)[: block.size]
     upper = None
     with np.errstate(invalid="ignore"):  # NaNs are found by whoever reads the values
-        if narrow and is_whole:
+        if is_whole and (narrow or all(map(_fits_float64, dtypes))):
             if len(arrays) == 1:  # only where several share a block it has all of each
                 arrays = [flat(arrays[0], segments[0].start, segments[0].size)]
             np.concatenate(arrays, axis=None, out=values, casting="unsafe")
@@ -196,6 +197,11 @@ def load(
 def fits_float32(dtype: np.dtype[Any]) -> bool:
     """Whether float32 holds every value of the dtype exactly."""
     return dtype.itemsize <= 2 or (dtype.kind == "f" and dtype.itemsize == 4)
+
+
+def _fits_float64(dtype: np.dtype[Any]) -> bool:
+    """Whether float64 holds every value of the dtype exactly."""
+    return dtype.kind == "f" or dtype.itemsize <= 4
 
 
 def _exceeds_float64(values: Array) -> bool:

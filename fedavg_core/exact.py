@@ -45,6 +45,7 @@ from fedavg_core.products import (
     Products,
     Scratch,
     below,
+    has_bits,
     magnitude_below,
     products,
 )
@@ -264,7 +265,7 @@ class ExactSum(Limbs):
             bound = (1 << (STEP - 1)) + (1 << max(excess + STEP, 0))
         if low is not None:
             high += low
-        if high.any():
+        if has_bits(high):
             high *= 2.0 ** (2 * STEP)
             self._deposit(k - 2, None, high, bound << STEP)
 

@@ -22,6 +22,7 @@ __all__ = [
     "Products",
     "Scratch",
     "below",
+    "has_bits",
     "magnitude_below",
     "products",
 ]
@@ -138,5 +139,12 @@ def products(values: npt.NDArray[Any], odd: int, exponent: int, scratch: Scratch
     np.subtract(values, high, out=low)
     factor = ldexp(odd, exponent)
     high *= factor
+    if not has_bits(low):
+        return high, None, other
     low *= factor
     return high, low, other
+
+
+def has_bits(values: Floats) -> bool:
+    """Whether an array has something else than zeros: soon told, if it has."""
+    return bool(values.view(np.bool_).any())
