@@ -45,7 +45,7 @@ _WIDE_NEAR = 6 << 13  # last places; more than that shift and 22 * (2**9 + 65) +
 _WIDE_ERROR = 2.0**42  # what is smaller than this times its error may be off by over 2**10 of them
 _RELATIVE_ERROR = 2.0**-68  # of a quotient and what is missing; they are off by 2**-71 at most
 _PAIR_ERROR = 2.0**72  # what is smaller than this times its error may be off by more
-_LEAST_WIDE = 2.0**-900  # of what is smaller, an error may have no float64
+_LEAST_WIDE = -900  # an exponent; of what is smaller, an error may have no float64
 _SAFE_SCALE = 900
 _UNUSED_BY_FLOAT32 = 53 - 24
 _FLOAT32 = np.finfo(np.float32)
@@ -122,7 +122,7 @@ class _Way(NamedTuple):
         sums: The sums.
         scale: See `_scaled`.
         unused: How many of a float64's bits the format of the results does not have.
-        are_normal: Whether every result is zero, or a normal number.
+        are_normal: Whether every result is zero, or a normal number of at least 2**_LEAST_WIDE.
     """
 
     sums: Nearest
@@ -144,12 +144,8 @@ def _way(total: ExactSum, weight: Weight, number: NumberFormat) -> _Way | None:
         return None
     # Dividing by one half to one leaves a quotient as it is, or makes it up to twice as large.
     least, reach = (power + scale - sums.exponent for power in extent(total))
-    return _Way(
-        sums,
-        scale,
-        unused,
-        least >= number.least_exponent and reach + 1 < frexp(number.largest)[1],
-    )
+    are_normal = least >= max(number.least_exponent, _LEAST_WIDE)
+    return _Way(sums, scale, unused, are_normal and reach + 1 < frexp(number.largest)[1])
 
 
 def _divide_at(
@@ -242,8 +238,8 @@ def _divide_wide_at(
         result += high
         np.not_equal(spare, result, out=doubtful)
     least = ldexp(sums.pair_error, way.scale) * _PAIR_ERROR
-    if not way.are_normal:  # too small: as the scale is safe, none is beyond the largest number
-        least = max(least, _LEAST_WIDE)
+    if not way.are_normal:  # as the scale is safe, none is beyond the largest number
+        least = max(least, 2.0**_LEAST_WIDE)
     if least:
         doubtful |= np.abs(result, out=spare) < least
     places: Indices = positions(doubtful) + place.start

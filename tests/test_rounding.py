@@ -196,6 +196,23 @@ def test_a_sum_beside_a_midpoint_of_float64_is_rounded_to_its_own_side(
                 assert out.tolist() == [rounded(x, 53) * 2.0**-1005 for x in exact]
 
 
+@pytest.mark.parametrize("scale", [-10, -900, -950, -990, -998])
+@pytest.mark.parametrize("weight", [3, 7354261, (1 << 52) + 12345])
+def test_of_the_least_normal_numbers_no_bit_is_lost_either(scale: int, weight: int) -> None:
+    units = np.arange(1.0, 65.0)
+    large = np.zeros(64)
+    large[0] = 2.0 ** (scale + 189)
+    total = ExactSum(64)
+    # All but the first cancel, up to some units of the lowest limb; their upper limbs are zero.
+    for values in (large, (2.0**26 + units) * 2.0**scale, np.full(64, -(2.0 ** (scale + 26)))):
+        total.add(values, 1, Scratch(64))
+    exact = [Fraction(unit) * Fraction(2) ** scale for unit in units]
+    exact[0] += Fraction(large[0])
+    out = np.empty(64)
+    assert quotient(total, weight, ArraySpec((), out.dtype).number, Scratch(64), out) == -1
+    assert out.tolist() == [float(sum / weight) for sum in exact]
+
+
 @pytest.mark.parametrize("weights", [[100] * 3, [1, 2, 3], [1, 1, 1 << 54], [7, 13, (1 << 60) + 1]])
 def test_ties_of_float64_go_to_the_even_one(weights: list[int]) -> None:
     rng, divisor = np.random.default_rng(0), sum(weights)
