@@ -7,9 +7,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["two_product", "two_sum"]
+__all__ = ["UPPER_BITS", "two_product", "two_sum"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+
+UPPER_BITS = np.uint64((1 << 64) - (1 << 27))
+"""Of a float64's bits those that leave 26 of its 53, so that products with as few are exact."""
 
 _SPLITTER = 2.0**27 + 1
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.error_free import UPPER_BITS
 from fedavg_core.positions import positions
 from fedavg_core.weight import pieces
 
@@ -42,7 +43,6 @@ SPARSE = 4
 
 _NOWHERE: Indices = np.empty(0, np.intp)
 _HALF = np.uint64(1 << 26)
-_UPPER = np.uint64((1 << 64) - (1 << 27))  # of a float64's 53 bits the upper 26
 
 
 class Scratch:
@@ -135,7 +135,7 @@ def products(values: npt.NDArray[Any], odd: int, exponent: int, scratch: Scratch
         np.multiply(values, ldexp(*lower[0]), out=low, dtype=np.float64)
         return high, low, other
     bits = np.add(values.view(np.uint64), _HALF, out=high.view(np.uint64))
-    bits &= _UPPER
+    bits &= UPPER_BITS
     np.subtract(values, high, out=low)
     factor = ldexp(odd, exponent)
     high *= factor

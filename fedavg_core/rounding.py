@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.careful import careful, scaled
-from fedavg_core.error_free import two_product, two_sum
+from fedavg_core.error_free import UPPER_BITS, two_product, two_sum
 from fedavg_core.exact import ExactSum, NonFiniteError
 from fedavg_core.model import NumberFormat
 from fedavg_core.positions import positions
@@ -49,7 +49,6 @@ _LEAST_WIDE = -900  # an exponent; of what is smaller, an error may have no floa
 _SAFE_SCALE = 900
 _UNUSED_BY_FLOAT32 = 53 - 24
 _FLOAT32 = np.finfo(np.float32)
-_UPPER = np.uint64((1 << 64) - (1 << 27))  # of a float64's 53 bits the upper 26
 _PIECE = 1 << 16  # elements divided with care in one go
 
 
@@ -216,13 +215,13 @@ def _divide_wide_at(
         sums.pair(place, high, low, spare)
         inverse = 1 / divisor
         np.multiply(high, inverse, out=result)
-        upper = float((np.float64(divisor).view(np.uint64) & _UPPER).view(np.float64))
+        upper = float((np.float64(divisor).view(np.uint64) & UPPER_BITS).view(np.float64))
         cut, parts = result.view(np.uint64), spare.view(np.uint64)
         for factor in (upper, divisor - upper):
-            np.bitwise_and(cut, _UPPER, out=parts)
+            np.bitwise_and(cut, UPPER_BITS, out=parts)
             spare *= factor
             high -= spare
-        np.bitwise_and(cut, _UPPER, out=parts)
+        np.bitwise_and(cut, UPPER_BITS, out=parts)
         np.subtract(result, spare, out=spare)
         spare *= divisor
         high -= spare

@@ -35,7 +35,6 @@ from nvflare_adapter.report import report_of_outcome, round_checkpoint
 __all__ = ["main"]
 
 _GOAL = 0.9
-_INDENT = " " * 7
 
 
 def _in_process(
@@ -121,7 +120,7 @@ def _run(
             metrics = report["metrics"]
             table.round(report["round"], accepted, read.clients, weight, metrics, evaluation)
             for note in _notes(report):
-                console.print(f"{_INDENT}{note}", style="yellow")
+                table.note(note)
             accuracies[checkpoint.round - 1] = evaluation.get("accuracy", 0.0)
             problems.append(report["problem"])
             shown = checkpoint

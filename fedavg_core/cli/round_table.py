@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fedavg_core.cli.console import name_shown
+from fedavg_core.cli.console import name_shown, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["RoundTable"]
+__all__ = ["RoundTable", "is_share"]
 
 _MOST_MEASURED = 4
 _WIDTH = 8
+_INDENT = " " * 7
 
 Measured = Mapping[str, "float | None"]
 
@@ -69,13 +70,29 @@ class RoundTable:
             self._console.print(_line(zip(cells, cells, strict=True)), style="bold")
         self._console.print(_line(iter(cells.items())))
 
+    def note(self, text: str) -> None:
+        """Print what there is to say of the round beside its line."""
+        self._console.print(f"{_INDENT}{printable(text)}", style="yellow")
+
 
 def _line(cells: Iterator[tuple[str, str]]) -> str:
     return "  ".join(cell.rjust(max(_WIDTH, len(title))) for title, cell in cells)
 
 
 def _told(name: str, value: float | None) -> str:
-    """A value of a metric, for people: shares as the pages tell them, in percent."""
     if value is None:
         return "-"
-    return f"{value:.2%}" if "acc" in name.lower() and 0 <= value <= 1 else f"{value:.4f}"
+    return f"{value:.2%}" if is_share(name, [value]) else f"{value:.4f}"
+
+
+def is_share(name: str, values: Iterable[float]) -> bool:
+    """Whether a metric is told in percent.
+
+    Args:
+        name: Its name.
+        values: What it was.
+
+    Returns:
+        Whether it is an accuracy, of zero to one.
+    """
+    return "acc" in name.lower() and all(0 <= value <= 1 for value in values)

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from fedavg_core.cli.console import open_console, print_json, printable
+from fedavg_core.cli.console import open_console, print_json
 from fedavg_core.cli.round_table import RoundTable
 from fedavg_core.cli.run_log import Contribution, RoundRecord
 from fedavg_core.errors import quoted
@@ -14,7 +14,6 @@ from fedavg_core.errors import quoted
 __all__ = ["Lines", "Table"]
 
 _MOST_NOTES = 10
-_INDENT = " " * 7
 
 
 class Lines(contextlib.ExitStack):
@@ -75,7 +74,7 @@ class Table(contextlib.ExitStack):
             sum(record.seconds.values()),
         )
         for note in _notes(record):
-            self._bar.console.print(f"{_INDENT}{printable(note)}", style="yellow")
+            self._table.note(note)
 
 
 def _notes(record: RoundRecord) -> Iterator[str]:

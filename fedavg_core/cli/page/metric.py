@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedavg_core.cli.page.unit import written
+from fedavg_core.cli.round_table import is_share
 from fedavg_core.cli.run_log import RoundRecord
 
 __all__ = ["Metric", "find_metrics", "left_out"]
@@ -23,7 +24,7 @@ class Metric:
         self.train = [record.metrics.get(name) for record in records]
         self.test = [record.evaluation.get(name) for record in records]
         values = [value for value in (*self.train, *self.test) if value is not None]
-        self.is_share = "acc" in name.lower() and all(0 <= value <= 1 for value in values)
+        self.is_share = is_share(name, values)
         self.larger_is_better = "acc" in name.lower()
         self.has_best = self.larger_is_better or "loss" in name.lower()
 
