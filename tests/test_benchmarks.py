@@ -21,7 +21,7 @@ import pytest
 import benchmarks.__main__ as command
 import benchmarks.tables as tables
 import fedavg_core as fc
-from benchmarks import suite
+from benchmarks import plots, suite
 from benchmarks.averaging import averaging
 from benchmarks.goals import GOALS, standings
 from benchmarks.growth import Growth, Point, Series, peak_memory
@@ -334,11 +334,11 @@ def test_each_goal_names_a_benchmark_and_a_contestant_of_it() -> None:
     )
 
 
-def goal_timing(benchmark: str, seconds: dict[str, float]) -> Timing:
+def goal_timing(benchmark: str, seconds: dict[str, float], elements: int = 1) -> Timing:
     rows = tuple(
         Row(name, CONTESTANTS[name].kind, (took,), (took / 2,)) for name, took in seconds.items()
     )
-    return Timing(benchmark, "x", "x", 1, 1, 1, rows)
+    return Timing(benchmark, "x", "x", 1, elements, 1, rows)
 
 
 def test_a_speed_is_held_against_the_fastest_peer_or_the_system_named() -> None:
@@ -537,6 +537,19 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
     assert printed.out == ""
     assert printed.err.startswith(message)
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("floor", "drawn", "label"), [(0.8, 1.25, " 1.2"), (0.1, 1.5, "10 ▶ ")])
+def test_a_floor_that_is_far_faster_is_cut_off_and_labelled_with_its_figure(
+    floor: float, drawn: float, label: str
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    plots._throughput(figure, [goal_timing("lora-float32", {"exact": 1.0, "copy": floor}, 10**9)])
+    panel = figure.axes[0]
+    bars = [bar for bar in panel.patches if bar.get_height() == 0.8]
+    assert [bar.get_width() for bar in bars] == [1.0, drawn]
+    assert [text.get_text() for text in panel.texts] == [" 1", label]
+    assert panel.get_xlim()[1] > drawn
 
 
 def test_plots_need_matplotlib_and_say_so_before_anything_is_measured(
