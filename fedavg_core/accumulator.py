@@ -37,15 +37,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.admission import base_spec, check_base, check_update, pairs
+from fedavg_core.arguments import listed, one_for_each, whole_number
 from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ModelSpec, Params, copy_params, new_in
-from fedavg_core.plain import plain_list, plain_text
+from fedavg_core.plain import plain_text
 from fedavg_core.plain_sums import PlainSums
 from fedavg_core.sums import Sums
 from fedavg_core.weight import exact_weight, weight_text
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["Accumulator", "WeightedMean", "weighted_mean"]
 
@@ -449,20 +449,11 @@ def weighted_mean(
         RefusedUpdate: A model is not fit to be averaged; the contributor is ``models[number]``.
         OutOfRange: See `WeightedMean.mean`.
     """
-    listed = None if isinstance(models, Mapping) else plain_list(models)
-    if listed is None:
-        raise UsageError(f"models: expected a list of them, got {a_type(models)}")
-    try:
-        count = len(weights)
-    except TypeError:
-        raise UsageError(
-            f"weights: expected a list of {len(listed)}, got {quoted(weights)}"
-        ) from None
-    if len(listed) != count:
-        raise UsageError(f"weights: expected one for each of the {len(listed)} models, got {count}")
+    given = listed("models", models, "a list of them")
+    weights = one_for_each("weights", weights, len(given), "model")
     result = WeightedMean(None if base is None else base_spec(base), accumulator=accumulator)
     try:
-        result.add_many(zip(listed, weights, strict=True))
+        result.add_many(zip(given, weights, strict=True))
     except RefusedUpdate as refusal:
         name = refusal.contributor or "updates[0]"
         raise refusal.placed(contributor=name.replace("updates", "models")) from None

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fedavg_core.arguments import whole_number
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named, joined, new_in
 from fedavg_core.weight import Weight, weight_from_text, weight_text
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["Books", "Term"]
 

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from fedavg_core.archive import Damaged, require
+from fedavg_core.arguments import PathLike, file_path, truth, whole_number
 from fedavg_core.atomic_file import replacing
 from fedavg_core.codec import damage_told, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
-from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import Params
-from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "MODEL",
@@ -90,7 +89,7 @@ def save_checkpoint(path: PathLike, checkpoint: Checkpoint) -> None:
         "round": number,
         "metrics": {_name(name): _number(value) for name, value in checkpoint.metrics.items()},
         "extra": dict(checkpoint.extra),
-        "best": bool(checkpoint.best),
+        "best": truth("best", checkpoint.best),
     }
     with replacing(target) as file:
         write_npz(file, arrays, meta)

@@ -26,11 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from fedavg_core.arguments import PathLike, file_path, truth, whole_number
 from fedavg_core.atomic_file import make_folder, meant_for
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, round_of, save_checkpoint
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.file_path import PathLike, file_path
-from fedavg_core.whole_number import whole_number
 
 if sys.platform == "win32":  # pragma: no cover
     import msvcrt
@@ -107,7 +106,7 @@ class CheckpointStore:
             UsageError: It holds what a checkpoint cannot (see `save_checkpoint`), or is of an
                 earlier round than one that is there.
         """
-        number, best = round_of(checkpoint), bool(checkpoint.best)
+        number, best = round_of(checkpoint), truth("best", checkpoint.best)
         with contextlib.nullcontext() if self._lock is not None else self:
             newest, turn = number, 1
             for last in self._listing()[-1:]:

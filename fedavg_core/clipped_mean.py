@@ -12,12 +12,11 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import WeightedMean
 from fedavg_core.admission import check_finite
-from fedavg_core.errors import RefusedUpdate, UsageError, quoted
+from fedavg_core.arguments import is_whole_number, real_number
+from fedavg_core.errors import RefusedUpdate, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean, State
-from fedavg_core.whole_number import is_whole_number
 
 __all__ = ["ClippedMean"]
 
@@ -47,9 +46,7 @@ class ClippedMean(RobustMean):
     options = ("limit",)
 
     def __init__(self, limit: float = 1.0, spec: ModelSpec | None = None) -> None:
-        self.limit = as_float(limit)
-        if not 0 < self.limit < math.inf:
-            raise UsageError(f"limit: expected a finite number above 0, got {quoted(limit)}")
+        self.limit = real_number("limit", limit, "a finite number above 0", lambda norm: norm > 0)
         super().__init__(spec)
         self._mean = WeightedMean(spec)
         # How many updates that is for so many terms of the mean, before a change and after it.

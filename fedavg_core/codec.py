@@ -53,7 +53,7 @@ from fedavg_core.archive import (
     check_archive,
     require,
 )
-from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
 from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
 from fedavg_core.npy import (
     MOST_DIMENSIONS,
@@ -108,8 +108,8 @@ def write_npz(file: IO[bytes], arrays: Params, meta: Mapping[str, Any] | None = 
         plain = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
         if not isinstance(name, str) or not plain:
             raise UsageError(
-                f"expected arrays under names that are strings, got {quoted(name)} with an object "
-                f"of type {quoted(type(array).__name__)}"
+                f"expected arrays under names that are strings, got {quoted(name)} with "
+                f"{a_type(array)}"
             )
     spec = {name: ArraySpec(array.shape, array.dtype) for name, array in arrays.items()}
     writer = NpzWriter(file, spec, meta)

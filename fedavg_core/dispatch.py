@@ -21,15 +21,13 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import TypeAlias
 
+from fedavg_core.arguments import real_number, truth, whole_number
 from fedavg_core.client import Client, Context, TrainResult
-from fedavg_core.errors import UsageError, one_line, quoted
+from fedavg_core.errors import UsageError, a_type, one_line, quoted
 from fedavg_core.model import Params, copy_params
 from fedavg_core.outcome import Failure
-from fedavg_core.plain import as_float
 from fedavg_core.transfer import change
-from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["Dispatch"]
 
@@ -73,8 +71,7 @@ class Dispatch:
         if deadline is not None:
             if executor is None:
                 raise UsageError("deadline: expected an executor as well; in line nothing is late")
-            if not 0 < as_float(deadline) < math.inf:
-                raise UsageError(f"deadline: expected seconds above 0, got {quoted(deadline)}")
+            deadline = real_number("deadline", deadline, "seconds above 0", lambda time: time > 0)
         first_come = truth("first_come", first_come)
         if first_come and executor is None:
             raise UsageError("first_come: expected an executor as well; in line all come in order")
@@ -183,7 +180,7 @@ def train_one(
         try:
             result = client(copy_params(model), context)
             if not isinstance(result, TrainResult):
-                raise TypeError(f"expected a TrainResult, got {type(result).__name__}")
+                raise TypeError(f"expected a TrainResult, got {a_type(result)}")
             is_diff = transfer is TransferType.DIFF
             return Update(
                 contributor=context.contributor,

@@ -40,6 +40,7 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.admission import check_model
+from fedavg_core.arguments import PathLike, file_path, truth, whole_number
 from fedavg_core.checkpoint import Checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.client import (
@@ -51,7 +52,6 @@ from fedavg_core.client import (
 )
 from fedavg_core.dispatch import Dispatch
 from fedavg_core.errors import CheckpointError, UsageError, quoted
-from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.gate import Limits, is_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.observer import Observer
@@ -63,9 +63,7 @@ from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer
-from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update
-from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "Best",

@@ -243,7 +243,7 @@ class ModelSpec(Mapping[str, ArraySpec]):
         """
         if not isinstance(params, Mapping):
             raise UsageError(
-                f"expected a model as a mapping from names to arrays, got {type(params).__name__}"
+                f"expected a model as a mapping from names to arrays, got {a_type(params)}"
             )
         arrays = {key: check_array(key, value) for key, value in params.items()}
         return cls({key: ArraySpec(array.shape, array.dtype) for key, array in arrays.items()})

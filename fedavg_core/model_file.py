@@ -43,10 +43,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.archive import Damaged, check_archive, require
+from fedavg_core.arguments import PathLike, file_path
 from fedavg_core.checkpoint import MODEL, Checkpoint, described
 from fedavg_core.codec import Entry, damage_told, list_npz
 from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted, shown_path
-from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import check_array
 from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
 from fedavg_core.safetensors import list_safetensors

@@ -29,7 +29,6 @@ then an error of any kind leaves the output as it was.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,20 +38,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.arguments import PathLike, file_path, listed, one_for_each, truth, whole_number
 from fedavg_core.atomic_file import replacing
 from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.blocks import Buffers
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, counted, quoted, shown_path
-from fedavg_core.file_path import PathLike, file_path
 from fedavg_core.model import ArraySpec, ModelSpec
 from fedavg_core.model_file import Allowance, ModelFile
 from fedavg_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, sum_bytes
-from fedavg_core.plain import plain_list
 from fedavg_core.stored_array import INFLATER_BYTES
-from fedavg_core.truth import truth
 from fedavg_core.weight import Weight, dyadic, exact_weight
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["aggregate_files"]
 
@@ -137,23 +133,15 @@ def aggregate_files(
             written, or may not be replaced.
         OutOfRange: A result is beyond the largest number of its dtype.
     """
-    listed = None if isinstance(paths, (str, os.PathLike)) else plain_list(paths)
-    if listed is None:
-        raise UsageError(f"paths: expected a list of files, got {quoted(paths)}")
-    inputs = [file_path(f"paths[{number}]", path) for number, path in enumerate(listed)]
+    given = listed("paths", paths, "a list of files")
+    if not given:
+        raise UsageError("paths: expected a list of files, got an empty one")
+    inputs = [file_path(f"paths[{number}]", path) for number, path in enumerate(given)]
+    weights = one_for_each("weights", weights, len(inputs), "file")
     target = file_path("output", output)
-    try:
-        count = len(weights)
-    except TypeError:
-        raise UsageError(f"weights: expected one for each file, got {quoted(weights)}") from None
     allow_missing, replace = truth("allow_missing", allow_missing), truth("replace", replace)
     if progress is not None and not callable(progress):
         raise UsageError(f"progress: expected a function or None, got {quoted(progress)}")
-    if not inputs or len(inputs) != count:
-        raise UsageError(
-            f"expected files, and one weight for each, got "
-            f"{counted(len(inputs), 'file')} and {counted(count, 'weight')}"
-        )
     check_suffix(target)
     memory_limit = whole_number("memory_limit", memory_limit, 1)
     allowance = Allowance(

@@ -7,12 +7,11 @@ trusted. So these functions look at the type, and read the value by the base typ
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-__all__ = ["as_float", "plain_list", "plain_number", "plain_text"]
+__all__ = ["plain_list", "plain_number", "plain_text"]
 
 
 def plain_text(value: object) -> str | None:
@@ -64,21 +63,3 @@ def plain_number(value: object) -> int | float | None:
         found: int | float = np.generic.item(plain)
         return found
     return None
-
-
-def as_float(value: object) -> float:
-    """A number of Python as a float.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        It; NaN for what is no int or float, as truth values are not, and for an int that is beyond
-        the largest float.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan

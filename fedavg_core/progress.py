@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
+from fedavg_core.arguments import whole_number
 from fedavg_core.checkpoint import Checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
 from fedavg_core.errors import CheckpointError, UsageError, quoted
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import Outcome
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["Best", "Progress"]
 

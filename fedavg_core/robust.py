@@ -36,16 +36,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.arguments import real_number, whole_number
 from fedavg_core.clipped_mean import ClippedMean
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.plain import as_float
 from fedavg_core.robust_mean import RobustMean
+from fedavg_core.settings import kind_named
 from fedavg_core.weight import Weight
-from fedavg_core.whole_number import whole_number
 
 __all__ = [
     "ROBUST_MEANS",
@@ -102,9 +102,9 @@ class TrimmedMean(CoordinateWise):
     options = ("trim",)
 
     def __init__(self, trim: float = 0.1, spec: ModelSpec | None = None) -> None:
-        self.trim = as_float(trim)
-        if not 0 <= self.trim < 0.5:
-            raise UsageError(f"trim: expected a number from 0 to below 0.5, got {quoted(trim)}")
+        self.trim = real_number(
+            "trim", trim, "a number from 0 to below 0.5", lambda part: 0 <= part < 0.5
+        )
         super().__init__(spec)
 
     def rows(self, count: int) -> slice:
@@ -208,11 +208,9 @@ class GeometricMedian(WholeVector):
         self, iterations: int = 10, smoothing: float = 1e-6, spec: ModelSpec | None = None
     ) -> None:
         self.iterations = whole_number("iterations", iterations, 1)
-        self.smoothing = as_float(smoothing)
-        if not 0 < self.smoothing <= 1:
-            raise UsageError(
-                f"smoothing: expected a number above 0 and up to 1, got {quoted(smoothing)}"
-            )
+        self.smoothing = real_number(
+            "smoothing", smoothing, "a number above 0 and up to 1", lambda part: 0 < part <= 1
+        )
         super().__init__(spec)
 
     def weights(self) -> list[Weight]:
@@ -266,17 +264,7 @@ def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> Rob
         UsageError: There is none of this name, or it has no such option, or the value has no
             meaning.
     """
-    kind = ROBUST_MEANS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise UsageError(
-            f"robust mean: expected one of {', '.join(ROBUST_MEANS)}, got {quoted(name)}"
-        )
-    for option in options:
-        if option not in kind.options:
-            known = ", ".join(kind.options) or "none"
-            raise UsageError(
-                f"robust mean {name}: expected options out of {known}, got {quoted(option)}"
-            )
+    kind = kind_named("robust mean", ROBUST_MEANS, name, options, lambda kind: kind.options)
     return kind(spec=spec, **options)
 
 

@@ -51,9 +51,10 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.arguments import truth, whole_number
 from fedavg_core.audit import Audit
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, quoted
+from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, UsageError, a_type, quoted
 from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.next_model import next_model
@@ -61,9 +62,7 @@ from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
-from fedavg_core.truth import truth
 from fedavg_core.update import TransferType, Update, transfer_named
-from fedavg_core.whole_number import whole_number
 
 __all__ = ["Outcome", "Receipt", "Round", "RoundState"]
 
@@ -228,7 +227,7 @@ class Round:
             UsageError: What was offered is no `Update`.
         """
         if not issubclass(type(update), Update):
-            raise UsageError(f"expected an Update, got {quoted(type(update).__name__)}")
+            raise UsageError(f"expected an Update, got {a_type(update)}")
         receipt: Receipt = self._happens(_Event.OFFER, update)
         return receipt
 

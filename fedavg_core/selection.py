@@ -15,10 +15,10 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from fedavg_core.arguments import real_number
 from fedavg_core.client import draw_contributors
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.plain import as_float
-from fedavg_core.whole_number import is_whole_number
+from fedavg_core.plain import plain_number
 
 __all__ = ["Selection"]
 
@@ -49,11 +49,9 @@ class Selection:
         over_selection: float,
         seed: int,
     ) -> None:
-        times = as_float(over_selection)
-        if not 1 <= times < math.inf:
-            raise UsageError(
-                f"over_selection: expected a number from 1.0 on, got {quoted(over_selection)}"
-            )
+        times = real_number(
+            "over_selection", over_selection, "a number from 1.0 on", lambda times: times >= 1
+        )
         self._names = names
         self._seed = seed
         self.wanted = _count(participation, len(names))
@@ -84,11 +82,12 @@ class Selection:
 def _count(participation: int | float | None, clients: int) -> int:
     if participation is None:
         return clients
-    if is_whole_number(participation):
-        if 1 <= participation <= clients:
-            return int(participation)
-    elif isinstance(participation, float) and 0 < participation <= 1:
-        return max(1, round(participation * clients))
+    number = plain_number(participation)
+    if isinstance(number, int):
+        if 1 <= number <= clients:
+            return number
+    elif number is not None and 0 < number <= 1:
+        return max(1, round(number * clients))
     raise UsageError(
         f"participation: expected a number of clients from 1 to {clients}, or a fraction of them "
         f"above 0.0 and up to 1.0, got {quoted(participation)}"

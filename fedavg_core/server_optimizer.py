@@ -43,19 +43,18 @@ Your own optimizer is a subclass of `ServerOptimizer` that says what a step is f
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.arguments import real_number
 from fedavg_core.errors import OutOfRange, UsageError, quoted
-from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params
-from fedavg_core.plain import as_float
-from fedavg_core.settings import settings_of
+from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params, is_extension
+from fedavg_core.settings import kind_named, settings_of
 from fedavg_core.transfer import apply
 
 __all__ = [
@@ -71,9 +70,14 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
+_Range: TypeAlias = "tuple[str, Callable[[float], bool]]"
 
-_FRACTIONS = ("momentum", "beta1", "beta2")
-_POSITIVE = ("learning_rate", "tau")
+_ABOVE_ZERO: _Range = "a finite number above 0", lambda number: number > 0
+_BELOW_ONE: _Range = "a number from 0 to below 1", lambda number: 0 <= number < 1
+_RANGES = {
+    **dict.fromkeys(("learning_rate", "tau"), _ABOVE_ZERO),
+    **dict.fromkeys(("momentum", "beta1", "beta2"), _BELOW_ONE),
+}
 
 
 @dataclass(frozen=True)
@@ -94,19 +98,9 @@ class ServerOptimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name not in _POSITIVE + _FRACTIONS:
-                continue
-            value = getattr(self, field.name)
-            number = as_float(value)
-            if field.name in _POSITIVE and not 0 < number < math.inf:
-                raise UsageError(
-                    f"{field.name}: expected a finite number above 0, got {quoted(value)}"
-                )
-            if field.name in _FRACTIONS and not 0 <= number < 1:
-                raise UsageError(
-                    f"{field.name}: expected a number from 0 to below 1, got {quoted(value)}"
-                )
-            object.__setattr__(self, field.name, number)
+            if field.name in _RANGES:
+                number = real_number(field.name, getattr(self, field.name), *_RANGES[field.name])
+                object.__setattr__(self, field.name, number)
 
     @property
     def is_plain(self) -> bool:
@@ -352,25 +346,18 @@ def optimizer_named(name: str, **settings: Any) -> ServerOptimizer:
         UsageError: There is none of this name, or it has no such setting, or the value has no
             meaning.
     """
-    kind = SERVER_OPTIMIZERS.get(name)
-    if kind is None:
-        raise UsageError(
-            f"server optimizer: expected one of {', '.join(SERVER_OPTIMIZERS)}, got {quoted(name)}"
-        )
-    known = [field.name for field in dataclasses.fields(kind)]
-    for setting in settings:
-        if setting not in known:
-            raise UsageError(
-                f"server optimizer {name}: expected settings out of {', '.join(known)}, "
-                f"got {quoted(setting)}"
-            )
+    kind = kind_named("server optimizer", SERVER_OPTIMIZERS, name, settings, _options)
     return kind(**settings)
+
+
+def _options(kind: type[ServerOptimizer]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _rounded(key: str, values: Floats, spec: ArraySpec) -> Array:
     """Values in the dtype of a parameter, rounded once."""
     if np.isfinite(values).all():
-        if spec.dtype.kind != "f":  # the conversions of ml_dtypes round twice, by way of float32
+        if is_extension(spec.dtype):  # their conversions round twice, by way of float32
             return apply({key: np.zeros(spec.shape, spec.dtype)}, {key: values})[key]
         with np.errstate(all="ignore"):
             result: Array = values.astype(spec.dtype)

@@ -7,12 +7,51 @@ back of them: a tuple is a list there, and a key is a string.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from fedavg_core.errors import UsageError, one_line
+from fedavg_core.errors import UsageError, one_line, quoted
+from fedavg_core.plain import plain_text
 
-__all__ = ["settings_of"]
+__all__ = ["kind_named", "settings_of"]
+
+Kind = TypeVar("Kind")
+
+
+def kind_named(
+    what: str,
+    kinds: Mapping[str, Kind],
+    name: object,
+    options: Iterable[str],
+    options_of: Callable[[Kind], Iterable[str]],
+) -> Kind:
+    """The kind of some name, if it has the options.
+
+    Args:
+        what: What there are kinds of.
+        kinds: The kinds, by their names.
+        name: The name that was given.
+        options: The names of the options that were given.
+        options_of: Gives the names of a kind's options.
+
+    Returns:
+        The kind.
+
+    Raises:
+        UsageError: There is none of this name, or it has no such option.
+    """
+    plain = plain_text(name)
+    if plain is None or plain not in kinds:
+        raise UsageError(f"{what}: expected one of {', '.join(kinds)}, got {quoted(name)}")
+    kind = kinds[plain]
+    known = list(options_of(kind))
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"{what} {plain}: expected options out of {', '.join(known) or 'none'}, "
+                f"got {quoted(option)}"
+            )
+    return kind
 
 
 def settings_of(name: str, options: Mapping[str, object]) -> dict[str, Any]:

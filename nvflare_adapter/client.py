@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 import fedavg_core as fc
 from fedavg_core.dispatch import train_one
+from fedavg_core.errors import a_type
 from fedavg_core.outcome import Failure
 from fedavg_core.training_file import TrainingFile
 
@@ -79,7 +80,7 @@ def serve(train: fc.Client, evaluate: Evaluate | None = None) -> None:
         SystemExit: The file was not started by NVFlare. A line says how it can be run.
     """
     if not callable(train):
-        raise fc.UsageError(f"serve: expected a function, got {type(train).__name__}")
+        raise fc.UsageError(f"serve: expected a function, got {a_type(train)}")
     taken = _handed_over.get()
     if taken is not None:
         taken.append(train)

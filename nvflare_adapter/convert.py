@@ -26,7 +26,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedavg_core as fc
-from fedavg_core.errors import quoted
+from fedavg_core.errors import a_type, quoted
 from fedavg_core.gate import is_name
 from nvflare_adapter.assignment import Assignment
 from nvflare_adapter.dtypes import finite, pack, plain, unpack
@@ -120,7 +120,7 @@ def answer_to_fl_model(answer: fc.Update | fc.Failure, transfer: fc.TransferType
         return FLModel(kind, {}, meta={_FAILURE: answer.problem})
     given: object = answer.params
     if not isinstance(given, Mapping):
-        problem = f"expected params as a mapping from names to arrays, got {type(given).__name__}"
+        problem = f"expected params as a mapping from names to arrays, got {a_type(given)}"
         return FLModel(kind, {}, meta={_FAILURE: problem})
     params, dtypes = pack(given)
     told: object = answer.metrics  # left out, as in process, if they are none

@@ -21,7 +21,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 import fedavg_core as fc
-from fedavg_core.errors import one_line, quoted
+from fedavg_core.errors import a_type, one_line, quoted
 from nvflare_adapter import convert
 
 __all__ = ["CustomAggregator"]
@@ -56,7 +56,7 @@ class CustomAggregator(Aggregator):
             if not isinstance(inner, Aggregator):
                 raise fc.UsageError(
                     f"component {quoted(self.aggregator_id)}: expected an Aggregator or a "
-                    f"ModelAggregator, got {type(inner).__name__}"
+                    f"ModelAggregator, got {a_type(inner)}"
                 )
             self._inner = inner
         elif event_type == AppEventType.ROUND_STARTED:

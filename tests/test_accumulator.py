@@ -1069,9 +1069,11 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
         fc.WeightedMean().mean()
     base = {"x": np.arange(3)}
     assert fc.same_bits(fc.WeightedMean().mean(base), base)
-    with pytest.raises(fc.UsageError, match="for each of the 1 models, got 2"):
+    with pytest.raises(fc.UsageError, match="one for each model, got 2"):
         fc.weighted_mean([base], [1, 2])
-    with pytest.raises(fc.UsageError, match="weights: expected a list of 1, got 3"):
+    with pytest.raises(
+        fc.UsageError, match="weights: expected a list of 1, one for each model, got 3"
+    ):
         fc.weighted_mean([base], 3)  # type: ignore[arg-type]
     with pytest.raises(
         fc.RefusedUpdate, match=r"NON_FINITE \(contributor 'models\[1\]', key 'x'\)"
@@ -1086,7 +1088,7 @@ def test_a_mean_of_nothing_needs_a_base() -> None:
     [
         ({}, "key 'w': the base does not have it"),
         ({"w": ["a"]}, "key 'w': expected a NumPy array in the base, got a list"),
-        ([1.0], "expected a model as a mapping from names to arrays, got list"),
+        ([1.0], "expected a model as a mapping from names to arrays, got a list"),
         ({"w": np.ones(3)}, r"key 'w': expected a base of shape \(2,\), got \(3,\)"),
         ({"w": np.array([1, np.nan])}, "expected a base of finite numbers"),
         ([1], "expected a model as a mapping"),
@@ -1529,12 +1531,12 @@ def test_updates_that_come_without_their_weights_are_a_mistake(
 @pytest.mark.parametrize(
     ("models", "weights", "told"),
     [
-        ([GOOD, GOOD], [1], "weights: expected one for each of the 2 models, got 1"),
-        ([GOOD, GOOD], 3, "weights: expected a list of 2, got 3"),
+        ([GOOD, GOOD], [1], "weights: expected a list of 2, one for each model, got 1"),
+        ([GOOD, GOOD], 3, "weights: expected a list of 2, one for each model, got 3"),
         (GOOD, [1], "models: expected a list of them, got a dict"),
         (None, [1], "models: expected a list of them, got a NoneType"),
         (np.array(3), [1], "models: expected a list of them, got a ndarray"),
-        ([GOOD], np.array(1), r"weights: expected a list of 1, got array\(1\)"),
+        ([GOOD], np.array(1), r"weights: expected a list of 1, one for each model, got array\(1\)"),
     ],
 )
 def test_models_that_are_no_list_or_have_not_a_weight_each_are_a_mistake(

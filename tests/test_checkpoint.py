@@ -178,7 +178,7 @@ class TestASingleFile:
 
     def test_a_mask_is_not_lost(self, tmp_path: Path) -> None:
         masked: Any = np.ma.masked_array([1.0, 2.0], mask=[False, True])
-        with pytest.raises(UsageError, match="'model/w' with an object of type 'MaskedArray'"):
+        with pytest.raises(UsageError, match="'model/w' with a MaskedArray"):
             save_checkpoint(tmp_path / "x.npz", Checkpoint({"w": masked}, 1))
         assert not list(tmp_path.iterdir())
 

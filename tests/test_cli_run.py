@@ -792,7 +792,8 @@ BAD_TRAINING: dict[str, tuple[str, str]] = {
     ),
     "model": (
         "def train(p, c): ...\ndef initial_model(seed): return [seed]",
-        "training.py: initial_model: expected a model as a mapping from names to arrays, got list",
+        "training.py: initial_model: expected a model as a mapping from names to arrays, "
+        "got a list",
     ),
     "no model": (
         "def train(p, c): ...\ndef initial_model(seed): ...",

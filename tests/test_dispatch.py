@@ -216,8 +216,8 @@ def test_differences_are_taken_from_the_model() -> None:
         (raised(Unnamed), "Unnamed (test_dispatch.py, line "),
         (raised(GeneratorExit), "GeneratorExit (test_dispatch.py, line "),
         (cancelled, "CancelledError: by itself (test_dispatch.py, line "),
-        (returning(None), "TypeError: expected a TrainResult, got NoneType"),
-        (returning({"w": 1}), "TypeError: expected a TrainResult, got dict"),
+        (returning(None), "TypeError: expected a TrainResult, got a NoneType"),
+        (returning({"w": 1}), "TypeError: expected a TrainResult, got a dict"),
         (5, "TypeError: 'int' object is not callable"),
     ],
 )

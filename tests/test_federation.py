@@ -913,7 +913,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_bits_of_one_that_was_not
             {"clients": {"a\n": train}},
             "clients: expected names of 1 to 256 printable characters, got",
         ),
-        ({"model": [1.0]}, "model: expected a model as a mapping from names to arrays, got list"),
+        ({"model": [1.0]}, "model: expected a model as a mapping from names to arrays, got a list"),
         ({"model": {}}, "model: expected at least one parameter, got none"),
         (
             {"model": {"w": np.array([[0.0], [math.inf]])}},

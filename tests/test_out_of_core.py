@@ -401,20 +401,23 @@ def test_a_result_out_of_range_is_told_with_its_place(good: Good) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paths": []}, "expected files, and one weight for each, got 0 files and 2 weights"),
+        ({"paths": []}, "paths: expected a list of files, got an empty one"),
         ({"paths": "a.npz"}, "paths: expected a list of files, got 'a.npz'"),
         ({"paths": 5}, "paths: expected a list of files, got 5"),
         ({"paths": np.array(5)}, "paths: expected a list of files, got array(5)"),
         ({"paths": ["a.npz", None]}, "paths[1]: expected a path, got None"),
-        ({"weights": None}, "weights: expected one for each file, got None"),
-        ({"weights": np.array(1.0)}, "weights: expected one for each file, got array(1.)"),
+        ({"weights": None}, "weights: expected a list of 2, one for each file, got None"),
+        (
+            {"weights": np.array(1.0)},
+            "weights: expected a list of 2, one for each file, got array(1.)",
+        ),
         ({"progress": 3}, "progress: expected a function or None, got 3"),
         ({"replace": "no"}, "replace: expected True or False, got 'no'"),
         (
             {"allow_missing": np.ones(2)},
             "allow_missing: expected True or False, got array([1., 1.])",
         ),
-        ({"weights": [1]}, "expected files, and one weight for each, got 2 files and 1 weight"),
+        ({"weights": [1]}, "weights: expected a list of 2, one for each file, got 1"),
         ({"memory_limit": 1.5}, "memory_limit: expected a whole number of at least 1, got 1.5"),
         ({"memory_limit": True}, "memory_limit: expected a whole number of at least 1, got True"),
     ],

@@ -95,7 +95,7 @@ def state_is_misuse(round: Round) -> None:
 
 def offer_is_no_update(round: Round) -> None:
     not_an_update: Any = {"contributor": "site-2"}
-    with pytest.raises(UsageError, match="expected an Update, got 'dict'"):
+    with pytest.raises(UsageError, match="expected an Update, got a dict"):
         round.offer(not_an_update)
     assert len(round.accepted) == 1
     assert not round.refused

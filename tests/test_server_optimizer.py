@@ -402,7 +402,7 @@ class TestByName:
             ({"name": "adam"}, "expected one of fedavg, fedavgm, fedadagrad, fedadam, fedyogi"),
             (
                 {"name": "fedavg", "beta1": 0.9},
-                "expected settings out of learning_rate, got 'beta1'",
+                "expected options out of learning_rate, got 'beta1'",
             ),
             ({"name": "fedavg", "learning_rate": 0}, "learning_rate: expected a finite number ab"),
             ({"name": "fedavg", "learning_rate": math.inf}, "learning_rate: expected a finite"),

@@ -617,7 +617,7 @@ def test_a_users_aggregator_never_sees_a_client_that_has_failed(
 
 
 def test_a_component_that_is_no_aggregator_is_named(server: Server) -> None:
-    with pytest.raises(fc.UsageError, match=r"'mine': expected an Aggregator .* got dict"):
+    with pytest.raises(fc.UsageError, match=r"'mine': expected an Aggregator .* got a dict"):
         sheltered(server, {})
 
 

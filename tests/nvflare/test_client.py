@@ -59,7 +59,7 @@ def test_a_training_file_that_serves_nothing_is_told_so() -> None:
 
 
 def test_what_cannot_be_called_cannot_be_served() -> None:
-    with pytest.raises(fc.UsageError, match="expected a function, got int"):
+    with pytest.raises(fc.UsageError, match="expected a function, got an int"):
         nvflare_adapter.serve(3)  # type: ignore[arg-type]
 
 

@@ -238,7 +238,7 @@ BROKEN = [
     ("import sys; sys.exit(3)", "ended by itself, given ''"),
     (
         "import nvflare_adapter\nnvflare_adapter.serve(print)\ndef initial_model(s): return [1]",
-        "broken.py: initial_model: expected a model as a mapping from names to arrays, got list",
+        "broken.py: initial_model: expected a model as a mapping from names to arrays, got a list",
     ),
     (
         "import nvflare_adapter\nnvflare_adapter.serve(print)\n"

@@ -267,7 +267,7 @@ def test_what_train_answers_in_place_of_names_and_numbers_does_not_end_the_clien
     message.set_peer_props({ReservedKey.IDENTITY_NAME: "site-1"})
     answer = convert.answer_from_message(message, server.context())
     assert isinstance(answer, Failure)
-    assert answer.problem == "expected params as a mapping from names to arrays, got list"
+    assert answer.problem == "expected params as a mapping from names to arrays, got a list"
     metrics: Any = None
     update = fc.Update("site-1", 0, {"w": np.ones(2)}, 1, metrics=metrics)
     assert not convert.answer_to_fl_model(update, fc.TransferType.FULL).metrics

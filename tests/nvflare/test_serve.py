@@ -132,7 +132,7 @@ def leaves(params: dict[str, Any], context: fc.Context) -> Any:
     [
         (lambda params, context: 1 / 0, "ZeroDivisionError: division by zero (test_serve.py, line"),
         (leaves, "SystemExit: 3 (test_serve.py, line"),
-        (lambda params, context: None, "TypeError: expected a TrainResult, got NoneType"),
+        (lambda params, context: None, "TypeError: expected a TrainResult, got a NoneType"),
     ],
 )
 def test_a_failure_is_one_line_in_the_log_and_an_answer_without_arrays(
