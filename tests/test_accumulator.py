@@ -1533,9 +1533,9 @@ def test_updates_that_come_without_their_weights_are_a_mistake(
     [
         ([GOOD, GOOD], [1], "weights: expected a list of 2, one for each model, got 1"),
         ([GOOD, GOOD], 3, "weights: expected a list of 2, one for each model, got 3"),
-        (GOOD, [1], "models: expected a list of them, got a dict"),
-        (None, [1], "models: expected a list of them, got a NoneType"),
-        (np.array(3), [1], "models: expected a list of them, got a ndarray"),
+        (GOOD, [1], "models: expected a list of them, got {'w'"),
+        (None, [1], "models: expected a list of them, got None"),
+        (np.array(3), [1], "models: expected a list of them, got array"),
         ([GOOD], np.array(1), r"weights: expected a list of 1, one for each model, got array\(1\)"),
     ],
 )

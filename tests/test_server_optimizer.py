@@ -28,7 +28,7 @@ from fedavg_core.server_optimizer import (
     ServerOptimizer,
     optimizer_named,
 )
-from fedavg_core.testing import exact_weighted_mean, fractions_of
+from fedavg_core.testing import averaged_dtypes, exact_weighted_mean, fractions_of
 from tests.conftest import THOROUGH
 
 Model = dict[str, npt.NDArray[Any]]
@@ -218,9 +218,12 @@ class TestThePublishedRules:
         assert fc.same_bits({"n": outcome.model["counter"]}, {"n": mean["counter"]})
         assert "momentum/counter" not in outcome.optimizer_state
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
-    def test_narrow_formats_are_rounded_once(self, dtype: str) -> None:
-        pytest.importorskip("ml_dtypes")
+    @pytest.mark.parametrize(
+        "dtype",
+        [each for each in averaged_dtypes() if each.kind in "fV" and each.itemsize < 4],
+        ids=str,
+    )
+    def test_narrow_formats_are_rounded_once(self, dtype: np.dtype[Any]) -> None:
         # Just above the midpoint of two neighbours: a detour by float32 would make it a tie.
         one = np.ones(1, dtype)
         above = float(np.nextafter(one, np.asarray(2, dtype))[0])
