@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +28,16 @@ from benchmarks.plots import save_plots
 from benchmarks.suite import BENCHMARKS, Benchmark, Result
 from benchmarks.tables import show, table_of_machine, table_of_result, table_of_standings
 from benchmarks.timing import Timing
+from fedavg_core.cli.arguments import Parser
+from fedavg_core.errors import not_installed, quoted
 
 __all__ = ["main"]
 
 _FORMAT = 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"benchmarks: {message}\n")
+class _Parser(Parser):
+    speaker = "benchmarks"
 
 
 def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,14 +72,11 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             if known == name or known.startswith(f"{name}-")
         ]
         if not chosen:
-            parser.error(f"NAME: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
+            parser.error(f"NAME: expected one of {', '.join(BENCHMARKS)}, got {quoted(name)}")
         read.benchmarks += [entry for entry in chosen if entry not in read.benchmarks]
     if read.save is not None:
         if find_spec("matplotlib") is None:
-            parser.error(
-                "argument --save: expected the package matplotlib; install the extra 'bench': "
-                "in a clone pip install -e '.[bench]'"
-            )
+            parser.error(f"argument --save: {not_installed({'matplotlib': 'bench'})}")
         try:
             read.save.mkdir(parents=True, exist_ok=True)
         except OSError as error:

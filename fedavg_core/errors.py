@@ -16,7 +16,7 @@ break a log.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "UsageError",
     "a_type",
     "counted",
+    "not_installed",
     "one_line",
     "quoted",
     "shown_path",
@@ -321,3 +322,18 @@ def counted(number: int, noun: str) -> str:
         As in ``1 file`` and ``2,000 files``.
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def not_installed(missing: Mapping[str, str]) -> str:
+    """Say which packages are missing, and how to get them.
+
+    Args:
+        missing: From each of the packages to the extra that brings it.
+
+    Returns:
+        One line.
+    """
+    extras = list(dict.fromkeys(missing.values()))
+    named = " and ".join(f"the extra {extra!r}" for extra in extras)
+    clone = f"in a clone: pip install -e '.[{','.join(extras)}]'"
+    return f"expected {' and '.join(missing)} to be installed: get {named} ({clone})"

@@ -10,8 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedavg_core.errors import not_installed
 from nvflare_adapter.client import read_training_file, serve
-from nvflare_adapter.extras import not_installed
 
 if TYPE_CHECKING:
     from nvflare_adapter.aggregator import FedAvgAggregator

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import fedavg_core as fc
-from fedavg_core.cli.console import open_console, typed, uninterrupted
+from fedavg_core.cli.console import open_console, say, typed, uninterrupted
 from fedavg_core.cli.round_table import RoundTable
 from fedavg_core.errors import one_line
 from fedavg_core.model import copy_params
 from fedavg_core.outcome import evaluation_of
 from fedavg_core.training_file import TrainingFile
 from nvflare_adapter.client import read_training_file
-from nvflare_adapter.command_line import BACKENDS, read_arguments
+from nvflare_adapter.command_line import BACKENDS, SPEAKER, read_arguments
 from nvflare_adapter.follow import JobFailed, cause_of_failure
 from nvflare_adapter.job import Job, models_folder, models_within
 from nvflare_adapter.report import report_of_outcome, round_checkpoint
@@ -238,7 +238,7 @@ def _going_on(read: argparse.Namespace, done: int, start: Path | None) -> str:
 
 
 def _say(problem: str, code: int) -> int:
-    print(f"nvflare_adapter: {problem}", file=sys.stderr)
+    say(problem, SPEAKER)
     return code
 
 

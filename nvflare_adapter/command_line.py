@@ -7,17 +7,18 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
-from fedavg_core.cli.arguments import whole
-from fedavg_core.errors import quoted
-from nvflare_adapter.extras import not_installed
+from fedavg_core.cli.arguments import Parser, one_of, whole
+from fedavg_core.errors import not_installed, quoted
 
-__all__ = ["BACKENDS", "read_arguments"]
+__all__ = ["BACKENDS", "SPEAKER", "read_arguments"]
+
+SPEAKER = "nvflare_adapter"
+"""What each line of the command on standard error begins with."""
 
 BACKENDS = {
     "in-process": "in this process",
@@ -31,21 +32,8 @@ _KIT = Path("startup", "fed_admin.json")
 _DIGITS = Path(__file__).with_name("digits.py")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nvflare_adapter: {message}\n")
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            expected = f"expected {', '.join(names[:-1])} or {names[-1]}"
-            raise argparse.ArgumentTypeError(f"{expected}, got {quoted(text)}")
-        return text
-
-    return parse
+class _Parser(Parser):
+    speaker = SPEAKER
 
 
 def _alpha(text: str) -> float:
@@ -79,7 +67,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--backend",
         default="simulator",
-        type=_one_of(*BACKENDS),
+        type=one_of(*BACKENDS),
         help="simulator (NVFlare's; the default), in-process (without NVFlare), poc (NVFlare's "
         "server and clients as processes of this machine) or deployment (one that is there)",
     )
@@ -98,7 +86,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=whole(1), default=10, help="how many rounds (default: 10)")
     add(
         "--transfer",
-        type=_one_of("full", "diff"),
+        type=one_of("full", "diff"),
         default="full",
         help="clients send their whole model, or what has changed (default: full)",
     )

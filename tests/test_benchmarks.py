@@ -560,7 +560,7 @@ def test_plots_need_matplotlib_and_say_so_before_anything_is_measured(
         run("--save", str(tmp_path / "plots"))
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    assert "install the extra 'bench': in a clone pip install -e '.[bench]'" in told
+    assert "get the extra 'bench' (in a clone: pip install -e '.[bench]')" in told
     assert not (tmp_path / "plots").exists()
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import fedavg_core as fc
 from benchmarks.experiments.data import digits, mnist
@@ -20,6 +20,7 @@ from benchmarks.experiments.paper import figure
 from benchmarks.experiments.play import Experiment, Found, Setting, play
 from benchmarks.experiments.split import SPLITS
 from benchmarks.tables import Table, show
+from fedavg_core.cli.arguments import Parser
 from fedavg_core.errors import quoted
 
 __all__ = ["main"]
@@ -27,11 +28,8 @@ __all__ = ["main"]
 T = TypeVar("T")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"experiments: {' '.join(message.split())}\n")
+class _Parser(Parser):
+    speaker = "experiments"
 
 
 def _several(parse: Callable[[str], T], expected: str) -> Callable[[str], list[T]]:

@@ -27,6 +27,7 @@ __all__ = [
     "byte_count",
     "check_new",
     "fraction",
+    "one_of",
     "optimizer",
     "package_version",
     "weights",
@@ -42,14 +43,20 @@ _SIZE = re.compile(r"([0-9]{1,18})(?:([KMGT]?)(i?)B)?", re.IGNORECASE | re.ASCII
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and says what is wrong in one line."""
+    """Takes no abbreviations, and says what is wrong in one line.
+
+    Attributes:
+        speaker: What the line begins with.
+    """
+
+    speaker = "fedavg"
 
     def __init__(self, **settings: object) -> None:
         super().__init__(**settings, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
-        say(message)
+        say(message, self.speaker)
         self.exit(2)
 
 
@@ -70,6 +77,26 @@ def whole(least: int) -> Callable[[str], int]:
                 f"expected a whole number of at least {least}, got {quoted(text)}"
             )
         return int(text)
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some names.
+
+    Args:
+        names: The names, two at least.
+
+    Returns:
+        What reads it.
+    """
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(
+                f"expected {', '.join(names[:-1])} or {names[-1]}, got {quoted(text)}"
+            )
+        return text
 
     return parse
 

@@ -64,9 +64,9 @@ def typed(path: Path) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
-def say(problem: str) -> None:
-    """Tell of a problem, in one line on standard error."""
-    line = f"fedavg: {printable(problem)}\n"
+def say(problem: str, speaker: str = "fedavg") -> None:
+    """Tell of a problem, in one line on standard error that begins with the command's name."""
+    line = f"{speaker}: {printable(problem)}\n"
     try:
         sys.stderr.write(line.encode("ascii", "backslashreplace").decode("ascii"))
     except BrokenPipeError:  # pragma: no cover  (in a process of its own)

@@ -17,7 +17,7 @@ from pathlib import Path
 from fedavg_core.cli import look, make, report, run, verify
 from fedavg_core.cli.arguments import Parser, package_version
 from fedavg_core.cli.console import drop_output, open_missing, say
-from fedavg_core.errors import FedAvgError, one_line
+from fedavg_core.errors import FedAvgError, not_installed, one_line
 
 __all__ = ["main"]
 
@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         read = _parser().parse_args(arguments)
         if find_spec("rich") is None:
-            extra = "get the extra 'cli' (in a clone: pip install -e '.[cli]')"
-            return _failed(f"expected rich to be installed: {extra}")
+            return _failed(not_installed({"rich": "cli"}))
         with contextlib.suppress(AttributeError):  # standard output may be no text of a file
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         code = int(read.run(read))

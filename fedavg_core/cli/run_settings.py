@@ -19,9 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fedavg_core.cli.arguments import accumulator, fraction, optimizer, package_version, whole
+from fedavg_core.cli.arguments import (
+    accumulator,
+    fraction,
+    one_of,
+    optimizer,
+    package_version,
+    whole,
+)
 from fedavg_core.cli.run_log import SETTINGS, read_settings
-from fedavg_core.errors import CheckpointError, UsageError, quoted
+from fedavg_core.errors import CheckpointError, UsageError
 
 __all__ = ["add_settings", "settings_of", "settle", "training_before"]
 
@@ -49,13 +56,6 @@ class _Setting:
     free: bool = False
 
 
-def _transfer(text: str) -> str:
-    """``full`` or ``diff``."""
-    if text not in ("full", "diff"):
-        raise argparse.ArgumentTypeError(f"expected full or diff, got {quoted(text)}")
-    return text
-
-
 _KNOWN = {
     "clients": _Setting(whole(1), 10, "N", "how many clients there are (default: 10)"),
     "rounds": _Setting(
@@ -81,7 +81,7 @@ _KNOWN = {
         free=True,
     ),
     "transfer": _Setting(
-        _transfer,
+        one_of("full", "diff"),
         "full",
         "{full,diff}",
         "what clients send: whole models, or the differences from the model they were given; "
