@@ -187,10 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(read, training, initial, done)
     except JobFailed as failure:
-        tail = "\n".join(f"  {line}" for line in failure.tail())
-        return _say(
-            f"{failure.reason}{_kept(read)}\nthe end of NVFlare's log, {failure.log}:\n{tail}", 1
-        )
+        code = _say(f"{failure.reason}{_kept(read)}", 1)
+        print(f"the end of NVFlare's log, {failure.log}:", file=sys.stderr)
+        print(*(f"  {line}" for line in failure.tail()), sep="\n", file=sys.stderr)
+        return code
     except fc.UsageError as error:
         return _say(str(error), 2)
     except (fc.FedAvgError, OSError) as error:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 import fedavg_core as fc
-from fedavg_core.codec import read_npz
 from fedavg_core.errors import quoted
 from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 
@@ -94,7 +93,7 @@ def read_start(path: Path) -> fc.Checkpoint:
     """Read the model that round 0 is to start from.
 
     Args:
-        path: A checkpoint of any round, or another program's npy or npz file.
+        path: A checkpoint of any round, or a model's npz, npy or safetensors file.
 
     Returns:
         The model, as a checkpoint of round 0.
@@ -103,15 +102,11 @@ def read_start(path: Path) -> fc.Checkpoint:
         CheckpointError: The file is missing or damaged, or holds no model.
     """
     try:
+        model = fc.load_model(path)
         if path.suffix == ".npy":
-            given: Any = np.load(path, allow_pickle=False)
-        else:
-            with open(path, "rb") as file:
-                given, meta = read_npz(file)
-            if "checkpoint" in meta:
-                given = fc.load_checkpoint(path).model
-        return fc.Checkpoint(as_model(given) or {}, round=0)
-    except (OSError, EOFError, ValueError) as error:
+            model = {SINGLE_ARRAY_KEY: array for array in model.values()}
+        return fc.Checkpoint(as_model(model) or {}, round=0)
+    except ValueError as error:
         raise fc.CheckpointError(path, f"could not be read ({quoted(str(error))})") from error
 
 

@@ -155,7 +155,7 @@ WRONG = [
     (["--train-args", "x"], "argument --train-args: expected TRAIN.py as well, got none"),
     (["--output", str(FILES)], f"argument --output: expected a new or empty folder, got {FILES}"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-    (["--round", "3"], "unrecognized arguments: --round 3"),
+    (["--round=3"], "unrecognized arguments: --round=3"),
     (["--start-from", "a\nb"], r"argument --start-from: expected a folder, got a\nb"),
 ]
 
