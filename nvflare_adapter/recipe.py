@@ -61,7 +61,7 @@ class NumpyFedAvgRecipe(Recipe):
             ``"numpy_key"``), or a dict of arrays. A list is taken as float64. None: the clients
             start from their own, and the first round's mean is the first global model.
         initial_model: An older name for `model`.
-        initial_ckpt: An npy or npz file, or a checkpoint, to take the model from; it goes before
+        initial_ckpt: A model's npy, npz or safetensors file, or a checkpoint; it goes before
             both. A relative path is a file here, an absolute one is read by the server.
         min_clients: How many clients must have answered for a round to end. One whose training
             failed, or whose process was lost, has answered.

@@ -551,7 +551,7 @@ def start_of(app: Path) -> Any:
     return fc.load_checkpoint(app / "config" / persistor.initial_file)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "npz", "checkpoint"])
+@pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors", "checkpoint"])
 def test_a_file_that_is_here_is_the_model_that_the_job_starts_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
@@ -562,6 +562,8 @@ def test_a_file_that_is_here_is_the_model_that_the_job_starts_from(
         np.save(path, model["numpy_key"])
     elif suffix == "npz":
         np.savez(path, numpy_key=model["numpy_key"])
+    elif suffix == "safetensors":
+        pytest.importorskip("safetensors.numpy").save_file(model, path)
     else:
         fc.save_checkpoint(path, fc.Checkpoint(model, round=9, extra={"job": {"seed": 8}}))
     app = exported(tmp_path / "job", initial_ckpt=str(path), model=MODEL)
