@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.model import Params
+from fedavg_core.model import Params, flat
 
 __all__ = ["norm_above", "norm_of_difference", "scale_of", "sum_of_squares"]
 
@@ -106,13 +106,12 @@ def scale_of(models: Iterable[Params]) -> float:
 def _block_sums_of_squares(
     array: npt.NDArray[Any], base: npt.NDArray[Any] | None, scale: float
 ) -> Iterator[float]:
-    flat = array.reshape(-1)
-    flat_base = None if base is None else base.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
+    for start in range(0, array.size, _BLOCK):
+        count = min(_BLOCK, array.size - start)
         with np.errstate(all="ignore"):
-            block = flat[start : start + _BLOCK].astype(np.float64) * scale
-            if flat_base is not None:
-                block -= flat_base[start : start + _BLOCK].astype(np.float64) * scale
+            block = flat(array, start, count).astype(np.float64) * scale
+            if base is not None:
+                block -= flat(base, start, count).astype(np.float64) * scale
             block *= block
             size = block.size
             while size > 1:

@@ -104,7 +104,7 @@ def read_start(path: Path) -> fc.Checkpoint:
     try:
         model = fc.load_model(path)
         if path.suffix == ".npy":
-            model = {SINGLE_ARRAY_KEY: array for array in model.values()}
+            model = {SINGLE_ARRAY_KEY: model["arr_0"]}
         return fc.Checkpoint(as_model(model) or {}, round=0)
     except ValueError as error:
         raise fc.CheckpointError(path, f"could not be read ({quoted(str(error))})") from error
