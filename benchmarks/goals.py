@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from benchmarks.growth import Growth
 from benchmarks.suite import Result
 from benchmarks.timing import Ratio, Row, Timing, ratio
+from benchmarks.workloads import WORKLOADS
 
 __all__ = ["GOALS", "Goal", "Standing", "standings"]
 
@@ -40,10 +41,11 @@ class Goal:
     reach: float | None = None
 
 
-_RESNET = "resnet50-float32", "ResNet-50 × 10"
-_LLM = "llm-float32", "LLM slice × 4"
+_RESNET, _LLM, _LORA = (
+    (name, WORKLOADS[name].title.removesuffix(", float32"))
+    for name in ("resnet50-float32", "llm-float32", "lora-float32")
+)
 _AT_HAND = "at-hand", "ResNet-50 × 8"
-_LORA = "lora-float32", "LoRA of 1,200 × 8"
 _FLOAT32 = "float32", "float32, add_many of 8"
 _FLOAT64 = "float64", "float64, add_many of 8"
 _EXACT = "exact", "exact, add_many of 8"

@@ -281,6 +281,8 @@ class Federation:
 
         Raises:
             CheckpointError: A checkpoint could not be written.
+            Exception: Whatever `evaluate`, `stop_when` or an observer raises; the rounds before
+                stand, and a further call plays the round again.
         """
         return list(self)
 

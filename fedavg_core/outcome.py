@@ -1,6 +1,6 @@
-"""What a round answers: a receipt for each update, and an outcome at the end.
+"""What a round ends with.
 
-These are values. They are frozen, and hold nothing that a round goes on working with.
+An outcome is a value: it is frozen, and holds nothing that a round goes on working with.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class Scratch:
         size: The largest number of elements of an addition.
 
     Attributes:
-        product: For products, and before there are any, in the same memory:
-        bits: for bit patterns;
-        small: for a mask.
+        product: For products.
+        bits: For bit patterns, before there are products: in the same memory.
+        small: For a mask, likewise.
         spare, whole: For anything else.
         mask: For a mask that is kept while the others serve.
         buffers: The arrays of float64.

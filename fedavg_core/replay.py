@@ -30,7 +30,15 @@ from typing import TypeAlias
 
 from fedavg_core.audit import Audit
 from fedavg_core.digest import Fingerprint, digest, fingerprints
-from fedavg_core.errors import FedAvgError, OutOfRange, UsageError, counted, one_line, quoted
+from fedavg_core.errors import (
+    FedAvgError,
+    OutOfRange,
+    UsageError,
+    a_type,
+    counted,
+    one_line,
+    quoted,
+)
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
 from fedavg_core.next_model import mean_change
 from fedavg_core.robust import accumulator_for
@@ -97,11 +105,15 @@ def verify(
 
     Raises:
         RefusedUpdate: The base or the state is not made of arrays of numbers.
-        UsageError: This is no audit.
+        UsageError: This is no audit, or the updates are no mapping.
     """
     if not isinstance(audit, Audit):
         raise UsageError(
             f"audit: expected an Audit (Audit.from_text reads one), got {quoted(audit)}"
+        )
+    if not isinstance(updates, Mapping):
+        raise UsageError(
+            f"updates: expected a mapping from names to parameters, got {a_type(updates)}"
         )
     search = _Search(audit)
     for name, source in updates.items():

@@ -212,6 +212,9 @@ class FedAvg(ServerOptimizer):
 
     Attributes:
         learning_rate: How far to go towards the mean; 1 gives the exact mean.
+
+    Raises:
+        UsageError: A setting has no meaning.
     """
 
     @property
@@ -236,6 +239,9 @@ class FedAvgM(ServerOptimizer):
     Attributes:
         learning_rate: How far to go.
         momentum: How much of the last step is in the next, β.
+
+    Raises:
+        UsageError: A setting has no meaning.
     """
 
     momentum: float = 0.9
@@ -284,6 +290,9 @@ class FedAdagrad(_Adaptive):
         learning_rate: How far to go, η.
         beta1: How much of the last step's direction is in the next, β₁.
         tau: How adaptive it is, τ; the smaller, the more.
+
+    Raises:
+        UsageError: A setting has no meaning.
     """
 
     beta1: float = 0.0
@@ -301,6 +310,9 @@ class FedAdam(_Adaptive):
         beta1: How much of the last step's direction is in the next, β₁.
         tau: How adaptive it is, τ; the smaller, the more.
         beta2: How much of the second moment is kept, β₂.
+
+    Raises:
+        UsageError: A setting has no meaning.
     """
 
     beta2: float = 0.99
@@ -318,6 +330,9 @@ class FedYogi(_Adaptive):
         beta1: How much of the last step's direction is in the next, β₁.
         tau: How adaptive it is, τ; the smaller, the more.
         beta2: How slowly the second moment follows the squares of the changes, β₂.
+
+    Raises:
+        UsageError: A setting has no meaning.
     """
 
     beta2: float = 0.99

@@ -619,6 +619,11 @@ class TestAFederation:
         assert outcome.audit is None
 
 
-def test_what_is_no_audit_is_a_usage_error() -> None:
+def test_what_is_no_audit_or_no_mapping_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="audit: expected an Audit"):
         verify("audit.json", {})  # type: ignore[arg-type]
+    clients = {"a": lambda params, _: fc.TrainResult(params, 1)}
+    (outcome,) = fc.Federation({"w": np.zeros(1)}, clients, 1, audit=True).run()
+    assert outcome.audit is not None
+    with pytest.raises(UsageError, match=r"updates: expected a mapping from names .* got a list"):
+        verify(outcome.audit, [])  # type: ignore[arg-type]
