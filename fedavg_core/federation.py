@@ -281,8 +281,8 @@ class Federation:
 
         Raises:
             CheckpointError: A checkpoint could not be written.
-            Exception: Whatever `evaluate`, `stop_when` or an observer raises; the rounds before
-                stand, and a further call plays the round again.
+            Exception: Whatever `evaluate`, `stop_when` or an observer raises; the rounds that have
+                ended stand, and a further call goes on after them.
         """
         return list(self)
 
