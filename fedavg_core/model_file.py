@@ -34,8 +34,9 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -64,7 +65,8 @@ _UNBOUNDED = 1 << 62
 _LOCAL_HEADER = struct.Struct("<26x2H")
 _NPY_NAME = "arr_0"
 _PLACES = 1 << 26
-_PLACE_BYTES = 32
+_RECORD = struct.Struct("<QQ?Q")  # of a `StoredArray`: offset, packed, deflated, crc
+_NO_CRC = 1 << 32  # which no CRC-32 reaches
 _DIRECTORY_BYTES = 512
 
 
@@ -77,27 +79,17 @@ class _Directory:
 
 
 class _Places(Mapping[str, StoredArray]):
-    """The arrays of a file, kept in few bytes."""
+    """The arrays of a file, in few bytes each: records, which may lie in a file themselves."""
 
-    def __init__(self, directory: _Directory, arrays: Mapping[str, StoredArray]) -> None:
+    def __init__(self, directory: _Directory, record: Callable[[int], bytes]) -> None:
         self._directory = directory
-        self._offsets = np.array([array.offset for array in arrays.values()], np.uint64)
-        self._packed = np.array([array.packed for array in arrays.values()], np.uint64)
-        self._deflated = np.array([array.deflated for array in arrays.values()], np.bool_)
-        # No CRC-32 reaches 2**32, which stands for none.
-        sums = [1 << 32 if array.crc is None else array.crc for array in arrays.values()]
-        self._sums = np.array(sums, np.uint64)
+        self._record = record
 
     def __getitem__(self, key: str) -> StoredArray:
         number = self._directory.numbers[key]
-        crc = int(self._sums[number])
-        return StoredArray(
-            self._directory.layouts[number],
-            int(self._offsets[number]),
-            int(self._packed[number]),
-            bool(self._deflated[number]),
-            None if crc == 1 << 32 else crc,
-        )
+        offset, packed, deflated, crc = _RECORD.unpack(self._record(number))
+        layout = self._directory.layouts[number]
+        return StoredArray(layout, offset, packed, deflated, None if crc == _NO_CRC else crc)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._directory.numbers)
@@ -113,7 +105,8 @@ class Allowance:
         scratch: The folder for scratch files; one is made in it when the first is needed, and taken
             away when the context is left.
         inflaters: How many unfinished deflated members may keep their state.
-        places: How many bytes it may take to keep where arrays are, from one visit to the next.
+        places: How many bytes of memory it may take to keep where arrays are, from one visit to the
+            next; what is more goes to a scratch file.
         header: The longest safetensors header to read, in bytes.
     """
 
@@ -127,6 +120,7 @@ class Allowance:
         self._stack = contextlib.ExitStack()
         self._folder: str | None = None
         self._directories: dict[tuple[tuple[str, ...], tuple[Layout, ...]], _Directory] = {}
+        self._records: IO[bytes] | None = None
 
     def __enter__(self) -> Allowance:
         return self
@@ -135,18 +129,45 @@ class Allowance:
         self._stack.close()
 
     def kept(self, arrays: Mapping[str, StoredArray]) -> Mapping[str, StoredArray] | None:
-        """The same in few bytes, to be kept; None if that is no longer allowed."""
+        """The same in few bytes, to be kept; None if that is no longer allowed.
+
+        Raises:
+            CheckpointError: A scratch file cannot be written.
+        """
         layouts = tuple(array.layout for array in arrays.values())
         alike = tuple(arrays), layouts
-        known = self._directories.get(alike)
-        needed = len(arrays) * (_PLACE_BYTES + (0 if known else _DIRECTORY_BYTES))
-        if needed > self._places:
-            return None
-        self._places -= needed
-        if known is None:
-            known = _Directory({key: number for number, key in enumerate(arrays)}, layouts)
-            self._directories[alike] = known
-        return _Places(known, arrays)
+        directory = self._directories.get(alike)
+        if directory is None:
+            # Those who plan for the names and shapes of a model have planned for the first.
+            if self._directories and not self._may_take(len(arrays) * _DIRECTORY_BYTES):
+                return None
+            directory = _Directory({key: number for number, key in enumerate(arrays)}, layouts)
+            self._directories[alike] = directory
+        records = b"".join(
+            _RECORD.pack(
+                one.offset, one.packed, one.deflated, _NO_CRC if one.crc is None else one.crc
+            )
+            for one in arrays.values()
+        )
+        if self._may_take(len(records)):
+            return _Places(directory, partial(_record_in, records))
+        return _Places(directory, partial(_record_of, *self._set_down(records)))
+
+    def _may_take(self, nbytes: int) -> bool:
+        allowed = nbytes <= self._places
+        self._places -= nbytes if allowed else 0
+        return allowed
+
+    def _set_down(self, records: bytes) -> tuple[IO[bytes], int]:
+        """Put records into the scratch file that is for them; where they begin there."""
+        with self._writing_scratch():
+            if self._records is None:
+                handle, _ = tempfile.mkstemp(dir=self._scratch_folder())
+                self._records = self._stack.enter_context(open(handle, "w+b"))  # noqa: SIM115
+            start = self._records.seek(0, os.SEEK_END)
+            self._records.write(records)
+            self._records.flush()
+            return self._records, start
 
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[tuple[IO[bytes], Path]]:
@@ -155,19 +176,36 @@ class Allowance:
         Raises:
             CheckpointError: It cannot be written.
         """
-        try:
-            if self._folder is None:
-                folder = tempfile.TemporaryDirectory(
-                    prefix=".fedavg-", dir=self._scratch, ignore_cleanup_errors=True
-                )
-                self._folder = self._stack.enter_context(folder)
-            handle, name = tempfile.mkstemp(dir=self._folder)
+        with self._writing_scratch():
+            handle, name = tempfile.mkstemp(dir=self._scratch_folder())
             with open(handle, "wb") as file:
                 yield file, Path(name)
+
+    def _scratch_folder(self) -> str:
+        if self._folder is None:
+            folder = tempfile.TemporaryDirectory(
+                prefix=".fedavg-", dir=self._scratch, ignore_cleanup_errors=True
+            )
+            self._folder = self._stack.enter_context(folder)
+        return self._folder
+
+    @contextlib.contextmanager
+    def _writing_scratch(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 self._scratch, f"a scratch file could not be written ({error.strerror or error})"
             ) from error
+
+
+def _record_in(records: bytes, number: int) -> bytes:
+    return records[number * _RECORD.size : (number + 1) * _RECORD.size]
+
+
+def _record_of(file: IO[bytes], start: int, number: int) -> bytes:
+    file.seek(start + number * _RECORD.size)
+    return file.read(_RECORD.size)
 
 
 class ModelFile:

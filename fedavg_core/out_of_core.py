@@ -18,7 +18,7 @@ hold. What is planned for, out of the limit:
 * a quarter: the buffers of one block, and what dividing and rounding it takes;
 * an eighth: the state of zlib for deflated members that continue in the next pass (where it ends,
   they are unpacked to a scratch file, see `model_file`);
-* a sixteenth: where in the files the arrays lie (where it ends, it is looked up at each visit);
+* a sixteenth: where in the files the arrays lie (where it ends, a scratch file holds it);
 * the rest: what the interpreter takes for itself.
 
 The names and shapes of the parameters come off before that.

@@ -470,14 +470,44 @@ def test_scratch_files_are_gone_as_soon_as_they_have_been_read(tmp_path: Path) -
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_places_of_files_that_are_alike_take_little(tmp_path: Path) -> None:
-    model = {f"layer{number}": np.zeros(1) for number in range(100)}
+def test_places_for_which_there_is_no_memory_are_kept_in_a_scratch_file(tmp_path: Path) -> None:
+    model = {f"layer{number}": np.full(1, number) for number in range(100)}
     path = write_model(tmp_path / "m", "npz", model)
-    with allowed(tmp_path, places=100 * (512 + 32) + 100 * 32) as allowance:
-        files = [ModelFile(path, allowance) for _ in range(3)]
+    (tmp_path / "scratch").mkdir()
+    with allowed(tmp_path / "scratch", places=2 * 100 * 25) as allowance:
+        files = [ModelFile(path, allowance) for _ in range(2)]
+        assert not list((tmp_path / "scratch").iterdir())
+        files += [ModelFile(path, allowance) for _ in range(2)]
+        (scratch,) = (file for file in (tmp_path / "scratch").rglob("*") if file.is_file())
+        assert scratch.stat().st_size == 2 * 100 * 25
+        assert all(file.arrays() is file.arrays() for file in files)  # and not listed anew
+        assert [dict(file.arrays()) for file in files[1:]] == [dict(files[0].arrays())] * 3
+        assert all(same_bits(read_in_runs(file, 4), model) for file in files)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_files_are_that_are_not_alike_is_looked_up_where_there_is_no_memory(
+    tmp_path: Path,
+) -> None:
+    models = [{f"{name}{number}": np.ones(1) for number in range(9)} for name in "abc"]
+    paths = [write_model(tmp_path / str(n), "npz", model) for n, model in enumerate(models)]
+    with allowed(tmp_path, places=9 * (512 + 25)) as allowance:
+        files = [ModelFile(path, allowance) for path in (*paths, paths[0])]
         kept = [file.arrays() is file.arrays() for file in files]
-        assert kept == [True, True, False]
-        assert [dict(file.arrays()) for file in files[1:]] == [dict(files[0].arrays())] * 2
+        assert kept == [True, True, False, True]
+        assert all(
+            same_bits(read_in_runs(file, 1), model)
+            for file, model in zip(files, models, strict=False)
+        )
+
+
+def test_places_for_which_there_is_no_scratch_file_either_are_told(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m", "npz", MODEL)
+    with (
+        allowed(tmp_path / "none", places=0) as allowance,
+        pytest.raises(CheckpointError, match="none: a scratch file could not be written"),
+    ):
+        ModelFile(path, allowance)
 
 
 def test_a_checkpoint_is_the_model_in_it(tmp_path: Path, allowance: Allowance) -> None:
