@@ -1,14 +1,13 @@
 """``python -m benchmarks``: measure everything, or what is named, and print tables.
 
-Exit codes: 0, it was measured and shown; 1, something could not be written; 2, the command line is
-wrong; 130, it was interrupted. A goal that is missed is shown and is no failure: a time depends on
-the machine.
+Exit codes: 0, it was measured and shown; 1, something could not be written, or nobody read on; 2,
+the command line is wrong; 130, it was interrupted (what `--save` has by then stays). A goal that is
+missed is shown and is no failure: a time depends on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
@@ -16,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from benchmarks.suite import BENCHMARKS, Benchmark, Result
 from benchmarks.tables import show, table_of_machine, table_of_result, table_of_standings
 from benchmarks.timing import Timing
 from fedavg_core.cli.arguments import Parser
+from fedavg_core.cli.console import drop_output, say
 from fedavg_core.errors import not_installed, quoted
 
 __all__ = ["main"]
 
 _FORMAT = 1
+_SPEAKER = "benchmarks"
 
 
 class _Parser(Parser):
-    speaker = "benchmarks"
+    speaker = _SPEAKER
 
 
 def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +57,10 @@ def _read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a benchmark, or what the names of some begin with, up to a hyphen (default: all)",
     )
     parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="write results.json and PNG plots there as well"
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write results.json there, after each benchmark, and PNG plots at the end",
     )
     parser.add_argument(
         "--quick",
@@ -104,26 +109,40 @@ def _measure(chosen: Sequence[Benchmark], quick: bool) -> Iterator[Result]:
         logging.disable(before)
 
 
-def _document(
-    machine: dict[str, Any], quick: bool, results: Sequence[Result], found: Sequence[Standing]
-) -> dict[str, Any]:
-    """All that was found, fit for JSON."""
-    document: dict[str, Any] = _plain(
-        {
+@dataclass(frozen=True)
+class _Measured:
+    """All that was found so far.
+
+    Attributes:
+        machine: What it was found on.
+        quick: Whether it says little about speed.
+        results: Of the benchmarks that are done.
+    """
+
+    machine: dict[str, Any]
+    quick: bool
+    results: list[Result]
+
+    def standings(self) -> list[Standing]:
+        """How it stands to the goals; nothing of what is quick."""
+        return [] if self.quick else standings(self.results)
+
+    def text(self) -> str:
+        """It as JSON."""
+        document = {
             "format": _FORMAT,
-            "quick": quick,
-            "machine": machine,
+            "quick": self.quick,
+            "machine": self.machine,
             "results": [
                 {
                     "kind": "timing" if isinstance(result, Timing) else "growth",
                     **dataclasses.asdict(result),
                 }
-                for result in results
+                for result in self.results
             ],
-            "goals": [dataclasses.asdict(standing) for standing in found],
+            "goals": [dataclasses.asdict(standing) for standing in self.standings()],
         }
-    )
-    return document
+        return json.dumps(_plain(document), indent=1)
 
 
 def _plain(value: Any) -> Any:
@@ -145,41 +164,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     read = _read_arguments(arguments)
-    machine = describe_machine()
-    results = []
     start = time.perf_counter()
+    measured = _Measured(describe_machine(), read.quick, [])
+    code = 0
     try:
+        try:
+            _report(read, measured)
+        except KeyboardInterrupt:
+            is_kept = read.save is not None and measured.results
+            kept = f"; what was measured is in {read.save}" if is_kept else ""
+            say(f"interrupted{kept}", _SPEAKER)
+            code = 130
+        except BrokenPipeError:  # nobody reads on
+            drop_output()
+            code = 1
+        if read.save is not None and measured.results:
+            save_plots(measured.results, read.save)
+    except OSError as error:
+        say(str(error), _SPEAKER)
+        return 1
+    if sys.stderr.isatty() and not code:
+        print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return code
+
+
+def _report(read: argparse.Namespace, measured: _Measured) -> None:
+    """Measure, and show each result as soon as it is there."""
+    if not read.json:
+        if read.quick:
+            print(_QUICK_NOTE, end="\n\n")
+        show(table_of_machine(measured.machine), sys.stdout)
+    for result in _measure(read.benchmarks, read.quick):
+        measured.results.append(result)
+        if read.save is not None:
+            _write(read.save, measured)
         if not read.json:
-            if read.quick:
-                print(_QUICK_NOTE, end="\n\n")
-            show(table_of_machine(machine), sys.stdout)
-        for result in _measure(read.benchmarks, read.quick):
-            results.append(result)
-            if not read.json:
-                show(table_of_result(result), sys.stdout)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("benchmarks: interrupted", file=sys.stderr)
-        return 130
-    found = [] if read.quick else standings(results)
-    document = json.dumps(_document(machine, read.quick, results, found), indent=1)
+            show(table_of_result(result), sys.stdout)
+            sys.stdout.flush()
     if read.json:
-        print(document)
-    elif found:
-        show(table_of_standings(found), sys.stdout)
+        print(measured.text())
     elif read.quick:
         print(_QUICK_NOTE)
-    try:
-        if read.save is not None:
-            (read.save / "results.json").write_text(document + "\n", encoding="utf-8")
-            save_plots(results, read.save)
-    except OSError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 1
-    with contextlib.suppress(OSError):
-        if sys.stderr.isatty():
-            print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return 0
+    elif found := measured.standings():
+        show(table_of_standings(found), sys.stdout)
+    sys.stdout.flush()
+
+
+def _write(folder: Path, measured: _Measured) -> None:
+    (folder / "results.json").write_text(measured.text() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

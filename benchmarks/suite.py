@@ -70,6 +70,11 @@ class Benchmark:
     run: Callable[[bool], list[Result]]
 
 
+def _cut(quick: bool) -> str:
+    """What a title says of a benchmark that is none."""
+    return ", cut down" * quick
+
+
 def _model(name: str, quick: bool) -> list[Result]:
     workload = cut(WORKLOADS[name]) if quick else WORKLOADS[name]
     names = _HALF_NAMES if workload.dtype == "float16" else AVERAGING
@@ -133,7 +138,7 @@ def _tasks(
 
 def _one_model(quick: bool) -> tuple[str, Params]:
     workload = cut(WORKLOADS["resnet50-float32"]) if quick else WORKLOADS["resnet50-float32"]
-    return "ResNet-50, float32" + ", cut down" * quick, draw_updates(workload.shapes, 1)[0][0]
+    return f"ResNet-50, float32{_cut(quick)}", draw_updates(workload.shapes, 1)[0][0]
 
 
 def _small(quick: bool) -> str:
@@ -202,7 +207,7 @@ def _kinds(quick: bool) -> list[Result]:
     return [
         _tasks(
             "kinds",
-            f"ResNet-50 × {_KINDS_CLIENTS}{', cut down' * quick}, exact, by dtype and weights",
+            f"ResNet-50 × {_KINDS_CLIENTS}{_cut(quick)}, exact, by dtype and weights",
             f"one round: {_KINDS_CLIENTS} updates taken, and the mean given",
             narrow[0],
             {
@@ -305,7 +310,7 @@ def _federation(quick: bool) -> list[Result]:
     return [
         Timing(
             benchmark="federation",
-            title=f"{_small(quick)} × {clients:,}, float32, a federation in this process",
+            title=f"{_small(quick)} × {clients:,}, float32{_cut(quick)}, a federation in process",
             timed="one round: each client gets its copy of the model, adds an array to it and "
             "sends it; alone, nobody averages",
             clients=clients,
@@ -342,7 +347,7 @@ def _memory(quick: bool) -> list[Result]:
     return [
         Growth(
             benchmark="memory",
-            title=f"{_small(quick)} of {size / 1e6:.2f} MB, float32: memory of a round",
+            title=f"{_small(quick)} of {size / 1e6:.2f} MB{_cut(quick)}: memory of a round",
             measured="the most that is allocated at any moment of a round beyond what there was "
             "before, the update that arrives and the mean included",
             x="clients",
@@ -359,7 +364,8 @@ def _clients(quick: bool) -> list[Result]:
     return [
         Growth(
             benchmark="clients",
-            title=f"{'One tensor' if quick else 'MLP of 25,450'}, float32: time of a client",
+            title=f"{'One tensor' if quick else 'MLP of 25,450'}, float32{_cut(quick)}: "
+            "time of a client",
             measured="a round, its mean included, divided by the number of clients",
             x="clients",
             y="time per client, µs",
@@ -417,7 +423,7 @@ def _sizes(quick: bool) -> list[Result]:
     return [
         Growth(
             benchmark="sizes",
-            title="One tensor × 4, float32: time of an element",
+            title=f"One tensor × 4, float32{_cut(quick)}: time of an element",
             measured="one round, divided by the elements of all updates",
             x="elements of the tensor",
             y="time per element, ns",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ from benchmarks.timing import Ratio, Timing, middle, ratio
 
 __all__ = ["Table", "show", "table_of_machine", "table_of_result", "table_of_standings"]
 
+_GAP = 3  # characters between two columns, at most
 _STYLES = {"ours": "bold", "floor": "dim", "met": "green", "not met": "red"}
 
 
@@ -31,12 +32,44 @@ class Table:
         columns: Their heads.
         rows: Their cells, each row with the name of its style, or "".
         notes: Below it.
+        spare: Heads of columns that a narrow terminal does without, the first to go first.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+
+    def within(self, width: int) -> Table:
+        """The same without as many of the spare columns as it takes to fit.
+
+        Args:
+            width: Of the terminal, in characters.
+
+        Returns:
+            The table; its last note names what was left out.
+        """
+        table, out = self, 0
+        while sum(table.widths()) + _GAP * (len(table.columns) - 1) > width and out < len(
+            self.spare
+        ):
+            out += 1
+            places = [
+                place for place, head in enumerate(self.columns) if head not in self.spare[:out]
+            ]
+            table = Table(
+                self.title,
+                tuple(self.columns[place] for place in places),
+                tuple((style, tuple(cells[at] for at in places)) for style, cells in self.rows),
+                (*self.notes, f"not shown, for want of width: {', '.join(self.spare[:out])}"),
+            )
+        return table
+
+    def widths(self) -> list[int]:
+        """Of each column, in characters."""
+        lines = [self.columns, *(cells for _, cells in self.rows)]
+        return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
 def table_of_result(result: Result) -> Table:
@@ -51,8 +84,7 @@ def table_of_result(result: Result) -> Table:
     table = _of_timing(result) if isinstance(result, Timing) else _of_growth(result)
     if not result.absent:
         return table
-    notes = (*table.notes, f"not at hand: {'; '.join(result.absent)}")
-    return Table(table.title, table.columns, table.rows, notes)
+    return replace(table, notes=(*table.notes, f"not at hand: {'; '.join(result.absent)}"))
 
 
 def _of_timing(timing: Timing) -> Table:
@@ -92,7 +124,8 @@ def _of_timing(timing: Timing) -> Table:
             f"speed: how many times as fast as {reference.name}, by the medians; quartiles: of the "
             "ratios lap by lap; then the same ratio by the fastest laps, and by processor time"
         )
-    return Table(timing.title, tuple(columns), tuple(rows), tuple(notes))
+    spare = ("CPU time", "fastest laps", "GB/s", "ms a client", "misrounded", "quartiles")
+    return Table(timing.title, tuple(columns), tuple(rows), tuple(notes), spare)
 
 
 def _of_growth(growth: Growth) -> Table:
@@ -154,6 +187,7 @@ def table_of_standings(found: Sequence[Standing]) -> Table:
             "memory",
             "bound: what the measured figure is held to; reach: what is striven for",
         ),
+        ("CPU time", "fastest laps", "reach", "quartiles"),
     )
 
 
@@ -178,8 +212,12 @@ def table_of_machine(machine: dict[str, Any]) -> Table:
             f"{name}={value}" for name, value in machine["environment"].items()
         ),
     }
+    is_busy = machine["load"] and machine["load"] > machine["processors"] / 2
     return Table(
-        "Machine", ("", ""), tuple(("", (name, value)) for name, value in shown.items() if value)
+        "Machine",
+        ("", ""),
+        tuple(("", (name, value)) for name, value in shown.items() if value),
+        ("others are at work here: do not rely on what follows",) if is_busy else (),
     )
 
 
@@ -199,6 +237,7 @@ def show(table: Table, out: TextIO) -> None:
     from rich.text import Text
 
     console = Console(file=out, width=None if out.isatty() else 150, highlight=False)
+    table = table.within(console.width)
     drawn = RichTable(
         title=Text(table.title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -215,7 +254,7 @@ def show(table: Table, out: TextIO) -> None:
 
 def _plain(table: Table) -> str:
     lines = [table.columns, *(cells for _, cells in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = table.widths()
     drawn = [table.title, ""]
     for number, cells in enumerate(lines):
         first, *others = zip(cells, widths, strict=True)

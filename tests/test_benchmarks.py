@@ -28,7 +28,7 @@ from benchmarks.growth import Growth, Point, Series, peak_memory
 from benchmarks.machine import describe_machine
 from benchmarks.peers import CONTESTANTS, Server
 from benchmarks.suite import BENCHMARKS
-from benchmarks.tables import Table, show, table_of_result
+from benchmarks.tables import Table, show, table_of_machine, table_of_result
 from benchmarks.timing import Pace, Row, Timing, middle, ratio, take_turns
 from benchmarks.workloads import (
     MLP_2NN,
@@ -575,11 +575,85 @@ def test_an_interrupt_gives_exit_code_130_and_a_file_that_cannot_be_written_1(
     assert run("round") == 130
     assert capsys.readouterr().err == "benchmarks: interrupted\n"
 
-    monkeypatch.setitem(BENCHMARKS, "round", dataclasses.replace(original, run=lambda quick: []))
+    found = goal_timing("round", {"exact": 1.0})
+    fine = dataclasses.replace(original, run=lambda quick: [found])
+    monkeypatch.setitem(BENCHMARKS, "round", fine)
     monkeypatch.setattr(command, "find_spec", lambda name: object())
     (tmp_path / "results.json").mkdir()
     assert run("round", "--save", str(tmp_path)) == 1
     assert capsys.readouterr().err.startswith("benchmarks: [Errno ")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        (KeyboardInterrupt, 130, "benchmarks: interrupted; what was measured is in {}\n"),
+        (BrokenPipeError, 1, ""),
+    ],
+)
+def test_what_was_measured_before_an_end_is_saved(
+    end: type[BaseException],
+    code: int,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    found = goal_timing("lora-float32", {"exact": 1.0, "NVFlare sum": 0.5})
+
+    def stop(quick: bool) -> NoReturn:
+        assert json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+        raise end
+
+    runs: dict[str, Callable[[bool], Any]] = {"lora-float32": lambda quick: [found], "round": stop}
+    for name, play in runs.items():
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], run=play))
+    monkeypatch.setattr(command, "drop_output", lambda: None)
+    assert run("lora-float32", "round", "--save", str(tmp_path)) == code
+    assert capsys.readouterr().err == told.format(tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert [result["benchmark"] for result in stored["results"]] == ["lora-float32"]
+    assert [goal["goal"]["ours"] for goal in stored["goals"]] == ["exact"]
+    assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+
+def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--json", "transfer"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_a_narrow_terminal_is_spared_columns_and_told_which() -> None:
+    table = Table(
+        "x",
+        ("", "speed", "quartiles", "CPU time"),
+        (("ours", ("exact", "0.77", "0.74–0.93", "0.41")),),
+        ("a note",),
+        ("CPU time", "quartiles"),
+    )
+    assert table.within(36) == table
+    cut = table.within(35)
+    assert cut.columns == ("", "speed", "quartiles")
+    assert cut.rows == (("ours", ("exact", "0.77", "0.74–0.93")),)
+    assert cut.notes == ("a note", "not shown, for want of width: CPU time")
+    assert table.within(3).columns == ("", "speed")
+    assert table.within(3).notes[-1] == "not shown, for want of width: CPU time, quartiles"
+
+
+@pytest.mark.parametrize(("load", "is_told"), [(None, False), (1.0, False), (1.1, True)])
+def test_a_machine_where_others_are_at_work_is_told(load: float | None, is_told: bool) -> None:
+    notes = table_of_machine({**describe_machine(), "load": load, "processors": 2}).notes
+    assert notes == ("others are at work here: do not rely on what follows",) * is_told
 
 
 def test_the_module_runs_as_a_command() -> None:
