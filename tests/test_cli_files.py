@@ -574,7 +574,8 @@ def test_a_link_that_leads_nowhere_is_an_output_that_is_there(
         (["aggregate", "a", "-o", "b.npz", "--weights", "1,2"], "--weights: expected 1, one for"),
         (
             ["aggregate", "a", "-o", "b.npz", "--memory-limit", "much"],
-            "argument --memory-limit: expected a size such as 256MiB or 2GB, got 'much'",
+            "argument --memory-limit: expected a size such as 65536, 256MiB or 2GB (K, M, G or T), "
+            "got 'much'",
         ),
         (["aggregate", "a", "-o", "b.npz", "--memory-limit", "1"], "a: could not be read ("),
     ],

@@ -119,7 +119,7 @@ def byte_count(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"expected a size such as 256MiB or 2GB, got {quoted(text)}"
+            f"expected a size such as 65536, 256MiB or 2GB (K, M, G or T), got {quoted(text)}"
         )
     number, unit, binary = match.groups()
     power = "KMGT".index(unit.upper()) + 1 if unit else 0
