@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 import fedavg_core as fc
 from fedavg_core.cli.arguments import byte_count
-from fedavg_core.model_file import load_model
-from fedavg_core.model_writer import write_order, writer
+from fedavg_core.out_of_core.model_file import load_model
+from fedavg_core.out_of_core.model_writer import write_order, writer
 
 __all__ = ["main"]
 

@@ -39,12 +39,13 @@ from fedavg_core.errors import (
 from fedavg_core.federation import Best, Federation
 from fedavg_core.gate import Limits
 from fedavg_core.model import ArraySpec, ModelSpec, Params
-from fedavg_core.model_file import load_model
 from fedavg_core.observer import Observer
-from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.out_of_core.aggregation import aggregate_files
+from fedavg_core.out_of_core.model_file import load_model
 from fedavg_core.outcome import Failure, Outcome, Receipt
 from fedavg_core.replay import Verdict, verify
-from fedavg_core.robust import (
+from fedavg_core.robust.robust_mean import RobustMean
+from fedavg_core.robust.rules import (
     ClippedMean,
     CoordinateMedian,
     GeometricMedian,
@@ -53,7 +54,6 @@ from fedavg_core.robust import (
     TrimmedMean,
     robust_mean,
 )
-from fedavg_core.robust_mean import RobustMean
 from fedavg_core.round import Round, RoundState
 from fedavg_core.server_optimizer import (
     FedAdagrad,

@@ -38,13 +38,13 @@ import numpy.typing as npt
 
 from fedavg_core.admission import base_spec, check_base, check_update, pairs
 from fedavg_core.arguments import listed, one_for_each, whole_number
-from fedavg_core.books import Books, Term
 from fedavg_core.errors import RefusedUpdate, UsageError, a_type, quoted
-from fedavg_core.exact_sums import ExactSums
 from fedavg_core.model import ModelSpec, Params, copy_params, new_in
 from fedavg_core.plain import plain_text
-from fedavg_core.plain_sums import PlainSums
-from fedavg_core.sums import Sums
+from fedavg_core.sums.books import Books, Term
+from fedavg_core.sums.exact_sums import ExactSums
+from fedavg_core.sums.plain_sums import PlainSums
+from fedavg_core.sums.sums import Sums
 from fedavg_core.weight import exact_weight, weight_text
 
 __all__ = ["Accumulator", "WeightedMean", "weighted_mean"]

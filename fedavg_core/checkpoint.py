@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fedavg_core.archive import Damaged, require
 from fedavg_core.arguments import PathLike, file_path, truth, whole_number
 from fedavg_core.atomic_file import replacing
-from fedavg_core.codec import damage_told, read_npz, write_npz
+from fedavg_core.codec.archive import Damaged, require
+from fedavg_core.codec.npz import damage_told, read_npz, write_npz
 from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
 from fedavg_core.model import Params
 

@@ -58,8 +58,8 @@ from fedavg_core.observer import Observer
 from fedavg_core.outcome import Outcome, evaluation_of
 from fedavg_core.plain import plain_list
 from fedavg_core.progress import Best, Progress
-from fedavg_core.robust import kind_of
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.robust_mean import RobustMean
+from fedavg_core.robust.rules import kind_of
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer

@@ -35,12 +35,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import MOST_MEMBERS
 from fedavg_core.arguments import is_whole_number, truth
+from fedavg_core.codec.archive import MOST_MEMBERS
+from fedavg_core.codec.npy import fits
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted, type_name
 from fedavg_core.model import ArraySpec, ModelSpec, Params, check_array
 from fedavg_core.norm import norm_above
-from fedavg_core.npy import fits
 from fedavg_core.plain import plain_list, plain_number, plain_text
 from fedavg_core.update import TransferType, Update, transfer_named
 

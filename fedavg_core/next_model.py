@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fedavg_core.accumulator import WeightedMean
 from fedavg_core.errors import UsageError, quoted
 from fedavg_core.model import ModelSpec, Params, copy_params
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.robust_mean import RobustMean
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType
 

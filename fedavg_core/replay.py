@@ -41,7 +41,7 @@ from fedavg_core.errors import (
 )
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
 from fedavg_core.next_model import mean_change
-from fedavg_core.robust import accumulator_for
+from fedavg_core.robust.rules import accumulator_for
 from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 from fedavg_core.update import TransferType
 

@@ -59,8 +59,8 @@ from fedavg_core.gate import Gate, Limits, is_name, shown_name
 from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.next_model import next_model
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
-from fedavg_core.robust import accumulator_for, accumulator_from_state, kind_of
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.robust_mean import RobustMean
+from fedavg_core.robust.rules import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update, transfer_named
 

@@ -85,7 +85,9 @@ _TOOL = 4  # none of the numbers that are meant for debuggers, coverage and prof
 
 
 def _file_of(module: str) -> str:
-    return str(Path(fedavg_core.__file__).with_name(f"{module}.py"))
+    path = Path(fedavg_core.__file__).parent / f"{module.replace('.', '/')}.py"
+    assert path.is_file(), path
+    return str(path)
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.codec import write_npz
+from fedavg_core.codec.npz import write_npz
 
 Model = dict[str, npt.NDArray[Any]]
 

@@ -27,10 +27,10 @@ import pytest
 
 import fedavg_core as fc
 from fedavg_core.accumulator import Accumulator
-from fedavg_core.exact import ExactSum
-from fedavg_core.exact_sums import ExactSums
+from fedavg_core.exact.exact_sum import ExactSum
 from fedavg_core.model import ArraySpec
-from fedavg_core.plain_sums import PlainSum
+from fedavg_core.sums.exact_sums import ExactSums
+from fedavg_core.sums.plain_sums import PlainSum
 from fedavg_core.weight import exact_weight
 from tests.bad_updates import Liar
 from tests.conftest import THOROUGH
@@ -515,7 +515,7 @@ def test_rounded_sums_are_interrupted_at_any_instruction_before_an_addition_or_a
         moment += 1 if THOROUGH else 7
         mean = filled(begun)
         try:
-            with Interruption(moment, "plain_sums", "accumulator") as interruption:
+            with Interruption(moment, "sums.plain_sums", "accumulator") as interruption:
                 mean.add_many(sent)
             stop = interruption.left > 0
         except KeyboardInterrupt:
@@ -818,7 +818,7 @@ def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) 
     left.add(model(1), 600)
     right.add({**model(2), "new": np.ones(4)}, 7)
     before = left.digest()
-    from fedavg_core.exact import ExactSum
+    from fedavg_core.exact.exact_sum import ExactSum
 
     real, calls = ExactSum.add_sum, [0]
 
@@ -1180,9 +1180,9 @@ def test_what_a_weight_of_a_subclass_says_of_itself_is_not_believed() -> None:
 
 
 OPERATIONS = {
-    "add": "fedavg_core.exact.ExactSum.add",
-    "merge": "fedavg_core.exact.ExactSum.add_sum",
-    "mean": "fedavg_core.exact_sums.quotient",
+    "add": "fedavg_core.exact.exact_sum.ExactSum.add",
+    "merge": "fedavg_core.exact.exact_sum.ExactSum.add_sum",
+    "mean": "fedavg_core.sums.exact_sums.quotient",
 }
 
 

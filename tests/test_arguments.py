@@ -124,7 +124,7 @@ def above_zero(value: object) -> float:
 def test_a_number_of_python_or_numpy_comes_back_as_a_float_of_the_same_value(value: Any) -> None:
     found = above_zero(value)
     assert type(found) is float
-    assert found == value
+    assert found == float(value)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedavg_core.blocks import Buffers, load, pack
 from fedavg_core.model import ArraySpec
+from fedavg_core.sums.blocks import Buffers, load, pack
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedavg_core.books import Books, Term
 from fedavg_core.errors import UsageError
 from fedavg_core.model import ModelSpec
+from fedavg_core.sums.books import Books, Term
 from fedavg_core.weight import Weight, exact_weight
 
 MODEL: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pytest
 
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
-from fedavg_core.codec import write_npz
+from fedavg_core.codec.npz import write_npz
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, UsageError
 from tests.checkpoints import checkpoint, number_in

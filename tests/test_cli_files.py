@@ -29,7 +29,7 @@ from fedavg_core.cli import look, main, make, model_stream
 from fedavg_core.cli.arguments import byte_count
 from fedavg_core.cli.console import name_shown, open_console, printable, uninterrupted
 from fedavg_core.cli.main import _told
-from fedavg_core.codec import read_npz
+from fedavg_core.codec.npz import read_npz
 from tests.conftest import THOROUGH
 from tests.model_files import Model, safetensors_bytes, tensor, write_model
 

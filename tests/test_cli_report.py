@@ -26,7 +26,7 @@ from fedavg_core.cli.page.markup import _hash, element, shown
 from fedavg_core.cli.page.metric import Metric
 from fedavg_core.cli.page.unit import MEMORY, TIME, Unit
 from fedavg_core.cli.run_log import Contribution, RoundRecord, append_round, write_settings
-from fedavg_core.robust import ROBUST_MEANS
+from fedavg_core.robust.rules import ROBUST_MEANS
 from tests.test_cli_files import Capture, fails, run
 from tests.test_cli_run import TRAINING, written
 

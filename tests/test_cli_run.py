@@ -33,7 +33,7 @@ from fedavg_core.cli.run_log import (
     write_settings,
 )
 from fedavg_core.cli.watch import Watch, peak_bytes
-from fedavg_core.codec import read_npz
+from fedavg_core.codec.npz import read_npz
 from fedavg_core.norm import norm_of_difference
 from tests.interruption import InterruptedOutput
 from tests.model_files import Model

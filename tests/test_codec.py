@@ -26,11 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import fedavg_core.archive as archive_module
-import fedavg_core.codec as codec_module
-from fedavg_core.archive import BLOCK, UNSEALED, Seal
+import fedavg_core.codec.archive as archive_module
+import fedavg_core.codec.npz as codec_module
 from fedavg_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedavg_core.codec import NpzWriter, read_npz, write_npz
+from fedavg_core.codec.archive import BLOCK, UNSEALED, Seal
+from fedavg_core.codec.npz import NpzWriter, read_npz, write_npz
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec, dtype_named
@@ -960,7 +960,7 @@ def test_what_an_interruption_leaves_of_a_writer_never_writes_again(
         reached.append(moment)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fedavg_core.codec.{moment}", interrupted)
+    monkeypatch.setattr(f"fedavg_core.codec.npz.{moment}", interrupted)
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     path = tmp_path / "x.npz"

@@ -205,7 +205,7 @@ def modules_told_of() -> set[str]:
 
 def home(package: str, name: str) -> str:
     """The module that a public name of a package is defined in."""
-    for path in sorted((ROOT / package.replace(".", "/")).glob("*.py")):
+    for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {getattr(node, "name", None) for node in tree.body}
         defined |= {
@@ -216,7 +216,7 @@ def home(package: str, name: str) -> str:
             if isinstance(target, ast.Name)
         }
         if name in defined:
-            return f"{package}.{path.stem}"
+            return ".".join(path.relative_to(ROOT).with_suffix("").parts)
     raise AssertionError(f"{package} has no {name}")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedavg_core as fc
-from fedavg_core.robust import ROBUST_MEANS
+from fedavg_core.robust.rules import ROBUST_MEANS
 from fedavg_core.testing.strategies import arrays, weighted_models
 from tests.model_files import write_model
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fedavg_core.limbs as limbs_module
-from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.limbs import STEP
-from fedavg_core.products import Scratch
-from fedavg_core.readout import digits, from_digits, leading, sign
+import fedavg_core.exact.limbs as limbs_module
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.limbs import STEP
+from fedavg_core.exact.products import Scratch
+from fedavg_core.exact.readout import digits, from_digits, leading, sign
 from tests.conftest import THOROUGH
 from tests.interruption import Interruption
 
@@ -139,7 +139,7 @@ def test_an_addition_in_parts_is_made_or_taken_back_at_any_moment(
     values = beside_few_small_ones(2, dtype, 64) * dtype(scale)
     without, weight = values_of(before()), Fraction(0.7)
     made = [a + b for a, b in zip(without, exactly(values, weight), strict=True)]
-    modules = "exact", "limbs", "products"
+    modules = "exact.exact_sum", "exact.limbs", "exact.products"
     total = before()
     with Interruption(-1, *modules) as all_of_it:
         total.add(values, weight, Scratch(64))
@@ -339,11 +339,11 @@ def test_after_an_interrupted_reset_another_makes_it_zero_with_limbs_of_their_ow
         total.add(np.array([1, 1e-30, 1e30]), 1, Scratch(3))
         return total
 
-    with Interruption(-1, "limbs") as all_of_it:
+    with Interruption(-1, "exact.limbs") as all_of_it:
         some().reset()
     for moment in range(1, -all_of_it.left):
         total = some()
-        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, "limbs"):
+        with contextlib.suppress(KeyboardInterrupt), Interruption(moment, "exact.limbs"):
             total.reset()
         total.reset()
         total.add(np.array([1, 1e-30, 1e30]), 3, Scratch(3))
@@ -629,14 +629,14 @@ def test_putting_a_sum_in_order_leaves_its_value_whenever_it_is_interrupted(
     monkeypatch.setattr(limbs_module, "_PIECE", 100)
     total = full_of_loose_parts()
     value = values_of(total)
-    with Interruption(-1, "limbs") as all_of_it:
+    with Interruption(-1, "exact.limbs") as all_of_it:
         getattr(total, step)()
     assert values_of(total) == value
     count = -1 - all_of_it.left
     assert count > 100
     for moment in range(1, count + 1, 3 if THOROUGH else 17):
         total = full_of_loose_parts()
-        with pytest.raises(KeyboardInterrupt), Interruption(moment, "limbs"):
+        with pytest.raises(KeyboardInterrupt), Interruption(moment, "exact.limbs"):
             getattr(total, step)()
         assert values_of(total) == value
         total.add(np.ones(320, np.float32), 3, Scratch(320))

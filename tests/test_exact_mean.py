@@ -19,9 +19,9 @@ import pytest
 from fedavg_core import OutOfRange
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.comparison import same_bits
-from fedavg_core.exact import ExactSum
+from fedavg_core.exact.exact_sum import ExactSum
+from fedavg_core.exact.products import Scratch
 from fedavg_core.model import ArraySpec, ModelSpec, dtype_named, number_format
-from fedavg_core.products import Scratch
 from fedavg_core.testing import (
     averaged_dtypes,
     exact_weighted_mean,

@@ -32,7 +32,7 @@ from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.observer import Observer
 from fedavg_core.outcome import Failure, Outcome, Receipt
-from fedavg_core.robust import Krum
+from fedavg_core.robust.rules import Krum
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import FedAdam
 from fedavg_core.update import TransferType, Update

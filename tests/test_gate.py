@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedavg_core.codec import NpzWriter
+from fedavg_core.codec.npz import NpzWriter
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
 from fedavg_core.gate import _MOST_PARAMETERS, Gate, Limits, is_name, shown_name
 from fedavg_core.model import ArraySpec

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import fedavg_core.stored_array as stored_array_module
+import fedavg_core.out_of_core.stored_array as stored_array_module
 from fedavg_core.checkpoint import Checkpoint, save_checkpoint
-from fedavg_core.codec import write_npz
+from fedavg_core.codec.npz import write_npz
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.model import dtype_named
-from fedavg_core.model_file import Allowance, ModelFile, load_model
+from fedavg_core.out_of_core.model_file import Allowance, ModelFile, load_model
 from tests.model_files import KINDS, Model, safetensors_bytes, tensor, write_model
 
 MODEL: Model = {
@@ -415,7 +415,7 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_damage(
         os.truncate(path, size - 100)
         return result
 
-    monkeypatch.setattr("fedavg_core.model_file.os.fstat", fstat)
+    monkeypatch.setattr("fedavg_core.out_of_core.model_file.os.fstat", fstat)
     with pytest.raises(CheckpointError) as error:
         read_in_runs(file, 5000)
     assert str(error.value) == f"{path}: unreadable ('the file is shorter than it declares')"

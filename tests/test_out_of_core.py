@@ -15,10 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fedavg_core.out_of_core as out_of_core
-from fedavg_core import passes
 from fedavg_core.accumulator import weighted_mean
-from fedavg_core.codec import read_npz, write_npz
+from fedavg_core.codec.npz import read_npz, write_npz
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import (
     CheckpointError,
@@ -29,7 +27,8 @@ from fedavg_core.errors import (
     UsageError,
 )
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
-from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.out_of_core import aggregation, passes
+from fedavg_core.out_of_core.aggregation import aggregate_files
 from fedavg_core.testing import models, specs, weighted_models
 from tests.conftest import THOROUGH
 from tests.model_files import KINDS, Model, plain, write_model
@@ -74,11 +73,11 @@ def cut(request: pytest.FixtureRequest) -> Iterator[None]:
     """Passes of one small block or two, so that small models have many."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "few passes":
-            patch.setattr(out_of_core, "_LARGEST_BLOCK", 3)
-            patch.setattr(out_of_core, "_PASS_SHARE", 1 << 14)
+            patch.setattr(aggregation, "_LARGEST_BLOCK", 3)
+            patch.setattr(aggregation, "_PASS_SHARE", 1 << 14)
         if request.param.endswith("states"):
-            patch.setattr(out_of_core, "_INFLATER_SHARE", 1 << 30)
-            patch.setattr(out_of_core, "_PLACES_SHARE", 1 << 30)
+            patch.setattr(aggregation, "_INFLATER_SHARE", 1 << 30)
+            patch.setattr(aggregation, "_PLACES_SHARE", 1 << 30)
         yield
 
 
@@ -520,7 +519,7 @@ def test_a_full_disk_leaves_the_output_as_it_was(
 def test_scratch_files_are_made_where_they_should_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_of_core, "_INFLATER_SHARE", 1 << 30)
+    monkeypatch.setattr(aggregation, "_INFLATER_SHARE", 1 << 30)
     run = training_run(3, w="float32")
     paths = [write_model(tmp_path / f"site-{i}", "deflated", model) for i, model in enumerate(run)]
     (tmp_path / "scratch").mkdir()
@@ -543,8 +542,8 @@ MEASURE = """
 import ctypes
 import sys
 from pathlib import Path
-from fedavg_core.codec import read_npz
-from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.codec.npz import read_npz
+from fedavg_core.out_of_core.aggregation import aggregate_files
 import ml_dtypes, numpy
 
 def peak():
@@ -655,7 +654,7 @@ def test_memory_for_many_parameters_is_planned_for(tmp_path: Path, kind: str) ->
 FEW_OPEN = """
 import resource, sys
 from pathlib import Path
-from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.out_of_core.aggregation import aggregate_files
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
 folder = Path(sys.argv[1])

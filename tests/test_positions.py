@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fedavg_core.positions as module
-from fedavg_core.positions import positions
+import fedavg_core.exact.positions as module
+from fedavg_core.exact.positions import positions
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 40))

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedavg_core.accumulator import WeightedMean
-from fedavg_core.blocks import pack
 from fedavg_core.comparison import same_bits
 from fedavg_core.model import ArraySpec
-from fedavg_core.results import Memory, Results
+from fedavg_core.sums.blocks import pack
+from fedavg_core.sums.results import Memory, Results
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16)]
 

@@ -23,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedavg_core as fc
-from fedavg_core.kept_updates import CoordinateWise, WholeVector
 from fedavg_core.model import dtype_named, number_format
-from fedavg_core.robust import (
+from fedavg_core.robust.kept_updates import CoordinateWise, WholeVector
+from fedavg_core.robust.robust_mean import RobustMean
+from fedavg_core.robust.rules import (
     ROBUST_MEANS,
     ClippedMean,
     CoordinateMedian,
@@ -36,7 +37,6 @@ from fedavg_core.robust import (
     accumulator_from_state,
     robust_mean,
 )
-from fedavg_core.robust_mean import RobustMean
 from fedavg_core.testing import check_aggregator, fractions_of
 from fedavg_core.testing.oracle import round_fraction
 from tests.conftest import THOROUGH
@@ -543,9 +543,9 @@ class TestAsAnAccumulator:
         for mean in made:
             mean.add_many([(update, 1) for update in updates])
         expected = [(mean.mean(), mean.mean(base)) for mean in made]
-        monkeypatch.setattr("fedavg_core.kept_updates._CELLS", 20)
+        monkeypatch.setattr("fedavg_core.robust.kept_updates._CELLS", 20)
         for few in (256, 1):
-            monkeypatch.setattr("fedavg_core.kept_updates._FEW", few)
+            monkeypatch.setattr("fedavg_core.robust.kept_updates._FEW", few)
             for mean, (alone, added) in zip(made, expected, strict=True):
                 assert fc.same_bits(mean.mean(), alone)
                 assert fc.same_bits(mean.mean(base), added)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedavg_core as fc
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.robust_mean import RobustMean
 from fedavg_core.testing import fractions_of, round_fraction, weighted_models
 
 Weighted = tuple[list[dict[str, Any]], list[float]]

@@ -20,12 +20,12 @@ import fedavg_core.round as round_module
 from fedavg_core.accumulator import WeightedMean, weighted_mean
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import Reason, UsageError
-from fedavg_core.exact_sums import ExactSums
 from fedavg_core.gate import Limits
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.outcome import Outcome, Receipt
-from fedavg_core.robust import ClippedMean, CoordinateMedian, GeometricMedian, MultiKrum
+from fedavg_core.robust.rules import ClippedMean, CoordinateMedian, GeometricMedian, MultiKrum
 from fedavg_core.round import Round, RoundState
+from fedavg_core.sums.exact_sums import ExactSums
 from fedavg_core.transfer import diff
 from fedavg_core.update import TransferType, Update
 from tests.bad_updates import ROUND, good, model
@@ -641,7 +641,10 @@ class TestAFaultWhileAdding:
         assert round.offer(update("b", self.params())).accepted
 
 
-ADDING = ("round", "accumulator", "plain_sums", "robust_mean", "kept_updates", "clipped_mean")
+ADDING = (
+    *("round", "accumulator", "sums.plain_sums"),
+    *("robust.robust_mean", "robust.kept_updates", "robust.clipped_mean"),
+)
 
 KINDS: list[Any] = [
     "exact",

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fedavg_core.accumulator import weighted_mean
-from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.limbs import STEP
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.limbs import STEP
+from fedavg_core.exact.products import Scratch
+from fedavg_core.exact.rounding import quotient
 from fedavg_core.model import ArraySpec
-from fedavg_core.products import Scratch
-from fedavg_core.rounding import quotient
 from tests.conftest import THOROUGH
 
 SIZE = 40

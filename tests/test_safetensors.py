@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedavg_core.archive import Damaged
+from fedavg_core.codec.archive import Damaged
+from fedavg_core.codec.npy import Layout
+from fedavg_core.codec.safetensors import SafetensorsWriter, aligned, list_safetensors
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
 from fedavg_core.model import ArraySpec, dtype_named
-from fedavg_core.npy import Layout
-from fedavg_core.safetensors import SafetensorsWriter, aligned, list_safetensors
 from fedavg_core.testing import specs
 from tests.model_files import Model, safetensors_bytes, tensor
 

@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 
-from fedavg_core.threads import share_out
+from fedavg_core.sums.threads import share_out
 
 LONG = 20.0
 """Seconds after which a thread that waits for the others gives up."""

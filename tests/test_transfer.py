@@ -99,7 +99,7 @@ def test_a_difference_too_large_for_its_dtype_is_an_error(local: Any, base: Any)
         ({"v": np.ones(2)}, "key 'v': the base does not have it"),
         ({"w": np.ones(3)}, r"key 'w': expected float64\[2\] as in the base, got float64\[3\]"),
         ({"w": np.ones(2, np.float32)}, r"expected float64\[2\] as in the base, got float32\[2\]"),
-        (7, "expected a model as a mapping from names to arrays, got int"),
+        (7, "expected a model as a mapping from names to arrays, got an int"),
     ],
 )
 def test_what_the_base_does_not_match_is_named(local: Any, text: str) -> None:
@@ -111,7 +111,7 @@ def test_what_the_base_does_not_match_is_named(local: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("base", "text"),
     [
-        (7, "expected a model as a mapping from names to arrays, got int"),
+        (7, "expected a model as a mapping from names to arrays, got an int"),
         ({"w": ["a"]}, "key 'w': expected a NumPy array in the base, got a list"),
     ],
 )

@@ -12,8 +12,8 @@ from typing import NoReturn, TypeAlias, TypeVar, get_args
 from fedavg_core.accumulator import Accumulator
 from fedavg_core.cli.console import say
 from fedavg_core.errors import UsageError, quoted
-from fedavg_core.robust import ROBUST_MEANS, robust_mean
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.robust_mean import RobustMean
+from fedavg_core.robust.rules import ROBUST_MEANS, robust_mean
 from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 
 T = TypeVar("T")

@@ -23,8 +23,8 @@ from fedavg_core.cli.console import byte_progress, print_line
 from fedavg_core.cli.model_stream import opened, pieces, spec_of
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, counted, quoted
 from fedavg_core.model import ModelSpec
-from fedavg_core.model_writer import check_suffix, write_order, writer
-from fedavg_core.out_of_core import aggregate_files
+from fedavg_core.out_of_core.aggregation import aggregate_files
+from fedavg_core.out_of_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.transfer import diff, diff_spec
 
 __all__ = ["add_commands"]

@@ -54,7 +54,7 @@ from fedavg_core.cli.run_settings import (
 )
 from fedavg_core.cli.watch import Watch
 from fedavg_core.cli.workers import Workers
-from fedavg_core.codec import write_npz
+from fedavg_core.codec.npz import write_npz
 from fedavg_core.errors import FedAvgError
 from fedavg_core.federation import Federation
 from fedavg_core.model import Params

@@ -12,7 +12,7 @@ from fedavg_core.cli.arguments import Subparsers
 from fedavg_core.cli.console import print_json, print_line
 from fedavg_core.cli.run_folder import base_file
 from fedavg_core.errors import CheckpointError, UsageError
-from fedavg_core.model_file import load_model
+from fedavg_core.out_of_core.model_file import load_model
 from fedavg_core.replay import verify
 from fedavg_core.server_optimizer import optimizer_named
 from fedavg_core.update import TransferType

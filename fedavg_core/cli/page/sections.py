@@ -17,7 +17,7 @@ from fedavg_core.cli.page.unit import MEMORY, TIME, Unit, written
 from fedavg_core.cli.run_log import PARTS, STATES, Contribution, RoundRecord
 from fedavg_core.client import contributor_order
 from fedavg_core.errors import counted
-from fedavg_core.robust import ROBUST_MEANS
+from fedavg_core.robust.rules import ROBUST_MEANS
 
 __all__ = [
     *("costs", "learning", "participation", "sizes", "table", "tiles"),

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedavg_core.exact.products import Scratch
 from fedavg_core.model import ArraySpec, Params, flat
-from fedavg_core.products import Scratch
 
 __all__ = [
     "Block",

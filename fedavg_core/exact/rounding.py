@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.careful import careful, scaled
-from fedavg_core.error_free import UPPER_BITS, two_product, two_sum
-from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.exact.careful import careful, scaled
+from fedavg_core.exact.error_free import UPPER_BITS, two_product, two_sum
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.positions import positions
+from fedavg_core.exact.products import Scratch
+from fedavg_core.exact.readout import Nearest, extent, nearest
 from fedavg_core.model import NumberFormat
-from fedavg_core.positions import positions
-from fedavg_core.products import Scratch
-from fedavg_core.readout import Nearest, extent, nearest
 from fedavg_core.weight import Weight, dyadic
 
 __all__ = ["quotient"]

@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.bad_element import base_not_finite, not_finite
-from fedavg_core.blocks import Block, Buffers, Segment, load
-from fedavg_core.books import Term
 from fedavg_core.errors import RefusedUpdate, quoted
-from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.limbs import STEP
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.limbs import STEP
+from fedavg_core.exact.readout import digits, from_digits, sign
+from fedavg_core.exact.rounding import quotient
 from fedavg_core.model import ArraySpec, Params
-from fedavg_core.readout import digits, from_digits, sign
-from fedavg_core.rounding import quotient
-from fedavg_core.sums import Sums
+from fedavg_core.sums.blocks import Block, Buffers, Segment, load
+from fedavg_core.sums.books import Term
+from fedavg_core.sums.sums import Sums
 from fedavg_core.weight import Weight, extent_of
 
 __all__ = ["ExactSums"]

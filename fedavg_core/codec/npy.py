@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import Damaged, require
+from fedavg_core.codec.archive import Damaged, require
 from fedavg_core.model import ArraySpec, is_extension
 
 __all__ = [

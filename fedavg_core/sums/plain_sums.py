@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.bad_element import base_not_finite, not_finite
-from fedavg_core.blocks import Block, Buffers, Segment, is_at_hand, load
-from fedavg_core.books import Term
 from fedavg_core.errors import OutOfRange, Reason, RefusedUpdate, quoted
 from fedavg_core.model import ArraySpec, Params, flat
-from fedavg_core.sums import Sums
+from fedavg_core.sums.blocks import Block, Buffers, Segment, is_at_hand, load
+from fedavg_core.sums.books import Term
+from fedavg_core.sums.sums import Sums
 from fedavg_core.weight import Weight
 
 __all__ = ["PlainSums"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO
 
-from fedavg_core.codec import NpzWriter
+from fedavg_core.codec.npz import NpzWriter
+from fedavg_core.codec.safetensors import SafetensorsWriter, aligned
 from fedavg_core.errors import UsageError, shown_path
 from fedavg_core.model import ModelSpec
-from fedavg_core.safetensors import SafetensorsWriter, aligned
 
 __all__ = ["check_suffix", "write_order", "writer"]
 

@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.blocks import Block, Segment
 from fedavg_core.model import ArraySpec
+from fedavg_core.sums.blocks import Block, Segment
 
 __all__ = ["Memory", "Results", "size_of"]
 

@@ -37,13 +37,13 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.arguments import real_number, whole_number
-from fedavg_core.clipped_mean import ClippedMean
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import RefusedUpdate, UsageError, quoted
-from fedavg_core.kept_updates import CoordinateWise, WholeVector, of_the_sorted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean
+from fedavg_core.robust.clipped_mean import ClippedMean
+from fedavg_core.robust.kept_updates import CoordinateWise, WholeVector, of_the_sorted
+from fedavg_core.robust.robust_mean import RobustMean
 from fedavg_core.settings import kind_named
 from fedavg_core.weight import Weight
 

@@ -20,11 +20,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.blocks import Block, Buffers, is_alone, load, pack
-from fedavg_core.exact import ExactSum, NonFiniteError
-from fedavg_core.limbs import STEP
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.limbs import STEP
+from fedavg_core.exact.rounding import quotient
 from fedavg_core.model import ArraySpec, NumberFormat
-from fedavg_core.rounding import quotient
+from fedavg_core.sums.blocks import Block, Buffers, is_alone, load, pack
 from fedavg_core.weight import Weight, dyadic
 
 __all__ = ["BeyondRange", "Kind", "NotFinite", "Pass", "Run", "cut", "sum_bytes"]

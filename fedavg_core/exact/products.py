@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.error_free import UPPER_BITS
-from fedavg_core.positions import positions
+from fedavg_core.exact.error_free import UPPER_BITS
+from fedavg_core.exact.positions import positions
 from fedavg_core.weight import pieces
 
 __all__ = [

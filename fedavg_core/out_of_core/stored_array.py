@@ -24,8 +24,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import BLOCK, require
-from fedavg_core.npy import Layout
+from fedavg_core.codec.archive import BLOCK, require
+from fedavg_core.codec.npy import Layout
 
 __all__ = [
     "INFLATER_BYTES",

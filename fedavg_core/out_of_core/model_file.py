@@ -43,15 +43,21 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import Damaged, check_archive, require
 from fedavg_core.arguments import PathLike, file_path
 from fedavg_core.checkpoint import MODEL, Checkpoint, described
-from fedavg_core.codec import Entry, damage_told, list_npz
+from fedavg_core.codec.archive import Damaged, check_archive, require
+from fedavg_core.codec.npy import MAGIC, Layout, decoded, read_layout
+from fedavg_core.codec.npz import Entry, damage_told, list_npz
+from fedavg_core.codec.safetensors import list_safetensors
 from fedavg_core.errors import CheckpointError, RefusedUpdate, UsageError, quoted, shown_path
 from fedavg_core.model import check_array
-from fedavg_core.npy import MAGIC, Layout, decoded, read_layout
-from fedavg_core.safetensors import list_safetensors
-from fedavg_core.stored_array import DeflatedMember, Member, OpenBytes, StoredArray, Unpacked
+from fedavg_core.out_of_core.stored_array import (
+    DeflatedMember,
+    Member,
+    OpenBytes,
+    StoredArray,
+    Unpacked,
+)
 
 __all__ = ["HEADER", "Allowance", "ModelFile", "load_model"]
 

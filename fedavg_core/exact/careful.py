@@ -23,11 +23,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.error_free import two_product, two_sum
-from fedavg_core.exact import ExactSum
+from fedavg_core.exact.error_free import two_product, two_sum
+from fedavg_core.exact.exact_sum import ExactSum
+from fedavg_core.exact.products import Scratch
+from fedavg_core.exact.readout import leading, sign
 from fedavg_core.model import NumberFormat
-from fedavg_core.products import Scratch
-from fedavg_core.readout import leading, sign
 from fedavg_core.weight import Weight
 
 __all__ = ["careful", "scaled"]

@@ -27,13 +27,13 @@ import numpy.typing as npt
 
 from fedavg_core.admission import check_base, check_finite, check_update, pairs
 from fedavg_core.bad_element import base_not_finite, out_of_range
-from fedavg_core.blocks import Block, Buffers, Segment, fits_float32, load
 from fedavg_core.digest import digest, fingerprints
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError
-from fedavg_core.exact import ExactSum, NonFiniteError
+from fedavg_core.exact.exact_sum import ExactSum, NonFiniteError
+from fedavg_core.exact.rounding import quotient
 from fedavg_core.model import ArraySpec, ModelSpec, Params, copy_params, flat, joined, new_in
-from fedavg_core.robust_mean import RobustMean, State
-from fedavg_core.rounding import quotient
+from fedavg_core.robust.robust_mean import RobustMean, State
+from fedavg_core.sums.blocks import Block, Buffers, Segment, fits_float32, load
 from fedavg_core.weight import Weight, exact_weight, weight_from_text, weight_text
 
 __all__ = ["CoordinateWise", "Kept", "KeptUpdates", "WholeVector", "of_the_sorted"]

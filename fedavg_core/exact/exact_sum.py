@@ -36,9 +36,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.limbs import CAPACITY, SETTLED, STEP, Limbs
-from fedavg_core.positions import positions
-from fedavg_core.products import (
+from fedavg_core.exact.limbs import CAPACITY, SETTLED, STEP, Limbs
+from fedavg_core.exact.positions import positions
+from fedavg_core.exact.products import (
     LONG_WEIGHT,
     SHORT_WEIGHT,
     SPARSE,

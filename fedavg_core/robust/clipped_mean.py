@@ -16,7 +16,7 @@ from fedavg_core.arguments import is_whole_number, real_number
 from fedavg_core.errors import RefusedUpdate, quoted
 from fedavg_core.model import ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
-from fedavg_core.robust_mean import RobustMean, State
+from fedavg_core.robust.robust_mean import RobustMean, State
 
 __all__ = ["ClippedMean"]
 

@@ -44,7 +44,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import (
+from fedavg_core.codec.archive import (
     BLOCK,
     MOST_MEMBERS,
     UNSEALED,
@@ -53,9 +53,7 @@ from fedavg_core.archive import (
     check_archive,
     require,
 )
-from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
-from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
-from fedavg_core.npy import (
+from fedavg_core.codec.npy import (
     MOST_DIMENSIONS,
     decoded,
     encoded,
@@ -64,6 +62,8 @@ from fedavg_core.npy import (
     read_exactly,
     read_layout,
 )
+from fedavg_core.errors import CheckpointError, UsageError, a_type, quoted
+from fedavg_core.model import ArraySpec, Params, dtype_named, number_format
 
 __all__ = ["Entry", "NpzWriter", "damage_told", "list_npz", "read_npz", "write_npz"]
 

@@ -24,10 +24,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.archive import Damaged, require
+from fedavg_core.codec.archive import Damaged, require
+from fedavg_core.codec.npy import Layout, check_shape, encoded, read_exactly
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, dtype_named, is_extension
-from fedavg_core.npy import Layout, check_shape, encoded, read_exactly
 
 __all__ = ["SafetensorsWriter", "aligned", "list_safetensors"]
 

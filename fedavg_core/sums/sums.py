@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedavg_core.bad_element import out_of_range
-from fedavg_core.blocks import Block, Buffers, Segment, pack
-from fedavg_core.books import Term
 from fedavg_core.model import ArraySpec, Params
-from fedavg_core.results import Memory, Results, size_of
-from fedavg_core.threads import share_out
+from fedavg_core.sums.blocks import Block, Buffers, Segment, pack
+from fedavg_core.sums.books import Term
+from fedavg_core.sums.results import Memory, Results, size_of
+from fedavg_core.sums.threads import share_out
 from fedavg_core.weight import Weight
 
 __all__ = ["Sums"]

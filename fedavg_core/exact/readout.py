@@ -17,8 +17,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.exact import ExactSum
-from fedavg_core.limbs import LOOSE_BOUND, STEP
+from fedavg_core.exact.exact_sum import ExactSum
+from fedavg_core.exact.limbs import LOOSE_BOUND, STEP
 
 __all__ = ["Nearest", "digits", "extent", "from_digits", "leading", "nearest", "sign"]
 
