@@ -40,6 +40,7 @@ import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.admission import check_model
+from fedavg_core.any_accumulator import kind_of
 from fedavg_core.arguments import PathLike, file_path, truth, whole_number
 from fedavg_core.checkpoint import Checkpoint
 from fedavg_core.checkpoint_store import CheckpointStore
@@ -59,7 +60,6 @@ from fedavg_core.outcome import Outcome, evaluation_of
 from fedavg_core.plain import plain_list
 from fedavg_core.progress import Best, Progress
 from fedavg_core.robust.robust_mean import RobustMean
-from fedavg_core.robust.rules import kind_of
 from fedavg_core.round import Round
 from fedavg_core.selection import Selection
 from fedavg_core.server_optimizer import ServerOptimizer

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TypeAlias
 
+from fedavg_core.any_accumulator import accumulator_for
 from fedavg_core.audit import Audit
 from fedavg_core.digest import Fingerprint, digest, fingerprints
 from fedavg_core.errors import (
@@ -41,7 +42,6 @@ from fedavg_core.errors import (
 )
 from fedavg_core.model import ArraySpec, ModelSpec, Params, dtype_named
 from fedavg_core.next_model import mean_change
-from fedavg_core.robust.rules import accumulator_for
 from fedavg_core.server_optimizer import ServerOptimizer, optimizer_named
 from fedavg_core.update import TransferType
 

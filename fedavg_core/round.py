@@ -51,6 +51,7 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from fedavg_core.accumulator import Accumulator, WeightedMean
+from fedavg_core.any_accumulator import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.arguments import truth, whole_number
 from fedavg_core.audit import Audit
 from fedavg_core.digest import digest, fingerprints
@@ -60,7 +61,6 @@ from fedavg_core.model import ModelSpec, Params, copy_params
 from fedavg_core.next_model import next_model
 from fedavg_core.outcome import Outcome, Receipt, mean_metrics, total_weight
 from fedavg_core.robust.robust_mean import RobustMean
-from fedavg_core.robust.rules import accumulator_for, accumulator_from_state, kind_of
 from fedavg_core.server_optimizer import ServerOptimizer
 from fedavg_core.update import TransferType, Update, transfer_named
 

@@ -27,8 +27,8 @@ pytest.importorskip("rich")
 import fedavg_core as fc
 from fedavg_core.cli import look, main, make, model_stream
 from fedavg_core.cli.arguments import byte_count
+from fedavg_core.cli.command import _told
 from fedavg_core.cli.console import name_shown, open_console, printable, uninterrupted
-from fedavg_core.cli.main import _told
 from fedavg_core.codec.npz import read_npz
 from tests.conftest import THOROUGH
 from tests.model_files import Model, safetensors_bytes, tensor, write_model
@@ -695,7 +695,7 @@ class TestWhatEndsACommand:
 def test_without_rich_one_line_says_what_to_install(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["fedavg_core.cli.main"]
+    module = sys.modules["fedavg_core.cli.command"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert fails(capsys, "inspect", "a") == (
         "expected rich to be installed: get the extra 'cli' (in a clone: pip install -e '.[cli]')"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import fedavg_core
 
@@ -48,3 +50,15 @@ def test_a_training_file_that_nvflare_runs_does_not_load_the_command_line() -> N
 def test_a_foreign_import_would_be_noticed() -> None:
     assert "ml_dtypes" in foreign_imports("import fedavg_core, ml_dtypes")
     assert foreign_imports("import json, numpy") == set()
+
+
+def test_no_name_of_a_package_hides_a_module_of_it() -> None:
+    package = Path(fedavg_core.__file__).parent
+    for folder in (package, *(path.parent for path in package.rglob("*/__init__.py"))):
+        name = ".".join(("fedavg_core", *folder.relative_to(package).parts))
+        owner = importlib.import_module(name)
+        for path in folder.glob("*.py"):
+            if path.stem in ("__init__", "__main__"):
+                continue
+            importlib.import_module(f"{name}.{path.stem}")
+            assert isinstance(getattr(owner, path.stem), ModuleType), f"{name}.{path.stem}"

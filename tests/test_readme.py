@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedavg_core.cli.main import main as fedavg
+from fedavg_core.cli.command import main as fedavg
 from tests.examples import read_blocks
 from tests.examples import run_alone as run
 

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedavg_core as fc
+from fedavg_core.any_accumulator import accumulator_from_state
 from fedavg_core.model import dtype_named, number_format
 from fedavg_core.robust.kept_updates import CoordinateWise, WholeVector
 from fedavg_core.robust.robust_mean import RobustMean
@@ -34,7 +35,6 @@ from fedavg_core.robust.rules import (
     Krum,
     MultiKrum,
     TrimmedMean,
-    accumulator_from_state,
     robust_mean,
 )
 from fedavg_core.testing import check_aggregator, fractions_of

@@ -8,10 +8,16 @@ import sys
 import threading
 import time
 import weakref
+from _thread import start_new_thread
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fedavg_core.sums import threads
 from fedavg_core.sums.threads import share_out
 
 LONG = 20.0
@@ -74,24 +80,24 @@ def test_the_warnings_of_numpy_are_off_in_all_threads_and_then_as_they_were() ->
 
 @pytest.mark.parametrize("to_be_had", range(4))
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("lacking", [RuntimeError("can't start new thread"), MemoryError()])
 def test_where_the_system_gives_fewer_threads_those_that_there_are_do_all(
-    to_be_had: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+    to_be_had: int, fails: bool, lacking: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
     starts = iter(range(9))
-    begin = threading.Thread.start
 
-    def start(thread: threading.Thread) -> None:
+    def start(run: Any, arguments: Any) -> None:
         if next(starts) >= to_be_had:
-            raise RuntimeError("can't start new thread")
-        begin(thread)
+            raise lacking
+        start_new_thread(run, arguments)
 
     def work(number: int, tools: int) -> None:
         done.append(number)
         if fails and number == 49:
             raise ValueError("of the last piece")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(threads, "start_new_thread", start)
     if fails:
         with pytest.raises(ValueError, match="of the last piece"):
             share_out(50, work, range(5))
@@ -148,16 +154,17 @@ def test_after_a_failure_no_further_piece_begins_on_the_thread_that_failed() -> 
 
 def test_after_a_failure_what_others_have_begun_is_ended_and_nothing_else_begins() -> None:
     together, begun, ended = threading.Barrier(3), list[int](), list[int]()
-    failing: list[threading.Thread] = []
+    failing = threading.Event()
 
     def work(number: int, tools: int) -> None:
         begun.append(number)
         if tools == 1:
-            failing.append(threading.current_thread())
+            failing.set()
         together.wait(LONG)
         if tools == 1:
             raise Told(number)
-        failing[0].join(LONG)  # until the failure is known
+        failing.wait(LONG)
+        time.sleep(0.1)  # until the failure is known
         ended.append(number)
 
     with pytest.raises(Told):
@@ -189,44 +196,48 @@ def test_nobody_is_at_work_any_more_when_it_returns_or_raises(fails: bool) -> No
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("moment", ["start", "join", "join, and again"])
+@pytest.mark.parametrize("moment", ["start", "wait", "wait, and again"])
 def test_nobody_is_at_work_any_more_after_an_interruption_of_the_calling_thread(
     moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, ended, threads = threading.Event(), list[int](), list[threading.Thread]()
-    start, join, sleep = threading.Thread.start, threading.Thread.join, time.sleep
+    begun, left, ended = threading.Event(), threading.Event(), list[int]()
+    interruptions = iter([Interrupted(moment)] * (1 + moment.endswith("again")))
 
-    def interrupted_start(thread: threading.Thread) -> None:
-        threads.append(thread)
-        start(thread)
+    def interrupted_start(run: Any, arguments: Any) -> None:
+        def to_the_end(*given: Any) -> None:
+            run(*given)
+            left.set()
+
+        start_new_thread(to_the_end, arguments)
         if moment == "start":
             assert begun.wait(LONG)
             raise Interrupted(moment)
 
-    def interrupted_join(thread: threading.Thread) -> None:
-        raise Interrupted(moment)
+    class InterruptedQueue:
+        def __init__(self) -> None:
+            self._queue: SimpleQueue[None] = SimpleQueue()
+            self.put = self._queue.put
 
-    def interrupted_sleep(seconds: float) -> None:
-        monkeypatch.setattr(time, "sleep", sleep)
-        raise Interrupted("again")
+        def get(self, timeout: float) -> None:
+            for interruption in interruptions:
+                raise interruption
+            self._queue.get(timeout=timeout)
 
     def work(number: int, tools: int) -> None:
-        begun.set()
         if tools == 1:
-            sleep(0.1)
+            begun.set()
+            time.sleep(0.1)
         else:
             assert begun.wait(LONG)
         ended.append(number)
 
-    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
-    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
-    if moment.endswith("again"):
-        monkeypatch.setattr(time, "sleep", interrupted_sleep)
+    monkeypatch.setattr(threads, "start_new_thread", interrupted_start)
+    if moment != "start":
+        monkeypatch.setattr(threads, "SimpleQueue", InterruptedQueue)
     with pytest.raises(Interrupted, match=moment):
         share_out(2, work, range(2))
     known = list(ended)
-    monkeypatch.undo()
-    join(threads[0], LONG)
+    assert left.wait(LONG)
     assert ended == known
     assert sorted(ended) == ([0] if moment == "start" else [0, 1])
 
@@ -234,21 +245,39 @@ def test_nobody_is_at_work_any_more_after_an_interruption_of_the_calling_thread(
 def test_a_thread_that_begins_after_all_is_over_finds_nothing_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    late: list[threading.Thread] = []
+    late: list[Callable[[], None]] = []
     done: list[int] = []
 
-    def interrupted(thread: threading.Thread) -> None:
-        late.append(thread)
+    def interrupted(run: Any, arguments: Any) -> None:
+        late.append(partial(run, *arguments))
         raise Interrupted
 
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(threads, "start_new_thread", interrupted)
     with pytest.raises(Interrupted):
         share_out(9, lambda number, _: done.append(number), range(2))
-    monkeypatch.undo()
-    late[0].start()
-    late[0].join(LONG)
-    assert not late[0].is_alive()
+    late[0]()
     assert done == []
+
+
+def test_a_thread_that_never_begins_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one for which the system has no memory once it is started."""
+    done: list[int] = []
+    monkeypatch.setattr(threads, "start_new_thread", lambda run, arguments: None)
+    share_out(9, lambda number, _: done.append(number), range(3))
+    assert done == list(range(9))
+
+
+def test_a_thread_that_cannot_say_that_it_has_ended_is_seen_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full(SimpleQueue[None]):
+        def put(self, *_: Any) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                sys.exit()  # ends a thread without a word
+
+    together = threading.Barrier(2)
+    monkeypatch.setattr(threads, "SimpleQueue", Full)
+    share_out(2, lambda number, tools: time.sleep(0.1 * tools + 0 * together.wait(LONG)), range(2))
 
 
 class Update:

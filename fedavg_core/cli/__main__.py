@@ -2,6 +2,6 @@
 
 import sys
 
-from fedavg_core.cli.main import main
+from fedavg_core.cli.command import main
 
 sys.exit(main())

@@ -28,17 +28,15 @@ with the square of their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fedavg_core.accumulator import Accumulator, WeightedMean
 from fedavg_core.arguments import real_number, whole_number
 from fedavg_core.digest import digest, fingerprints
-from fedavg_core.errors import RefusedUpdate, UsageError, quoted
 from fedavg_core.model import ArraySpec, ModelSpec, Params
 from fedavg_core.norm import scale_of, sum_of_squares
 from fedavg_core.robust.clipped_mean import ClippedMean
@@ -55,9 +53,6 @@ __all__ = [
     "Krum",
     "MultiKrum",
     "TrimmedMean",
-    "accumulator_for",
-    "accumulator_from_state",
-    "kind_of",
     "robust_mean",
 ]
 
@@ -266,79 +261,6 @@ def robust_mean(name: str, spec: ModelSpec | None = None, **options: Any) -> Rob
     """
     kind = kind_named("robust mean", ROBUST_MEANS, name, options, lambda kind: kind.options)
     return kind(spec=spec, **options)
-
-
-def _of_settings(settings: Mapping[str, Any], spec: ModelSpec | None) -> RobustMean:
-    """The robust mean of which these are the settings, or might be."""
-    is_named = "name" in settings and all(isinstance(key, str) for key in settings)
-    if not is_named or "spec" in settings:
-        raise UsageError(f"robust mean: expected its name and its options, got {quoted(settings)}")
-    return robust_mean(**settings, spec=spec)
-
-
-def accumulator_for(
-    kind: Accumulator | RobustMean | Mapping[str, Any], spec: ModelSpec | None
-) -> WeightedMean | RobustMean:
-    """An empty accumulator of some kind.
-
-    Args:
-        kind: The arithmetic of a weighted mean; or a robust mean that this one shall be like, or
-            the settings of one.
-        spec: As for the constructors.
-
-    Returns:
-        It, new.
-
-    Raises:
-        UsageError: There is no such kind.
-    """
-    if isinstance(kind, RobustMean):
-        return kind.empty(spec)
-    if isinstance(kind, Mapping):
-        return _of_settings(kind, spec)
-    return WeightedMean(spec, accumulator=kind)
-
-
-def accumulator_from_state(
-    meta: Mapping[str, Any], arrays: Params, spec: ModelSpec | None
-) -> WeightedMean | RobustMean:
-    """An accumulator of any kind that goes on from a state.
-
-    Args:
-        meta: The dictionary that its `state` gave.
-        arrays: The arrays that it gave; copied.
-        spec: As for a new one.
-
-    Returns:
-        A new accumulator, which holds the same.
-
-    Raises:
-        UsageError: This is no such state, or one of a robust mean that `robust_mean` does not know.
-    """
-    try:
-        if isinstance(meta["accumulator"], str):
-            return WeightedMean.from_state(meta, arrays, spec)
-        mean = _of_settings(meta["accumulator"], spec)
-        mean.take_up(meta, arrays)
-        return mean
-    except (
-        AttributeError, ArithmeticError, LookupError, RefusedUpdate, TypeError, ValueError
-    ) as error:  # fmt: skip
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"expected the state of an accumulator, got {quoted(error)}") from None
-
-
-def kind_of(mean: WeightedMean | RobustMean) -> Accumulator | dict[str, Any]:
-    """What `accumulator_for` makes another one like this of, as JSON can hold it.
-
-    Args:
-        mean: An accumulator.
-
-    Returns:
-        The arithmetic of a weighted mean; the settings of a robust one.
-    """
-    return mean.settings() if isinstance(mean, RobustMean) else mean.accumulator
 
 
 def _middle(count: int) -> slice:

@@ -3,16 +3,17 @@
 Threads are worth their start where the work is NumPy's on large arrays: it gives up the
 interpreter's lock. On a Python that has none they are held apart by nothing but what is said here.
 They are made for one call of `share_out` each and end with it, so nothing waits between calls, and
-a process that is forked then has none.
+a process that is forked then has none. They are started without those of `threading`, which wait
+for each to begin: one that finds no memory to begin with would be waited for in vain.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy as np
 __all__ = ["share_out"]
 
 Tools = TypeVar("Tools")
+
+_PATIENCE = 0.05  # seconds, should a thread be unable to say that it has ended
 
 
 def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[Tools]) -> None:
@@ -41,6 +44,7 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
     numbers = deque(range(count))  # which any thread may take from; an iterator is for one
     failed: list[tuple[int, BaseException]] = []
     busy: list[None] = []
+    ended: SimpleQueue[None] = SimpleQueue()
 
     def run(own: Tools, busy: list[None]) -> None:
         busy.append(None)  # before it looks whether something failed: see below
@@ -57,27 +61,25 @@ def share_out(count: int, work: Callable[[int, Tools], None], tools: Sequence[To
             failed.append((count if number is None else number, error))
         finally:
             busy.pop()
+            ended.put(None)
 
-    others = [threading.Thread(target=run, args=(own, busy), daemon=True) for own in tools[1:]]
-    started = []
     try:
-        with contextlib.suppress(RuntimeError):  # there are no more threads to be had
-            for other in others:
-                other.start()
-                started.append(other)
+        # What the system has no more of is done by those that there are.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            for own in tools[1:]:
+                start_new_thread(run, (own, busy))
         if count:
             run(tools[0], [])
-        for other in started:
-            other.join()
     except BaseException as error:
         failed.append((count, error))
-    # A thread whose start or join was interrupted may say that it is not alive, and be at work.
-    # It is busy by now, or will see that something failed before it does anything.
+    # A thread may have been started, and not have begun; it will find nothing to do, or see that
+    # something failed before it does anything. One that lacks the memory to begin never does.
     waiting = True
     while waiting:
         try:
             while busy:
-                time.sleep(0.001)
+                with contextlib.suppress(Empty):
+                    ended.get(timeout=_PATIENCE)
             waiting = False
         except BaseException as error:
             failed.append((count, error))
