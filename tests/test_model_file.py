@@ -123,12 +123,12 @@ def test_a_checkpoint_an_array_alone_and_what_is_no_model_are_loaded_as_such(
 
 
 @pytest.mark.parametrize("kind", ["npz", "deflated"])
-@pytest.mark.parametrize("length", [3, 64, 500, 5000])
-@pytest.mark.parametrize("picked", [13, 1000])
+@pytest.mark.parametrize("length", [3, 64, 150, 500, 5000])
+@pytest.mark.parametrize("tile", [3, 256])
 def test_fortran_order_is_read_in_c_order(
-    tmp_path: Path, kind: str, length: int, picked: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, length: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_array_module, "_PICKED_BLOCK", picked)
+    monkeypatch.setattr(stored_array_module, "_TILE", tile)
     model: Model = {
         "w": np.asfortranarray(np.arange(600, dtype=np.float32).reshape(20, 30)),
         "x": np.asfortranarray(np.arange(120, dtype=np.int16).reshape(2, 3, 4, 5)),
@@ -400,6 +400,24 @@ def test_a_file_that_changes_between_visits_is_refused(
         path.unlink()
         with pytest.raises(CheckpointError, match="could not be read"):
             file.read({"a": (10, 990)})
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_a_file_that_changes_during_a_visit_is_refused(
+    tmp_path: Path, kind: str, allowance: Allowance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model(tmp_path / "m", kind, {"arr_0": np.zeros(1000)})
+    file = ModelFile(path, allowance)
+    read = stored_array_module._fill
+
+    def changed_after(source: Any, at: int, view: Any) -> None:
+        read(source, at, view)
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # as a writer does
+
+    monkeypatch.setattr(stored_array_module, "_fill", changed_after)
+    with pytest.raises(CheckpointError, match="it has changed while it was read"):
+        file.read({"arr_0": (0, 1000)})
 
 
 def test_a_file_that_is_cut_short_while_it_is_open_is_damage(

@@ -16,10 +16,10 @@ visit reads, of some arrays, runs of elements in C order. How, depends on how an
   signal, and the pages that were touched count as memory of the process.)
 * A member of an npz has a checksum over all of it, so it is read from its first element to its last
   in turn. Where one visit ends, the next goes on.
-* Two kinds cannot be read in turn from where they lie: a deflated member for which the allowance
-  has no zlib state left, and a member in Fortran order of which a visit does not want all. They are
-  first unpacked to a scratch file, once, which is taken away when its last element has been read.
-  At any time there is at most one for each model file.
+* Three kinds are first copied to a scratch file, once, in C order where that pays: a deflated
+  member for which the allowance has no zlib state left, a member in Fortran order of which a visit
+  does not want all, and any array in Fortran order of which a visit wants a few rows. The copy is
+  taken away when its last element has been read. At any time there is at most one for each file.
 
 Nothing a file declares is believed, and whatever is wrong with it is a `CheckpointError`.
 """
@@ -283,7 +283,7 @@ class ModelFile:
 
     @contextlib.contextmanager
     def _opened(self, buffering: int = -1) -> Iterator[IO[bytes]]:
-        """The file, open, and known to be the one that was opened before."""
+        """The file, open, and known to be the one that was opened before, to the end."""
         try:
             regular = stat.S_ISREG(os.stat(self.path).st_mode)
             file = open(self.path, "rb", buffering) if regular else None  # noqa: SIM115
@@ -294,11 +294,15 @@ class ModelFile:
         if file is None:
             raise CheckpointError(self.path, "expected a file, got a folder or a device")
         with file, damage_told(str(self.path)):
-            status = os.fstat(file.fileno())
-            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            require(self._identity in (None, identity), "it has changed while it was read")
-            self._identity = identity
+            self._check_unchanged(file)
             yield file
+            self._check_unchanged(file)
+
+    def _check_unchanged(self, file: IO[bytes]) -> None:
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        require(self._identity in (None, identity), "it has changed while it was read")
+        self._identity = identity
 
     def _list(self) -> dict[str, StoredArray]:
         """Find the arrays; the container as a whole is checked the first time only."""
@@ -342,8 +346,9 @@ class ModelFile:
         """Read a run of one array."""
         layout = array.layout
         shown = f"key {quoted(key)}"
-        if array.crc is None:
-            return decoded(OpenBytes(layout).read(file, start, size), layout, shown)
+        plain = OpenBytes(layout)
+        if array.crc is None and (size == layout.size or not plain.is_scattered(size)):
+            return decoded(plain.read(file, start, size), layout, shown)
         try:
             source = self._resumed(file, key, start) or self._begun(file, array, start, size)
             values = source.read(file, start, size)
@@ -373,15 +378,29 @@ class ModelFile:
         self, file: IO[bytes], array: StoredArray, start: int, size: int
     ) -> Member | Unpacked:
         """A member, to be read from some element on."""
+        layout = array.layout
+        if array.crc is None:
+            return self._in_order(file, layout)
         member = DeflatedMember(array) if array.deflated else Member(array)
-        kept = start + size < array.layout.size
-        in_turn = not array.layout.fortran or size == array.layout.size
+        kept = start + size < layout.size
+        in_turn = not layout.fortran or size == layout.size
         if in_turn and not (kept and array.deflated and self._allowance.inflaters < 1):
             member.skip(file, start)
             return member
         with self._allowance.scratch_file() as (out, path):
             member.unpack(file, out)
-        return Unpacked(path, array.layout)
+        unpacked = Unpacked(path, layout)
+        if not OpenBytes(layout).is_scattered(size):
+            return unpacked
+        with open(path, "rb", 0) as whole:
+            ordered = self._in_order(whole, layout)
+        unpacked.finish(file)
+        return ordered
+
+    def _in_order(self, file: IO[bytes], layout: Layout) -> Unpacked:
+        """A copy, in C order, of an array in Fortran order."""
+        with self._allowance.scratch_file() as (out, path):
+            return Unpacked(path, OpenBytes(layout).put_in_order(file, out))
 
 
 def load_model(path: PathLike) -> dict[str, Array]:

@@ -4,12 +4,12 @@ Three things can be read from, and all give elements in C order, in the dtype th
 in:
 
 * `OpenBytes`: elements that lie in a file as they are. Any run can be read. In Fortran order the
-  elements of a run lie scattered: the rows that it touches are read from every column, or, where
-  rows are longer than the run, everything is read and what is wanted is picked.
+  elements of a run lie scattered: the rows that it touches are read from every column. Where they
+  are few (`is_scattered`) the array is first put in C order, in a file of its own (`put_in_order`).
 * `Member` and `DeflatedMember`: bytes with a checksum over all of them, which are therefore read
   from the first to the last. What is kept from one run to the next is the checksum so far, and the
   state of zlib.
-* `Unpacked`: a member that was copied to a file of its own, where any run can be read.
+* `Unpacked`: an array that was copied to a file of its own, where any run can be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -42,7 +42,8 @@ INFLATER_BYTES = 1 << 16
 """The most memory that an unfinished deflated member keeps."""
 
 _PACKED_BLOCK = 1 << 14
-_PICKED_BLOCK = 1 << 15
+_FEW_ROWS = 64
+_TILE = 1 << 8  # elements each way, of an array that is put in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,7 @@ class OpenBytes:
             return self._elements(file, start, size)
         if size == layout.size:
             return _in_c_order(self._elements(file, start, size), layout.shape)
-        length = layout.size // layout.shape[0]
-        return (
-            self._rows(file, start, size, length)
-            if 4 * length <= size
-            else self._picked(file, start, size)
-        )
+        return self._rows(file, start, size, layout.size // layout.shape[0])
 
     def _elements(self, file: IO[bytes], start: int, size: int) -> Array:
         """Read elements as they lie."""
@@ -118,17 +114,45 @@ class OpenBytes:
         skip = start - first * length
         return _in_c_order(slab, (last - first, *shape[1:]))[skip : skip + size]
 
-    def _picked(self, file: IO[bytes], start: int, size: int) -> Array:
-        """Read all of an array in Fortran order, and keep what is wanted."""
+    def is_scattered(self, size: int) -> bool:
+        """Whether a run of so many elements takes nearly as many reads, of a few elements each.
+
+        Args:
+            size: How many; not all.
+        """
         layout = self._layout
-        values = np.empty(size, layout.stored)
-        for begin in range(0, layout.size, _PICKED_BLOCK):
-            there = self._elements(file, begin, min(_PICKED_BLOCK, layout.size - begin))
-            index = np.unravel_index(np.arange(begin, begin + there.size), layout.shape, order="F")
-            place = np.ravel_multi_index(index, layout.shape) - start
-            wanted = (place >= 0) & (place < size)
-            values[place[wanted]] = there[wanted]
-        return values
+        return layout.fortran and size < _FEW_ROWS * (layout.size // layout.shape[0])
+
+    def put_in_order(self, file: IO[bytes], out: IO[bytes]) -> Layout:
+        """Copy an array in Fortran order to another file, in C order.
+
+        Args:
+            file: The file, open in binary.
+            out: The other, empty.
+
+        Returns:
+            How it lies there.
+
+        Raises:
+            EOFError: The file is too short.
+        """
+        layout = self._layout
+        rows, *rest = layout.shape
+        length, itemsize = layout.size // rows, layout.stored.itemsize
+        height = min(rows, _TILE)
+        width = min(length, _TILE * _TILE // height)
+        for left in range(0, length, width):
+            there = np.unravel_index(np.arange(left, min(left + width, length)), rest)
+            columns = np.ravel_multi_index(there, rest, order="F")
+            for top in range(0, rows, height):
+                slab = np.empty((len(columns), min(height, rows - top)), layout.stored)
+                for values, column in zip(slab, columns.tolist(), strict=True):
+                    at = layout.start + (column * rows + top) * itemsize
+                    _fill(file, at, values.view(np.uint8).data)
+                for row, values in enumerate(np.ascontiguousarray(slab.T), start=top):
+                    out.seek((row * length + left) * itemsize)
+                    out.write(values.view(np.uint8).data)
+        return replace(layout, start=0, fortran=False)
 
 
 class Member:
@@ -249,7 +273,7 @@ class DeflatedMember(Member):
 
 
 class Unpacked:
-    """A member that was copied to a scratch file.
+    """An array that was copied to a scratch file.
 
     Args:
         path: The scratch file.
