@@ -451,7 +451,7 @@ def test_a_safetensors_header_longer_than_allowed_is_refused(tmp_path: Path) -> 
     path = write_model(tmp_path / "m", "safetensors", native(MODEL))
     with (
         Allowance(tmp_path, inflaters=0, places=0, header=100) as allowance,
-        pytest.raises(CheckpointError, match="bytes; the memory limit allows for 100"),
+        pytest.raises(CheckpointError, match="bytes; the limit is 100"),
     ):
         ModelFile(path, allowance)
 

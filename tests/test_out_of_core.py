@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -649,6 +651,47 @@ def test_memory_for_many_parameters_is_planned_for(tmp_path: Path, kind: str) ->
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < least
+
+
+def nested(length: int) -> bytes:
+    """JSON that takes far more memory than bytes; one letter makes each of its letters four."""
+    one = '{"":' * 900 + "0" + "}" * 900
+    return ("[" + ",".join([one] * (length // len(one))) + ',"\U0001f600"]').encode()
+
+
+def hostile_npz(path: Path, members: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(members):
+            archive.writestr(f"{'x' * 290}{number}.npy", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("index", r"its index has \d+ bytes; the limit is 131072"),
+        ("header", r"its header has \d+ bytes; the limit is 131072"),
+        ("members", "it has 9000 members; the limit is 4096"),
+    ],
+)
+def test_what_a_file_says_of_itself_takes_no_more_memory_than_allowed(
+    tmp_path: Path, kind: str, problem: str
+) -> None:
+    limit = 8 * MIB
+    path = tmp_path / ("m.safetensors" if kind == "header" else "m.npz")
+    if kind == "index":
+        with open(path, "wb+") as file:
+            write_npz(file, {"w": np.ones(1)}, {"x": json.loads(nested(1 << 18))})
+    elif kind == "header":
+        text = b'{"__metadata__":' + nested(1 << 18) + b"}"
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+    else:
+        hostile_npz(path, 9000)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=problem):
+        aggregate_files([path], [1], tmp_path / "out.npz", memory_limit=limit)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < limit
 
 
 FEW_OPEN = """

@@ -167,7 +167,7 @@ ONE = tensor("U8", [2], 0, 2)
         ),
         (
             safetensors_bytes({"w": ONE}, b"ab", padding=b" " * 200_000),
-            "its header has 200060 bytes; the memory limit allows for 100000",
+            "its header has 200060 bytes; the limit is 100000",
         ),
         (safetensors_bytes(b"[]"), "no safetensors file, or damaged: its header is no JSON object"),
         (

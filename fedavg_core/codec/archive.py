@@ -136,12 +136,13 @@ class Seal:
         self._thread.shutdown(cancel_futures=True)
 
 
-def check_archive(file: IO[bytes], limit: int) -> bool:
+def check_archive(file: IO[bytes], limit: int, members: int | None = None) -> bool:
     """Check a zip file as a container.
 
     Args:
         file: A seekable file, open for reading. Its position is changed.
         limit: The most bytes that its members may declare together.
+        members: The most that it may have, if that is less than MOST_MEMBERS.
 
     Returns:
         Whether it is sealed; the seal is then right.
@@ -151,18 +152,17 @@ def check_archive(file: IO[bytes], limit: int) -> bool:
         zipfile.BadZipFile, struct.error, ValueError, NotImplementedError: The same, by `zipfile`.
     """
     end, sealed = _find_end(file, file.seek(0, 2))
-    start, count = _find_directory(file, end)
+    most = MOST_MEMBERS if members is None else min(MOST_MEMBERS, members)
+    start, count = _find_directory(file, end, most)
     with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    require(len(members) == count, "its directory has another length than its end record says")
-    require(
-        len({member.filename for member in members}) == count, "two of its members have one name"
-    )
-    for member in members:
+        found = archive.infolist()
+    require(len(found) == count, "its directory has another length than its end record says")
+    require(len({member.filename for member in found}) == count, "two of its members have one name")
+    for member in found:
         _check_member(member, sealed)
-    total = sum(member.file_size for member in members)
+    total = sum(member.file_size for member in found)
     require(total <= limit, f"it declares {total} bytes; the limit is {limit}")
-    _check_layout(file, members, start)
+    _check_layout(file, found, start)
     return sealed
 
 
@@ -190,8 +190,8 @@ def _find_end(file: IO[bytes], size: int) -> tuple[int, bool]:
     raise Damaged("damaged, or no npz file: no end of a zip archive at its end")
 
 
-def _find_directory(file: IO[bytes], end: int) -> tuple[int, int]:
-    """Where the directory begins, and how many members it is to have."""
+def _find_directory(file: IO[bytes], end: int, most: int) -> tuple[int, int]:
+    """Where the directory begins, and how many members it is to have, no more than the most."""
     file.seek(end)
     fields = _END.unpack(file.read(_END.size))
     disks, (here, count, size, start) = fields[1:3], fields[3:7]
@@ -209,7 +209,7 @@ def _find_directory(file: IO[bytes], end: int) -> tuple[int, int]:
             )
             disks, (here, count, size, start) = record[4:6], record[6:10]
     require(disks == (0, 0) and here == count, "it is one of several parts of an archive")
-    require(count <= MOST_MEMBERS, f"it has {count} members; at most {MOST_MEMBERS} are read")
+    require(count <= most, f"it has {count} members; the limit is {most}")
     require(start + size == end, "its directory is not where its end record says")
     require(size <= 512 * (count + 1), "its directory is too long for its members")
     return int(start), int(count)

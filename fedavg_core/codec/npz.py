@@ -324,12 +324,15 @@ def damage_told(name: str) -> Iterator[None]:
         raise CheckpointError(name, f"unreadable ({quoted(str(error), 200)})") from error
 
 
-def list_npz(archive: zipfile.ZipFile, sealed: bool) -> tuple[list[Entry], dict[str, Any]]:
+def list_npz(
+    archive: zipfile.ZipFile, sealed: bool, longest: int | None = None
+) -> tuple[list[Entry], dict[str, Any]]:
     """What an npz file holds.
 
     Args:
         archive: The file, which has been checked.
         sealed: Whether it is sealed.
+        longest: The longest index to read, in bytes, if that is less than any file's may be.
 
     Returns:
         Its arrays, and the meta: empty for another program's file.
@@ -342,6 +345,9 @@ def list_npz(archive: zipfile.ZipFile, sealed: bool) -> tuple[list[Entry], dict[
     index = members.pop(_INDEX, None)
     require((index is not None) == sealed, "either its index or its checksum is missing")
     if index is not None:
+        most = _MOST_INDEX if longest is None else min(_MOST_INDEX, longest)
+        length = index.file_size
+        require(length <= most, f"its index has {length} bytes; the limit is {most}")
         return _read_index(archive, index, members)
     return [Entry(_stem(name), member, None) for name, member in members.items()], {}
 
@@ -387,7 +393,6 @@ def _stem(member: str) -> str:
 def _read_index(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, members: Mapping[str, zipfile.ZipInfo]
 ) -> tuple[list[Entry], dict[str, Any]]:
-    require(member.file_size <= _MOST_INDEX, "its index is too long")
     index = json.loads(archive.read(member))
     require(isinstance(index, dict), "its index is no JSON object")
     version, meta, listed = (index.get(field) for field in ("format", "meta", "arrays"))

@@ -73,7 +73,7 @@ def list_safetensors(file: IO[bytes], size: int, limit: int) -> dict[str, Layout
         f"no safetensors file, or damaged: it begins with a header length of {length} bytes, "
         f"and the file has {size}",
     )
-    require(length <= limit, f"its header has {length} bytes; the memory limit allows for {limit}")
+    require(length <= limit, f"its header has {length} bytes; the limit is {limit}")
     text = read_exactly(file, length)
     require(text[:1] == b"{", "no safetensors file, or damaged: its header is no JSON object")
     header = json.loads(text.decode("utf-8"), object_pairs_hook=_object)

@@ -21,7 +21,8 @@ hold. What is planned for, out of the limit:
 * a sixteenth: where in the files the arrays lie (where it ends, a scratch file holds it);
 * the rest: what the interpreter takes for itself.
 
-The names and shapes of the parameters come off before that.
+The names and shapes of the parameters come off before that. Of a file that has more of them than
+the limit has room for, no more is read than how long that part is.
 
 The result is written as it comes, into a temporary file that replaces the output at the end. Until
 then an error of any kind leaves the output as it was.
@@ -59,7 +60,9 @@ _PASS_SHARE = 2
 _BLOCK_SHARE = 4
 _INFLATER_SHARE = 8
 _PLACES_SHARE = 16
-_HEADER_SHARE = 32  # a safetensors header takes up to this many times its length when parsed
+_HEADER_SHARE = 64  # parsed JSON takes less than this many times its length: `{"":` takes 45
+_MEMBER_BYTES = 2048  # what `zipfile` takes for one with a long name
+_SHORT_HEADER, _FEW_MEMBERS = 1 << 12, 1 << 6  # which are read whatever the limit, to tell of it
 _LARGEST_BLOCK = 1 << 16
 _SMALLEST_BLOCK = 1 << 8
 _PARAMETER_BYTES = 4096
@@ -148,7 +151,8 @@ def aggregate_files(
         target.parent if scratch is None else file_path("scratch", scratch),
         inflaters=memory_limit // _INFLATER_SHARE // INFLATER_BYTES,
         places=memory_limit // _PLACES_SHARE,
-        header=memory_limit // _HEADER_SHARE,
+        header=max(_SHORT_HEADER, memory_limit // _HEADER_SHARE),
+        members=max(_FEW_MEMBERS, memory_limit // _MEMBER_BYTES),
     )
     with allowance:
         start = None if base is None else file_path("base", base)

@@ -113,14 +113,23 @@ class Allowance:
         inflaters: How many unfinished deflated members may keep their state.
         places: How many bytes of memory it may take to keep where arrays are, from one visit to the
             next; what is more goes to a scratch file.
-        header: The longest safetensors header to read, in bytes.
+        header: The longest JSON in a file to parse, in bytes: the header of a safetensors file, the
+            index of an npz. None for what each is ever allowed.
+        members: How many arrays an npz may have; None for as many as are ever read.
     """
 
     def __init__(
-        self, scratch: Path, *, inflaters: int, places: int = _PLACES, header: int = HEADER
+        self,
+        scratch: Path,
+        *,
+        inflaters: int,
+        places: int = _PLACES,
+        header: int | None = None,
+        members: int | None = None,
     ) -> None:
         self.inflaters = inflaters
         self.header = header
+        self.members = members
         self._places = places
         self._scratch = scratch
         self._stack = contextlib.ExitStack()
@@ -243,7 +252,7 @@ class ModelFile:
         if not self._sealed:
             return None
         with self._opened() as file, zipfile.ZipFile(file) as archive:
-            entries, meta = list_npz(archive, sealed=True)
+            entries, meta = list_npz(archive, True, self._allowance.header)
             return _described(entries, meta)
 
     def arrays(self) -> Mapping[str, StoredArray]:
@@ -330,13 +339,14 @@ class ModelFile:
         size = os.fstat(file.fileno()).st_size
         if kind == ".npz":
             if self._sealed is None:
-                self._sealed = check_archive(file, _UNBOUNDED)
-            arrays = _list_npz(file, self._sealed)
+                self._sealed = check_archive(file, _UNBOUNDED, self._allowance.members)
+            arrays = _list_npz(file, self._sealed, self._allowance.header)
         elif kind == ".npy":
             layout = read_layout(file, size, None, "the file")
             arrays = {_NPY_NAME: StoredArray(layout, 0, size)}
         else:
-            layouts = list_safetensors(file, size, self._allowance.header)
+            longest = self._allowance.header
+            layouts = list_safetensors(file, size, HEADER if longest is None else longest)
             arrays = {key: StoredArray(layout, 0, size) for key, layout in layouts.items()}
         for key, array in arrays.items():
             check_array(key, np.empty(0, array.layout.dtype))
@@ -432,11 +442,11 @@ def load_model(path: PathLike) -> dict[str, Array]:
     return result
 
 
-def _list_npz(file: IO[bytes], sealed: bool) -> dict[str, StoredArray]:
+def _list_npz(file: IO[bytes], sealed: bool, longest: int | None) -> dict[str, StoredArray]:
     """Find the arrays of an npz file that has been checked as a container."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:
-        entries, meta = list_npz(archive, sealed)
+        entries, meta = list_npz(archive, sealed, longest)
         prefix = "" if _described(entries, meta) is None else MODEL
         for entry in entries:
             if not entry.name.startswith(prefix):
