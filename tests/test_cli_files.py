@@ -515,7 +515,10 @@ def test_what_is_no_file_is_never_replaced(
             assert told.endswith(": expected a file to write, got a folder or a device")
 
 
-def test_ctrl_c_leaves_what_was_there(tmp_path: Path, sites: list[Path]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_what_was_there(
+    number: signal.Signals, tmp_path: Path, sites: list[Path]
+) -> None:
     out = tmp_path / "out.npz"
     out.write_bytes(b"precious")
     big = write_model(tmp_path / "big", "npz", {"w": np.ones(1 << 20, np.float32)})
@@ -531,7 +534,7 @@ def test_ctrl_c_leaves_what_was_there(tmp_path: Path, sites: list[Path]) -> None
         end = time.monotonic() + 60
         while len(os.listdir(tmp_path)) == len(before) and time.monotonic() < end:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.stderr is not None
         assert process.stderr.read() == b"fedavg: interrupted\n"
     assert process.returncode == 130

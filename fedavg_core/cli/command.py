@@ -1,7 +1,7 @@
 """The command as a whole: which commands there are, and what becomes of an error.
 
 Whatever goes wrong is one line on standard error. Exit codes: 0, done; 1, `compare` or `verify`
-found a difference; 2, an error; 130, interrupted.
+found a difference; 2, an error; 130, interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The arguments make no sense (code 2), or ask for help only (code 0).
     """
     open_missing()
+    if arguments is None:  # pragma: no cover  (in a process of its own)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     try:
         read = _parser().parse_args(arguments)
         if find_spec("rich") is None:

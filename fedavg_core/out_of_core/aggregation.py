@@ -109,7 +109,7 @@ def aggregate_files(
         paths: The files; only read. They must not change meanwhile.
         weights: As many weights: finite numbers above zero, taken at their exact values.
         output: The file for the result: npz or safetensors, as its suffix says. It comes to be at
-            the end, in one commit.
+            the end, in one commit. A symbolic link of that name is replaced, not followed.
         base: The file of a model that the others are differences from. The result is then the base
             plus their mean, rounded once, with the base's parameters and dtypes; those that no file
             has are copied. Without it a parameter has the dtype of the first file that has it.
