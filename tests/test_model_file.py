@@ -19,7 +19,8 @@ from fedavg_core.codec.npz import write_npz
 from fedavg_core.comparison import same_bits
 from fedavg_core.errors import CheckpointError, Reason, RefusedUpdate, UsageError
 from fedavg_core.model import dtype_named
-from fedavg_core.out_of_core.model_file import Allowance, ModelFile, load_model
+from fedavg_core.out_of_core.allowance import Allowance
+from fedavg_core.out_of_core.model_file import ModelFile, load_model
 from tests.model_files import KINDS, Model, safetensors_bytes, tensor, write_model
 
 MODEL: Model = {

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from fedavg_core.cli.console import Progress
 from fedavg_core.errors import RefusedUpdate, UsageError
 from fedavg_core.model import ArraySpec, ModelSpec
-from fedavg_core.out_of_core.model_file import Allowance, ModelFile
+from fedavg_core.out_of_core.allowance import Allowance
+from fedavg_core.out_of_core.model_file import ModelFile
 
 __all__ = ["opened", "pieces", "spec_of"]
 

@@ -44,7 +44,8 @@ from fedavg_core.atomic_file import replacing
 from fedavg_core.bad_element import out_of_range, shown_place
 from fedavg_core.errors import Reason, RefusedUpdate, UsageError, counted, quoted, shown_path
 from fedavg_core.model import ArraySpec, ModelSpec
-from fedavg_core.out_of_core.model_file import Allowance, ModelFile
+from fedavg_core.out_of_core.allowance import Allowance
+from fedavg_core.out_of_core.model_file import ModelFile
 from fedavg_core.out_of_core.model_writer import check_suffix, write_order, writer
 from fedavg_core.out_of_core.passes import BeyondRange, Kind, NotFinite, Pass, cut, sum_bytes
 from fedavg_core.out_of_core.stored_array import INFLATER_BYTES
