@@ -63,7 +63,7 @@ _INFLATER_SHARE = 8
 _PLACES_SHARE = 16
 _HEADER_SHARE = 64  # parsed JSON takes less than this many times its length: `{"":` takes 45
 _MEMBER_BYTES = 2048  # what `zipfile` takes for one with a long name
-_SHORT_HEADER, _FEW_MEMBERS = 1 << 12, 1 << 6  # which are read whatever the limit, to tell of it
+_SHORT_HEADER, _FEW_MEMBERS = 1 << 17, 1 << 12  # which are read whatever the limit, to tell of it
 _LARGEST_BLOCK = 1 << 16
 _SMALLEST_BLOCK = 1 << 8
 _PARAMETER_BYTES = 4096
@@ -117,7 +117,8 @@ def aggregate_files(
         allow_missing: Whether a file may lack a parameter that another one has.
         replace: Whether the output may replace a file, which may be one of the inputs. If not, a
             file that is there, or comes to be meanwhile, stays as it is, and there is an error.
-        memory_limit: The most bytes of memory to take, beyond those that the process has already.
+        memory_limit: The most bytes of memory to take, beyond those that the process has already. If
+            it is below 8 MiB, to find that it is too low for the names in a file may take that.
         scratch: A folder for files that serve as scratch, which some compressed inputs need (see
             `model_file`); by default that of the output. Nothing is left in it.
         progress: Called after each read with the bytes of arrays read so far and those in all.
