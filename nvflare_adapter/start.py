@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fedavg_core as fc
+from fedavg_core.codec.npy import MAGIC
 from fedavg_core.errors import quoted
 from fedavg_core.server_optimizer import SERVER_OPTIMIZERS
 
@@ -103,10 +104,11 @@ def read_start(path: Path) -> fc.Checkpoint:
     """
     try:
         model = fc.load_model(path)
-        if path.suffix == ".npy":
-            model = {SINGLE_ARRAY_KEY: model["arr_0"]}
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                model = {SINGLE_ARRAY_KEY: model["arr_0"]}
         return fc.Checkpoint(as_model(model) or {}, round=0)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise fc.CheckpointError(path, f"could not be read ({quoted(str(error))})") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_fortran_order_is_read_in_c_order(
         "w": np.asfortranarray(np.arange(600, dtype=np.float32).reshape(20, 30)),
         "x": np.asfortranarray(np.arange(120, dtype=np.int16).reshape(2, 3, 4, 5)),
         "y": np.asfortranarray(np.arange(200, dtype=np.float64).reshape(100, 1, 2)),
+        "z": np.asfortranarray(np.arange(600, dtype=np.float32).reshape(1, 2, 300)),
     }
     with allowed(tmp_path) as allowance:
         file = ModelFile(write_model(tmp_path / "m", kind, model), allowance)
@@ -455,6 +457,25 @@ def test_a_safetensors_header_longer_than_allowed_is_refused(tmp_path: Path) -> 
         pytest.raises(CheckpointError, match="bytes; the limit is 100"),
     ):
         ModelFile(path, allowance)
+
+
+def test_what_is_interrupted_in_tidying_up_leaves_no_scratch_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model(tmp_path / "m", "npz", MODEL)
+    (tmp_path / "scratch").mkdir()
+
+    remove, interruptions = shutil.rmtree, iter([KeyboardInterrupt()])
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        for interruption in interruptions:
+            raise interruption
+        remove(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), allowed(tmp_path / "scratch", places=0) as allowance:
+        ModelFile(path, allowance)
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_without_room_for_scratch_files_it_is_told(tmp_path: Path) -> None:

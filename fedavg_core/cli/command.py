@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     open_missing()
     if arguments is None:  # pragma: no cover  (in a process of its own)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
+        signal.signal(signal.SIGTERM, _end)
     try:
         read = _parser().parse_args(arguments)
         if find_spec("rich") is None:
@@ -71,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{Path(place.filename).name}, line {place.lineno}"
         return _failed(f"a fault in this program: {one_line(error)} ({where})")
     return code
+
+
+def _end(number: int, frame: object) -> None:  # pragma: no cover  (in a process of its own)
+    """End as by Ctrl-C, so that nothing is left behind; a second signal does not hurry it."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _in_options(problem: str) -> str:

@@ -117,8 +117,8 @@ def aggregate_files(
         allow_missing: Whether a file may lack a parameter that another one has.
         replace: Whether the output may replace a file, which may be one of the inputs. If not, a
             file that is there, or comes to be meanwhile, stays as it is, and there is an error.
-        memory_limit: The most bytes of memory to take, beyond those that the process has already. If
-            it is below 8 MiB, to find that it is too low for the names in a file may take that.
+        memory_limit: The most bytes of memory to take, beyond those that the process has already.
+            To find that less than 8 MiB are too few for the names in a file may take as much.
         scratch: A folder for files that serve as scratch, which some compressed inputs need (see
             `model_file`); by default that of the output. Nothing is left in it.
         progress: Called after each read with the bytes of arrays read so far and those in all.

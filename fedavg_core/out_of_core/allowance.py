@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -85,7 +86,6 @@ class Allowance:
         self.members = members
         self._places = places
         self._scratch = scratch
-        self._stack = contextlib.ExitStack()
         self._folder: str | None = None
         self._directories: dict[tuple[tuple[str, ...], tuple[Layout, ...]], _Directory] = {}
         self._records: IO[bytes] | None = None
@@ -94,7 +94,16 @@ class Allowance:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        try:
+            self._tidy_up()
+        finally:  # should that be interrupted
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        if self._records is not None:
+            self._records.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def kept(self, arrays: Mapping[str, StoredArray]) -> Mapping[str, StoredArray] | None:
         """The same in few bytes, to be kept; None if that is no longer allowed.
@@ -131,7 +140,7 @@ class Allowance:
         with self._writing_scratch():
             if self._records is None:
                 handle, _ = tempfile.mkstemp(dir=self._scratch_folder())
-                self._records = self._stack.enter_context(open(handle, "w+b"))  # noqa: SIM115
+                self._records = open(handle, "w+b")  # noqa: SIM115
             start = self._records.seek(0, os.SEEK_END)
             self._records.write(records)
             self._records.flush()
@@ -151,10 +160,7 @@ class Allowance:
 
     def _scratch_folder(self) -> str:
         if self._folder is None:
-            folder = tempfile.TemporaryDirectory(
-                prefix=".fedavg-", dir=self._scratch, ignore_cleanup_errors=True
-            )
-            self._folder = self._stack.enter_context(folder)
+            self._folder = tempfile.mkdtemp(prefix=".fedavg-", dir=self._scratch)
         return self._folder
 
     @contextlib.contextmanager

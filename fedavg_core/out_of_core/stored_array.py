@@ -43,7 +43,7 @@ INFLATER_BYTES = 1 << 16
 
 _PACKED_BLOCK = 1 << 14
 _FEW_ROWS = 64
-_TILE = 1 << 8  # elements each way, of an array that is put in order
+_TILE = 1 << 7  # elements each way, of an array that is put in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +137,16 @@ class OpenBytes:
             EOFError: The file is too short.
         """
         layout = self._layout
-        rows, *rest = layout.shape
+        rows, *rest = (size for size in layout.shape if size != 1)
         length, itemsize = layout.size // rows, layout.stored.itemsize
-        height = min(rows, _TILE)
-        width = min(length, _TILE * _TILE // height)
-        for left in range(0, length, width):
-            there = np.unravel_index(np.arange(left, min(left + width, length)), rest)
+        is_wide = len(rest) == 1 and rows <= _TILE  # whole columns, one after the other
+        for left in range(0, length, _TILE):
+            there = np.unravel_index(np.arange(left, min(left + _TILE, length)), rest)
             columns = np.ravel_multi_index(there, rest, order="F")
-            for top in range(0, rows, height):
-                slab = np.empty((len(columns), min(height, rows - top)), layout.stored)
-                for values, column in zip(slab, columns.tolist(), strict=True):
+            for top in range(0, rows, _TILE):
+                slab = np.empty((len(columns), min(_TILE, rows - top)), layout.stored)
+                pieces = [slab.reshape(-1)] if is_wide else list(slab)
+                for values, column in zip(pieces, columns.tolist(), strict=False):
                     at = layout.start + (column * rows + top) * itemsize
                     _fill(file, at, values.view(np.uint8).data)
                 for row, values in enumerate(np.ascontiguousarray(slab.T), start=top):

@@ -551,15 +551,16 @@ def start_of(app: Path) -> Any:
     return fc.load_checkpoint(app / "config" / persistor.initial_file)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors", "checkpoint"])
+@pytest.mark.parametrize("suffix", ["npy", "NPY", "npz", "safetensors", "checkpoint"])
 def test_a_file_that_is_here_is_the_model_that_the_job_starts_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = {"numpy_key": np.arange(3.0)}
     path = Path(f"start.{suffix}")
-    if suffix == "npy":
-        np.save(path, model["numpy_key"])
+    if suffix in ("npy", "NPY"):
+        with open(path, "wb") as file:
+            np.save(file, model["numpy_key"])
     elif suffix == "npz":
         np.savez(path, numpy_key=model["numpy_key"])
     elif suffix == "safetensors":
