@@ -511,18 +511,21 @@ def test_scratch_files_are_gone_as_soon_as_they_have_been_read(tmp_path: Path) -
 
 
 def test_places_for_which_there_is_no_memory_are_kept_in_a_scratch_file(tmp_path: Path) -> None:
-    model = {f"layer{number}": np.full(1, number) for number in range(100)}
-    path = write_model(tmp_path / "m", "npz", model)
+    models: list[Model] = [
+        {f"layer{number}": np.full(1, number * shift) for number in range(100)}
+        for shift in range(4)  # no two have the same checksums
+    ]
+    paths = [write_model(tmp_path / str(n), "npz", model) for n, model in enumerate(models)]
     (tmp_path / "scratch").mkdir()
     with allowed(tmp_path / "scratch", places=2 * 100 * 25) as allowance:
-        files = [ModelFile(path, allowance) for _ in range(2)]
+        files = [ModelFile(path, allowance) for path in paths[:2]]
         assert not list((tmp_path / "scratch").iterdir())
-        files += [ModelFile(path, allowance) for _ in range(2)]
+        files += [ModelFile(path, allowance) for path in paths[2:]]
         (scratch,) = (file for file in (tmp_path / "scratch").rglob("*") if file.is_file())
         assert scratch.stat().st_size == 2 * 100 * 25
         assert all(file.arrays() is file.arrays() for file in files)  # and not listed anew
-        assert [dict(file.arrays()) for file in files[1:]] == [dict(files[0].arrays())] * 3
-        assert all(same_bits(read_in_runs(file, 4), model) for file in files)
+        for file, model in zip(files, models, strict=True):
+            assert same_bits(read_in_runs(file, 4), model)
     assert not list((tmp_path / "scratch").iterdir())
 
 
